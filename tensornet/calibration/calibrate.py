@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import length_hint
@@ -33,6 +33,17 @@ from tensornet.calibration.losses import (
     sampled_losses,
     seeded_draws,
 )
+from tensornet.calibration.moment_sums import (
+    FULL_UP_TO,
+    GRADIENT_PRIOR,
+    PRIOR,
+    Mixture,
+    MomentSum,
+    blended,
+    find_siblings,
+    mean_moment,
+    mirrored,
+)
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
@@ -50,11 +61,6 @@ FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
 _LARGE = 1 << 18
 #: Losses that may be the cross entropy of tokens; `default_losses` tells whether they are.
 OWN_LOSSES = (label_losses, own_losses, sampled_losses)
-#: Largest number of features (inputs or outputs of a layer) for which the full moment is stored. For more
-#: features only the diagonal is stored.
-FULL_UP_TO = 8192
-#: Number of columns in a block of a Gram matrix.
-_BLOCK = 128
 
 
 @torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
@@ -130,7 +136,7 @@ def calibrate(
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
     if autocast == "auto":
         autocast = fast_dtype(model)
-    recorder = MomentRecorder(full_up_to=FULL_UP_TO)
+    recorder = MomentRecorder()
     total, scored, count, read, of_tokens = 0.0, 0, 0, 0, False
     length = length_hint(batches) or None
     with observed(model, recorder, config) as targets:
@@ -217,8 +223,8 @@ class _Settling:
         if max(recorder.counts.values(), default=0) < FEWEST_TOKENS or len(self.batches) < 4:
             return False
         for name, shared in recorder.inputs.items():
-            full = shared.total.ndim == 2
-            if full and recorder.counts[name] < TOKENS_A_FEATURE * len(shared.total):
+            features, full = shared.sum.features, shared.sum.features <= FULL_UP_TO
+            if full and recorder.tokens_for(name) < TOKENS_A_FEATURE * features:
                 return False
         return self.relative_error() <= TOLERANCE
 
@@ -273,14 +279,18 @@ class MomentRecorder:
     """Sums of second moments over the batches of one calibration; hooks on the layers update the sums.
 
     Args:
-        full_gradients: whether to store the full moments of gradients, instead of their diagonals. Gradients
-            of embeddings always have full moments.
+        diagonal_gradients: whether only the diagonals of gradient moments are summed, except for embeddings.
         full_up_to: largest number of features for which full moments are stored.
         rank: rank of the low-rank factors of gradient moments; 0 for none.
     """
 
-    def __init__(self, *, full_gradients: bool = True, full_up_to: int = FULL_UP_TO, rank: int = 0) -> None:
-        self.full_gradients, self.full_up_to, self.rank = full_gradients, full_up_to, rank
+    def __init__(
+        self, *, diagonal_gradients: bool = False, full_up_to: int = FULL_UP_TO, rank: int = 0
+    ) -> None:
+        self.diagonal_gradients, self.full_up_to, self.rank = diagonal_gradients, full_up_to, rank
+        #: Layers with equal shapes whose names differ in one number only, by the name of each such layer;
+        #: they may be the experts of a mixture.
+        self.siblings: dict[str, list[str]] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -288,10 +298,11 @@ class MomentRecorder:
         self.batch: Batch = {}
         self.seeing = True
         self.frequencies: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
+        self.gradients: dict[str, MomentSum] = {}
         self.sketches: dict[str, Tensor] = {}  # products `R @ test_matrix`
         self.counts: dict[str, int] = {}
         self.inputs: dict[str, _InputSum] = {}  # maps layers to sums; layers with the same input share one
+        self._mixtures: dict[str, Mixture] | None = None
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}
@@ -331,11 +342,10 @@ class MomentRecorder:
             return
         if self._last is None or not self._last.joins(name, x):
             self._settle()
-            tokens = _rows(x, token_mask(self.batch, x.shape[:-1]))
-            self._last = _Reading(x, self._moment(tokens), tokens.shape[0])
+            self._last = _Reading(x, _rows(x, token_mask(self.batch, x.shape[:-1])))
         self._last.layers.append(name)
         _accumulate(self._traces[0], name, self._last.trace)
-        self.counts[name] = self.counts.get(name, 0) + self._last.tokens
+        self.counts[name] = self.counts.get(name, 0) + len(self._last.tokens)
 
     def take_traces(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the traces of each layer's input and gradient moments, summed since the last call."""
@@ -352,16 +362,17 @@ class MomentRecorder:
         """
         if self._last is None:
             return
-        layers, moment = self._last.layers, self._last.moment
+        layers, tokens = self._last.layers, self._last.tokens
         self._last = None
         if new := [name for name in layers if name not in self.inputs]:
-            start = _InputSum(new, torch.zeros_like(moment))
-            self.inputs.update(dict.fromkeys(new, start))
+            features = tokens.shape[1]
+            start = MomentSum(features, diagonal=features > self.full_up_to, device=tokens.device)
+            self.inputs.update(dict.fromkeys(new, _InputSum(new, start)))
         for shared in {id(x): x for x in (self.inputs[name] for name in layers)}.values():
             if rest := [name for name in shared.layers if name not in layers]:
                 shared.layers = [name for name in shared.layers if name in layers]
-                self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.total.clone())))
-            add_moment(shared.total, moment)
+                self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.sum.copy())))
+            shared.sum.add(tokens)
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Count how often each row of an embedding is looked up."""
@@ -392,44 +403,89 @@ class MomentRecorder:
             self._samples[name].add(held, gradient, self.batch)
         tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
         _accumulate(self._traces[1], name, tokens.float().square().sum())
-        full = self.full_gradients or name in self.frequencies
-        if tokens.shape[1] > self.full_up_to or not full:
-            _accumulate(self.gradients, name, tokens.float().square().sum(0))
-            if self.rank and name not in self.frequencies and tokens.shape[1] <= self.full_up_to:
-                with torch.autocast(tokens.device.type, enabled=False):
-                    test = tokens.float() @ _test_matrix(tokens.shape[1], self.rank, tokens.device)
-                    _accumulate(self.sketches, name, tokens.float().T @ test)
-            return
         if name not in self.gradients:
-            self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
-            # In 16 bits, moments with strongly correlated outliers would get negative eigenvalues.
-            add_gram(self.gradients[name], tokens.float())
+            features = tokens.shape[1]
+            diagonal = self.diagonal_gradients and name not in self.frequencies
+            diagonal = diagonal or features > self.full_up_to
+            self.gradients[name] = MomentSum(features, diagonal=diagonal, device=tokens.device)
+        self.gradients[name].add(tokens)
+        if self.rank and name not in self.frequencies and tokens.shape[1] <= self.full_up_to:
+            with torch.autocast(tokens.device.type, enabled=False):
+                test = tokens.float() @ _test_matrix(tokens.shape[1], self.rank, tokens.device)
+                _accumulate(self.sketches, name, tokens.float().T @ test)
+
+    def _are_experts(self, counts: Sequence[int]) -> bool:
+        """Tell experts from other siblings by the numbers of tokens that they received.
+
+        Layers of blocks that run one after the other are siblings too, but they receive the same tokens. Of
+        experts, some receive fewer than others, or none while no other receives all.
+        """
+        some = {*counts} - {0}
+        return len(some) > 1 or (0 in counts and 0 < max(counts) < max(self.counts.values()))
+
+    def tokens_for(self, name: str) -> int:
+        """Return the number of tokens from which the moment of a layer's inputs is estimated.
+
+        For an expert these are the tokens of its whole mixture, since its moment is blended with theirs.
+        """
+        mixture = self.siblings.get(name, [])
+        counts = [self.counts.get(other, 0) for other in mixture]
+        return sum(counts) if self._are_experts(counts) else self.counts[name]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all sums; a sum that layers share is counted once."""
+        sums = [x.sum for x in {id(x): x for x in self.inputs.values()}.values()]
+        return sum(x.num_bytes for x in (*sums, *self.gradients.values()))
 
     def finish(
-        self, scored: int, loss: float | None, source: str, inputs: Mapping[str, Tensor] | None = None
+        self,
+        scored: int,
+        loss: float | None,
+        source: str,
+        inputs: Mapping[str, Tensor] | None = None,
+        layers: Collection[str] | None = None,
     ) -> CalibrationStats:
         """Divide the sums by numbers of tokens and return the statistics.
 
         Moments of inputs are divided by the number of tokens that the layer received, moments of gradients by
-        the number of tokens that have a loss.
+        the number of tokens that have a loss. Moments of experts are blended with those of their mixture. The
+        sums are freed.
 
         Args:
             scored: number of tokens that have a loss.
             loss: mean loss of a token.
             source: name of the data.
             inputs: input moments by layer from another recorder, which are needed only for the coherence.
+            layers: names of the layers to finish; the sums of all other layers are kept. All if absent. With
+                one expert at a time, no more than its two moments are in memory.
         """
         self._settle()
-        rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
+        if self._mixtures is None:
+            self._mixtures = self._find_mixtures()
+        wanted = dict.fromkeys((*self.counts, *self._mixtures) if layers is None else layers)
+        rows: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
-        for shared in {id(x): x for x in self.inputs.values()}.values():
-            if not self.counts[shared.layers[0]]:  # an expert that got only padding counts as never called
-                continue
-            mean = mirrored(shared.total.div_(max(self.counts[shared.layers[0]], 1)))
-            columns.update(dict.fromkeys(shared.layers, mean))
-        for name, moment in self.gradients.items():
-            (columns if name in self.frequencies else rows)[name] = mirrored(moment.div_(scored))
+        shared: dict[int, tuple[MomentSum, Tensor]] = {}  # moments of inputs that several layers read
+        for name in wanted:
+            mixture = self._mixtures.get(name, Mixture())
+            own = found.sum if (found := self.inputs.pop(name, None)) else None
+            if own is not None and own.count:
+                if id(own) not in shared:
+                    shared[id(own)] = own, blended(own, mixture.inputs, PRIOR * own.features)
+                columns[name] = shared[id(own)][1]
+            elif mixture.inputs is not None:  # without a mixture, a layer that got only padding never ran
+                columns[name] = mixture.inputs
+            gradients = self.gradients.pop(name, None)
+            if name in self.frequencies:
+                rows[name] = self.frequencies.pop(name).div_(max(self.counts[name], 1))
+                if gradients is not None:
+                    columns[name] = mirrored(gradients.upper() / scored)
+            elif mixture.gradients is not None:
+                mean = blended(gradients, mixture.gradients, GRADIENT_PRIOR)
+                rows[name] = mean * (mixture.expected_tokens(self.counts.get(name, 0)) / scored)
+            elif gradients is not None:
+                rows[name] = mirrored(gradients.upper() / scored)
         # Inputs are checked first, since the first layer with bad inputs is nearest to the cause.
         for name, moment in (*columns.items(), *rows.items()):
             # The largest elements of a moment are on its diagonal.
@@ -439,23 +495,42 @@ class MomentRecorder:
                     f"Calibration found NaN or infinite inputs or gradients at layer {name!r}; check the "
                     "checkpoint, run the model in float32, or exclude the layer."
                 )
-        tokens = max(self.counts.values(), default=0)
-        coherence = self._coherence(rows, {**columns, **(inputs or {})})
         return CalibrationStats(
             rows,
             columns,
-            tokens,
+            max(self.counts.values(), default=0),
             loss,
             source,
-            coherence=coherence,
-            counts=dict(self.counts),
+            coherence=self._coherence(rows, {**columns, **(inputs or {})}),
+            counts={name: self.counts.get(name, 0) for name in wanted},
             scored=scored,
             factors={
                 name: _factor(x / (scored * rows[name].mean()))
                 for name, x in self.sketches.items()
-                if x.any()
+                if name in rows and bool(x.any())
             },
         )
+
+    def _find_mixtures(self) -> dict[str, Mixture]:
+        """Find the layers that are experts, and average the moments of each mixture over all its tokens."""
+        found: dict[str, Mixture] = {}
+        means: dict[tuple[int, ...], Tensor] = {}  # layers that read the same tensors share the mean
+        for group in {id(x): x for x in self.siblings.values()}.values():
+            counts = [self.counts.get(name, 0) for name in group]
+            if not self._are_experts(counts):
+                continue
+            sides: list[Tensor | None] = []
+            for sums in (
+                [self.inputs[name].sum for name in group if name in self.inputs],
+                [self.gradients[name] for name in group if name in self.gradients],
+            ):
+                key = tuple(map(id, sums))
+                if sums and key not in means:
+                    means[key] = mean_moment(sums)
+                sides.append(means.get(key))
+            mixture = Mixture(sides[0], sides[1], sum(counts), len(group))
+            found.update(dict.fromkeys(group, mixture))
+        return found
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
         """Compute the coherence of each layer for which tokens were sampled and both moments are known."""
@@ -467,13 +542,6 @@ class MomentRecorder:
             with remembering():  # the moment of a shared input is factorized only once
                 ratios |= {name: self._samples[name].ratio(columns[name], rows[name]) for name in names}
         return {name: ratio for name, ratio in sorted(ratios.items()) if ratio is not None}
-
-    def _moment(self, tokens: Tensor) -> Tensor:
-        # Disable autocast, since sums of thousands of squares are too inaccurate in 16 bits.
-        with torch.autocast(tokens.device.type, enabled=False):
-            if tokens.shape[1] <= self.full_up_to:
-                return upper_gram(tokens.float())
-            return tokens.float().square().sum(0)
 
 
 #: Number of columns of a test matrix in addition to the rank of the factor.
@@ -511,9 +579,9 @@ def _factor(sketch: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the vectors of all tokens that are not padding, shape `(tokens, features)`."""
+    """Copy the vectors of all tokens that are not padding, shape `(tokens, features)`."""
     if mask is None or bool(mask.all()):
-        return x.detach().reshape(-1, x.shape[-1])
+        return x.detach().reshape(-1, x.shape[-1]).clone()
     return x.detach()[mask]
 
 
@@ -529,15 +597,15 @@ class _InputSum:
     """Sum of input moments, shared by layers that have read the same tensors so far."""
 
     layers: list[str]
-    total: Tensor
+    sum: MomentSum
 
 
 class _Reading:
-    """Moment of one input tensor, and the layers that have read this tensor."""
+    """Vectors of one input tensor, and the layers that have read this tensor."""
 
-    def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
-        self.moment, self.tokens = moment, tokens
-        self.trace = (moment if moment.ndim == 1 else moment.diagonal()).sum()
+    def __init__(self, x: Tensor, tokens: Tensor) -> None:
+        self.tokens = tokens  # shape: (tokens, features)
+        self.trace = tokens.float().square().sum()
         self.layers: list[str] = []
         self._of = weakref.ref(x)
         self._version = _version(x)
@@ -551,48 +619,6 @@ class _Reading:
 def _version(x: Tensor) -> int | None:
     """Return how often a tensor was changed in place; None for inference tensors, which do not count this."""
     return None if x.is_inference() else x._version
-
-
-def upper_gram(x: Tensor) -> Tensor:
-    """Compute the blocks of `X^T X` on and above the diagonal; all other elements are undefined.
-
-    Args:
-        x: the matrix `X`, shape `(tokens, features)`.
-    """
-    found = x.new_empty(x.shape[1], x.shape[1])
-    for rows, columns in _blocks(x.shape[1]):
-        torch.mm(x[:, rows].T, x[:, columns], out=found[rows, columns])
-    return found
-
-
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add `X^T X` to the upper half of a sum, in blocks that fit into the processor's cache.
-
-    Args:
-        total: the sum, shape `(features, features)`; elements below the diagonal are undefined afterwards.
-        x: the matrix `X`, shape `(tokens, features)`, in the dtype of the sum.
-    """
-    for rows, columns in _blocks(x.shape[1]):
-        total[rows, columns].addmm_(x[:, rows].T, x[:, columns])
-
-
-def add_moment(total: Tensor, moment: Tensor) -> None:
-    """Add a moment to a sum in place; both are diagonals (vectors) or the upper halves of square matrices."""
-    if moment.ndim == 1:
-        total += moment
-        return
-    for rows, columns in _blocks(len(moment)):
-        total[rows, columns] += moment[rows, columns]
-
-
-def _blocks(size: int) -> list[tuple[slice, slice]]:
-    """List blocks that cover the upper half of a square matrix, as slices of rows and columns."""
-    return [(slice(k, k + _BLOCK), slice(k, None)) for k in range(0, size, _BLOCK)]
-
-
-def mirrored(moment: Tensor) -> Tensor:
-    """Copy the upper triangle of a moment to the lower triangle in place; return a diagonal unchanged."""
-    return moment if moment.ndim == 1 else moment.triu_().add_(moment.triu(1).T)
 
 
 @contextmanager
@@ -610,6 +636,14 @@ def observed(
         weights = find_targets(model, config or LayerSelection(target_modules="all"))
         targets = [x for x in weights if not x.skip]
         layers = {id(m): (n, m) for x in targets for n, m in zip(x.names, x.modules, strict=True)}
+        recorder.siblings = find_siblings(
+            {
+                name: kind.matrix(module).shape
+                for target in targets
+                for name, module, kind in zip(target.names, target.modules, target.kinds, strict=True)
+                if kind.name != "embedding" and layers[id(module)][0] == name
+            }
+        )
         wanted = [(p, p.requires_grad) for p in model.parameters()]
         handles = []
         for name, module in model.named_modules():

@@ -41,7 +41,8 @@ class CalibrationStats:
             independent tokens. It is estimated from 32 tokens of each of 16 texts (see
             `tensornet.calibration.coherence`). A missing entry means 1.
         counts: number of tokens that each layer received, by module name; layers behind a router receive
-            fewer than `tokens`.
+            fewer than `tokens`. The moments of experts are blended with the mean of their mixture (see
+            `tensornet.calibration.moment_sums`), which is all that an expert with count 0 has.
         scored: number of tokens that have a loss.
         fingerprint: four elements of each weight, by module name, to recognize the model.
         factors: low-rank factors `V` of moments of gradients by module name, shape `(out, rank)`, so that

@@ -238,6 +238,8 @@ class CompressionPlan:
         topology_options: options with which the family built the topologies.
         of_tokens: True if `dense_loss` is the cross entropy of tokens, whose exponential is the perplexity.
         unseen: names of targeted layers that stay dense because they never ran in calibration.
+        unrouted: names of experts that received no token in calibration; they are planned with the mean
+            moments of the other experts of their layer.
         unfit: for each number format that does not fit some layers, because its groups do not divide their
             number of inputs, the names of these layers.
         loss_check: result of `check_loss`; None if it did not measure anything, as without batches.
@@ -261,6 +263,7 @@ class CompressionPlan:
     topology_options: Mapping[str, Any] | None = None
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
+    unrouted: tuple[str, ...] = ()
     unfit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     loss_check: LossCheck | None = None
     rounding: Rounding = "two_sided"
@@ -454,6 +457,11 @@ class CompressionPlan:
                 f"predicted loss increase{' per token' if self.of_tokens else ''}: "
                 f"{self.predicted_loss_increase:.4f}{self.predicted_change()}{kl}, {where}"
             )
+        if self.unrouted:
+            lines.append(
+                "received no token, so planned with the mean moments of the other experts of their layer: "
+                f"{shortened(self.unrouted)}"
+            )
         for layers in dict.fromkeys(self.unfit.values()):
             names = [name for name, others in self.unfit.items() if others == layers]
             lines.append(f"{', '.join(names)} not planned, since they do not fit: {shortened(layers)}")
@@ -513,6 +521,7 @@ class CompressionPlan:
             "forecast": asdict(self.forecast),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
             "unseen": list(self.unseen),
+            "unrouted": list(self.unrouted),
             "unfit": {name: list(layers) for name, layers in self.unfit.items()},
             "loss_check": None if self.loss_check is None else asdict(self.loss_check),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -548,6 +557,7 @@ class CompressionPlan:
                     },
                 ),
                 "unseen": tuple(data["unseen"]),
+                "unrouted": tuple(data["unrouted"]),
                 "unfit": {name: tuple(layers) for name, layers in data["unfit"].items()},
                 "loss_check": check
                 and LossCheck(int(check["layers"]), tuple(RaisedLoss(**x) for x in check["raised"])),

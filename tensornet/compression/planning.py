@@ -131,6 +131,8 @@ def _select(
     targets, unseen = without_unseen(targets, never, config)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
+    counts = {} if stats is None or objective == "weight" else stats.counts
+    unrouted = tuple(x.name for x in targets if all(counts.get(name) == 0 for name in x.names))
     template = CompressionPlan(
         (),
         objective=objective,
@@ -141,6 +143,7 @@ def _select(
         topology_options=config.topology_options,
         of_tokens=stats is not None and stats.of_tokens,
         unseen=unseen,
+        unrouted=unrouted,
         unfit=unfit_formats(targets, config),
     )
     return targets, template

@@ -240,6 +240,7 @@ class CompressionReport:
             "measured": None if self.measured is None else asdict(self.measured),
             "measured_layers": None if self.measured_layers is None else asdict(self.measured_layers),
             "rounded": dict(self.rounded),
+            "unrouted": list(self.plan.unrouted),
             "loss_check": None if check is None else asdict(check),
             **self.plan.predictions(),
         }

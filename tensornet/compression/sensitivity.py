@@ -16,7 +16,6 @@ from tensornet.damping import FIT_DAMPING, FORECAST_ROW_DAMPING, LEAST_DAMPING
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, nearest_kronecker
-from tensornet.nn.layer_kinds import relatives
 from tensornet.nn.targets import Target
 from tensornet.quantization import Rounding
 
@@ -151,7 +150,7 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
             columns = stats.columns[name]
             break
     else:
-        _, columns = _of_relatives(target, stats)
+        raise never_ran(target)
     return Weighting(None, damped(columns, FIT_DAMPING)) if _counts(columns) else Weighting()
 
 
@@ -186,10 +185,8 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
         else:
             coherent = damped(rows, damping) * stats.coherence.get(name, 1.0)
             terms.append(Weighting(coherent, damped(columns, FIT_DAMPING)))
-    if not terms and not _ran(target, stats):
-        rows, columns = _of_relatives(target, stats)
-        if _counts(rows) and _counts(columns):
-            terms.append(Weighting(damped(rows, damping), damped(columns, FIT_DAMPING)))
+    if not is_known(target, stats):
+        raise never_ran(target)
     return nearest_kronecker(terms) if terms else None
 
 
@@ -203,39 +200,8 @@ def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
     return moment is not None and bool(moment.any())
 
 
-def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
-    """Return the mean moments of a layer's relatives (other experts), for a layer that never ran.
-
-    Raises:
-        TargetError: the layer has no relatives (`layer_kinds.relatives`), or none of them ran.
-    """
-    names = _relatives(target, stats)
-    if not names:
-        raise never_ran(target)
-    rows = [stats.rows[name] for name in names if name in stats.rows]
-    mean = sum(rows[1:], start=rows[0].clone()) / len(names) if rows else None
-    return mean, sum(
-        (stats.columns[name] for name in names[1:]), start=stats.columns[names[0]].clone()
-    ) / len(names)
-
-
-def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
-    """List the relatives of a weight, such as other experts, that ran in calibration and have its shape."""
-    sides = tuple(target.matrix.shape)
-    return [
-        name
-        for name in relatives(target.name, stats.columns)
-        if (len(stats.rows.get(name, target.matrix)), len(stats.columns[name])) == sides
-    ]
-
-
 def is_known(target: Target, stats: CalibrationStats) -> bool:
-    """Return True if a layer that uses the weight, or one of that layer's `relatives`, ran in calibration."""
-    return _ran(target, stats) or bool(_relatives(target, stats))
-
-
-def _ran(target: Target, stats: CalibrationStats) -> bool:
-    """Return True if at least one layer that uses the weight ran in calibration."""
+    """Return True if the statistics contain the moments of at least one layer that uses the weight."""
     uses = zip(target.names, target.kinds, strict=True)
     return any(name in (stats.rows if kind.name == "embedding" else stats.columns) for name, kind in uses)
 

@@ -115,7 +115,7 @@ def survey(
             "bits_per_weight=4.25. For networks use tensornet.compression.price with the statistics of "
             "tensornet.calibrate."
         )
-    recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO, rank=GRADIENT_RANK)
+    recorder = MomentRecorder(diagonal_gradients=True, full_up_to=FULL_UP_TO, rank=GRADIENT_RANK)
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
@@ -141,6 +141,7 @@ def survey(
         # Price the layers of every block as soon as its moments are known, then drop the moments.
         priced: dict[str, PricedLayer] = {}
         factors: dict[str, Tensor] = {}
+        unrouted: list[str] = []
         facts: CalibrationStats | None = None
         count = sum(map(tokens_of, given))
         with block_bar("surveying", 2 * len(names) + 1, count, progress=progress) as visited:
@@ -154,6 +155,7 @@ def survey(
                         check_finite(target.matrix, f"Layer {target.name!r}")
                     found = find_candidates(known, config, "curvature", stats, families=())
                     priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
+                unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
                 factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
                 facts = stats
                 visited()
@@ -169,6 +171,7 @@ def survey(
         of_tokens=of_tokens,
         effort="fast",
         unseen=unseen,
+        unrouted=tuple(unrouted),
         unfit=unfit,
     )
     layers = tuple(priced[x.name] for x in kept)

@@ -84,7 +84,7 @@ def compress_blocks(
     Reference:
         Frantar et al. 2023, "GPTQ", section 4 (blocks are compressed one after another).
     """
-    recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO)
+    recorder = MomentRecorder(diagonal_gradients=True, full_up_to=FULL_UP_TO)
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     layers = {layer.name: layer for layer in plan if layer.topology is not None}

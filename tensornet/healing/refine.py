@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model, token_mask
-from tensornet.calibration.calibrate import mirrored, upper_gram
+from tensornet.calibration.moment_sums import mirrored, upper_gram
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Stop, Walk, find_chains
 from tensornet.damping import FIT_DAMPING, ROW_DAMPING

@@ -7,9 +7,8 @@ The kinds in this file match modules by their exact type. Subclasses are skipped
 `forward` may compute something else.
 """
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -60,32 +59,6 @@ class LayerKind(ABC):
     def share(self, module: nn.Module, weight: nn.Parameter) -> None:
         """Make a stock layer use this parameter as its weight, so that tied layers stay tied."""
         module.weight = weight
-
-
-def relatives(name: str, others: Iterable[str]) -> list[str]:
-    """Select the layers whose statistics may replace those of a layer that got no data in calibration.
-
-    These are the layers whose names differ from `name` only in the last number, such as other experts of a
-    mixture. Such a number is an index of a module list, or the end of a key such as `expert_3`.
-    """
-    path = _counted_path(name)
-    return [] if path is None else [other for other in others if _counted_path(other) == path]
-
-
-#: Matches a part of a dotted name if this part ends in a number. The last part must be a plain index like
-#: `3`, since layers named `w_1` and `w_2` usually do different things.
-_COUNTED = re.compile(r"(.*_)?\d+")
-
-
-def _counted_path(name: str) -> tuple[str, ...] | None:
-    """Split a name into its parts, with the last number replaced by `#`; None if it has no number."""
-    parts = name.split(".")
-    for place in reversed(range(len(parts))):
-        found = _COUNTED.fullmatch(parts[place])
-        if found is not None and (parts[place].isdecimal() or place < len(parts) - 1):
-            parts[place] = f"{found[1] or ''}#"
-            return tuple(parts)
-    return None
 
 
 class _Linear(LayerKind):

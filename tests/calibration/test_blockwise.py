@@ -146,7 +146,7 @@ def gathered(
     model: nn.Module, batches: list[Any], *, full: bool, up_to: int = 8192, states: Any = None
 ) -> tuple[list[str], Mapping[str, CalibrationStats], CalibrationStats]:
     """Collect moments by block; returns the blocks, the statistics of each, and all of them together."""
-    recorder = MomentRecorder(full_gradients=full, full_up_to=up_to)
+    recorder = MomentRecorder(diagonal_gradients=not full, full_up_to=up_to)
     with observed(model, recorder, None):
         given = [as_batch(batch, model, torch.device("cpu")) for batch in batches]
         with recorder.paused(), torch.no_grad():

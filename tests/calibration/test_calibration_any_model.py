@@ -19,6 +19,7 @@ from tensornet.calibration.losses import (
     own_losses,
     sampled_losses,
 )
+from tensornet.calibration.moment_sums import PRIOR
 from tensornet.errors import TargetError
 
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
@@ -86,12 +87,17 @@ def test_experts_that_some_batches_do_not_reach() -> None:
     ]
     stats = tn.calibrate(model, batches)
     without = torch.cat([parts[0], *parts[2:]])
-    torch.testing.assert_close(stats.columns["experts.0"], without.T @ without / 24)
-    torch.testing.assert_close(stats.columns["experts.1"], X.T @ X / 32)
-    assert "experts.2" not in stats.columns
+    first, second = without.T @ without, X.T @ X
+    mean, prior = (first + second) / 56, PRIOR * 8
+    torch.testing.assert_close(stats.columns["experts.0"], (first + prior * mean) / (24 + prior))
+    torch.testing.assert_close(stats.columns["experts.1"], (second + prior * mean) / (32 + prior))
+    torch.testing.assert_close(stats.columns["experts.2"], mean)
+    assert stats.counts == {"experts.0": 24, "experts.1": 32, "experts.2": 0}
     config = tn.CompressionConfig(param_ratio=0.9)
-    made = tn.plan(model, config, stats)  # the expert that never ran is priced as its siblings are
+    made = tn.plan(model, config, stats)
     assert {layer.name for layer in made} == {"experts.0", "experts.1", "experts.2"}
+    assert made.unrouted == ("experts.2",)
+    assert "other experts of their layer: experts.2" in str(made)
     together = tn.calibrate(model, batches[2:])
     assert together.columns["experts.0"] is together.columns["experts.1"]
 

@@ -174,6 +174,7 @@ def test_nothing_is_replaced_when_a_layer_fails() -> None:
         lambda data: data.update(of_tokens="yes"),
         lambda data: data.update(calibration=5),
         lambda data: data.update(unseen=5),
+        lambda data: data.update(unrouted=5),
         lambda data: data.update(unfit=["int4"]),
         lambda data: data["layers"][0].update(error="abc"),
         lambda data: data["layers"][0].update(loss_increase="abc"),

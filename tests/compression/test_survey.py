@@ -92,7 +92,7 @@ def surveyed() -> tuple[nn.Module, PriceList]:
 
 def diagonal_statistics(model: nn.Module, batches: list[Any]) -> tn.CalibrationStats:
     """Run the whole model at once, with the moments that a survey collects."""
-    recorder, total, scored = MomentRecorder(full_gradients=False), 0.0, 0
+    recorder, total, scored = MomentRecorder(diagonal_gradients=True), 0.0, 0
     with observed(model, recorder, CONFIG):
         given = [as_batch(x, model, torch.device("cpu")) for x in batches]
         with recorder.paused():

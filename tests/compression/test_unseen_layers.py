@@ -1,4 +1,4 @@
-"""Layers that calibration never ran: planned by their relatives, or left dense and named."""
+"""Layers that calibration never ran: planned with their mixture, or left dense; both are named."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_who_wants_a_refusal_gets_it() -> None:
 
 
 class Experts(nn.Module):
-    """Experts by name, as NLLB-MoE keeps them, in numbered layers."""
+    """Experts by name, as NLLB-MoE keeps them, in numbered layers; one gets some tokens, one none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,11 +87,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = x + sum(layer[name]["w_1"](x).tanh() for name in ("expert_0", "expert_2"))
+            x = x + layer["expert_0"]["w_1"](x).tanh()
+            x = torch.cat([x[:4] + layer["expert_2"]["w_1"](x[:4]).tanh(), x[4:]])
         return self.head(x)
 
 
-def test_experts_in_dictionaries_take_the_moments_of_their_relatives() -> None:
+def test_experts_without_tokens_are_planned_with_the_moments_of_their_mixture() -> None:
     torch.manual_seed(0)
     model = Experts()
     stats = tn.calibrate(model, [BATCH])
@@ -99,11 +100,14 @@ def test_experts_in_dictionaries_take_the_moments_of_their_relatives() -> None:
         warnings.simplefilter("error")
         plan = tn.plan(model, HALF, stats)
     assert plan.unseen == ()
+    assert plan.unrouted == ("layers.0.expert_1.w_1", "layers.1.expert_1.w_1")
+    assert "the other experts of their layer: layers.0.expert_1.w_1, layers.1.expert_1.w_1" in str(plan)
+    assert tn.CompressionPlan.from_dict(plan.to_dict()) == plan
     unseen, seen = plan["layers.0.expert_1.w_1"], plan["layers.0.expert_0.w_1"]
     assert unseen.topology is not None
     assert unseen.loss_increase is not None
     assert seen.loss_increase is not None
-    assert 0 < unseen.loss_increase < 5 * seen.loss_increase
+    assert 0 < unseen.loss_increase < 0.5 * seen.loss_increase  # few tokens are expected in other text, too
 
 
 @pytest.mark.slow

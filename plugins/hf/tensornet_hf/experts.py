@@ -86,16 +86,21 @@ class SplitExperts(Compound):
         if mask is not None and mask.numel() == len(hidden_states):  # calibration must ignore padding
             padded = mask.reshape(-1, 1).to(top_k_index.device) == 0  # the mask may be on another device
             top_k_index = top_k_index.masked_fill(padded, self.num_experts)
-        mixed = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
         if hidden_states.is_meta:  # meta tensors have no values, so let every expert process every token
-            for number in range(self.num_experts):
-                mixed = mixed + self._run(number, hidden_states)
-            return mixed.to(hidden_states.dtype)
-        for number in top_k_index.unique().tolist():
-            if number < self.num_experts:  # larger indices mark empty slots
-                token, place = torch.where(top_k_index == number)
-                y = self._run(number, hidden_states[token]) * top_k_weights[token, place, None]
-                mixed = mixed.index_add(0, token, y.to(mixed.dtype))
+            outputs = [self._run(number, hidden_states) for number in range(self.num_experts)]
+            return torch.stack(outputs).sum(0).to(hidden_states.dtype)
+        # Sort the slots by expert. Indices of `num_experts` and above mark empty slots.
+        chosen, slots = top_k_index.reshape(-1).sort(stable=True)
+        counts = chosen[chosen < self.num_experts].bincount(minlength=self.num_experts).tolist()
+        slots = slots[: sum(counts)]
+        token = slots // top_k_index.shape[-1]
+        parts = hidden_states[token].split(counts)
+        found = [self._run(number, part) for number, part in enumerate(parts) if len(part)]
+        if not found:
+            return torch.zeros_like(hidden_states)
+        y = torch.cat(found) * top_k_weights.reshape(-1)[slots, None]
+        mixed = torch.zeros_like(hidden_states, dtype=wide).index_add(0, token, y.to(wide))
         return mixed.to(hidden_states.dtype)
 
     def _run(self, number: int, x: Tensor) -> Tensor:
@@ -150,9 +155,21 @@ class SplitLlama4(SplitExperts):
         return {"gate_up_proj": True, "down_proj": True}
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """Compute the output of each expert on its copy of the tokens, `(experts * tokens, features)`."""
+        """Compute the output of each expert on its copy of the tokens, `(experts * tokens, features)`.
+
+        The router multiplies the copies by its weights, so tokens of other experts are zero. Their outputs
+        are zero too, and they are skipped: calibration would count them as tokens that the expert received.
+        """
         parts = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
-        return torch.cat([self._run(number, part) for number, part in enumerate(parts)])
+        if hidden_states.is_meta:
+            return torch.cat([self._run(number, part) for number, part in enumerate(parts)])
+        outputs = []
+        for number, part in enumerate(parts):
+            outputs.append(torch.zeros_like(part))
+            (token,) = part.detach().any(-1).nonzero(as_tuple=True)
+            if len(token):
+                outputs[-1] = outputs[-1].index_add(0, token, self._run(number, part[token]).to(part.dtype))
+        return torch.cat(outputs)
 
     def _run(self, number: int, x: Tensor) -> Tensor:
         stock: Any = self._stock[0]
