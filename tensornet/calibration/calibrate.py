@@ -280,14 +280,15 @@ class MomentRecorder:
 
     Args:
         diagonal_gradients: whether only the diagonals of gradient moments are summed, except for embeddings.
-        full_up_to: largest number of features for which full moments are stored.
+        full_up_to: largest number of features for which full moments are stored; `FULL_UP_TO` by default.
         rank: rank of the low-rank factors of gradient moments; 0 for none.
     """
 
     def __init__(
-        self, *, diagonal_gradients: bool = False, full_up_to: int = FULL_UP_TO, rank: int = 0
+        self, *, diagonal_gradients: bool = False, full_up_to: int | None = None, rank: int = 0
     ) -> None:
-        self.diagonal_gradients, self.full_up_to, self.rank = diagonal_gradients, full_up_to, rank
+        self.diagonal_gradients, self.rank = diagonal_gradients, rank
+        self.full_up_to = FULL_UP_TO if full_up_to is None else full_up_to
         #: Layers with equal shapes whose names differ in one number only, by the name of each such layer;
         #: they may be the experts of a mixture.
         self.siblings: dict[str, list[str]] = {}

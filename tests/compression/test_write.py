@@ -148,6 +148,8 @@ def test_blocks_are_rounded_on_what_the_rounded_blocks_before_return(
         if done:
             tn.apply_plan(replaced, replace(plan, layers=tuple(done)), cache=copy.deepcopy(cache))
         for reader, moment in true_moments(replaced, set(used) - seen, batches).items():
+            if ".experts." in reader:
+                continue  # the moments of experts are blended with those of their mixture
             scale = float(moment.abs().max())
             torch.testing.assert_close(used[reader], moment, rtol=1e-3, atol=1e-4 * scale, msg=reader)
         seen |= set(used)
