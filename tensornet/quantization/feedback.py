@@ -205,10 +205,7 @@ def one_sided(
                 coupling = couplings[:, first:last, last:stop].mT
                 target[:, last - start :].baddbmm_(coupling, work[:, first:last])
         losses += (kept[:, None, start:stop] @ target.square_())[:, 0]
-    if shifts is None:
-        codes += grid.zero
-    else:
-        codes += grid.zero if len(shifts) == size else grid.zero[:, groups]
+    codes += grid.zero[:, list(groups)] if isinstance(grid.zero, Tensor) else grid.zero
     return codes, losses
 
 
