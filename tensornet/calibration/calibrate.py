@@ -43,6 +43,7 @@ from tensornet.calibration.moment_sums import (
     find_siblings,
     mean_moment,
     mirrored,
+    numbered_parts,
 )
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.errors import NonFiniteError, TargetError
@@ -82,7 +83,8 @@ def calibrate(
     the device of its parameters, and is not changed.
 
     If `tokens` is not given, calibration stops when the moments have converged. There are two conditions.
-    First, every full moment of inputs was averaged over at least 32 tokens per feature. Second, the predicted
+    First, every full moment of inputs was averaged over at least 32 tokens per feature (of all experts of a
+    mixture together). Second, the predicted
     loss increase of a reference scheme has a relative standard error of at most 2.5 %. This is estimated from
     the differences between batches by the delta method. The reference scheme has the same relative error in
     all weights. So its predicted loss increase is `sum 1/2 s^2 tr R tr C`, with the mean square `s^2` of each
@@ -415,14 +417,15 @@ class MomentRecorder:
                 test = tokens.float() @ _test_matrix(tokens.shape[1], self.rank, tokens.device)
                 _accumulate(self.sketches, name, tokens.float().T @ test)
 
-    def _are_experts(self, counts: Sequence[int]) -> bool:
+    def _are_experts(self, group: Sequence[str]) -> bool:
         """Tell experts from other siblings by the numbers of tokens that they received.
 
-        Layers of blocks that run one after the other are siblings too, but they receive the same tokens. Of
-        experts, some receive fewer than others, or none while no other receives all.
+        Experts receive different numbers, or some receive none. Layers of blocks that run one after the other
+        are siblings too, and some blocks may not have run yet. Experts are inside of a numbered block, so
+        their names have two numbers.
         """
-        some = {*counts} - {0}
-        return len(some) > 1 or (0 in counts and 0 < max(counts) < max(self.counts.values()))
+        counts = {self.counts.get(name, 0) for name in group}
+        return len(counts - {0}) > 1 or (len(counts) > 1 and len(numbered_parts(group[0])) > 1)
 
     def tokens_for(self, name: str) -> int:
         """Return the number of tokens from which the moment of a layer's inputs is estimated.
@@ -431,7 +434,7 @@ class MomentRecorder:
         """
         mixture = self.siblings.get(name, [])
         counts = [self.counts.get(other, 0) for other in mixture]
-        return sum(counts) if self._are_experts(counts) else self.counts[name]
+        return sum(counts) if mixture and self._are_experts(mixture) else self.counts[name]
 
     @property
     def num_bytes(self) -> int:
@@ -518,7 +521,7 @@ class MomentRecorder:
         means: dict[tuple[int, ...], Tensor] = {}  # layers that read the same tensors share the mean
         for group in {id(x): x for x in self.siblings.values()}.values():
             counts = [self.counts.get(name, 0) for name in group]
-            if not self._are_experts(counts):
+            if not self._are_experts(group):
                 continue
             sides: list[Tensor | None] = []
             for sums in (

@@ -153,18 +153,27 @@ def find_siblings(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, shape in shapes.items():
-        parts = name.split(".")
-        for place in reversed(range(len(parts))):
-            found = _NUMBERED.fullmatch(parts[place])
-            if found is not None and (parts[place].isdecimal() or place < len(parts) - 1):
-                key = (*parts[:place], found[1], None, *parts[place + 1 :], tuple(shape))
-                groups.setdefault(key, []).append(name)
-                break
+        if places := numbered_parts(name):
+            parts = name.split(".")
+            parts[places[-1]] = parts[places[-1]].rstrip("0123456789")
+            groups.setdefault((*parts, places[-1], tuple(shape)), []).append(name)
     return {name: group for group in groups.values() if len(group) > 1 for name in group}
 
 
-#: Matches a part of a dotted name if this part ends in a number. The last part must be a plain index like
-#: `3`, since layers named `w_1` and `w_2` usually do different things.
+def numbered_parts(name: str) -> list[int]:
+    """List the places of the parts of a dotted name that end in a number, such as `3` or `expert_3`.
+
+    The last part must be a number alone, since layers named `w_1` and `w_2` usually do different things.
+    """
+    parts = name.split(".")
+    return [
+        place
+        for place, part in enumerate(parts)
+        if part.isdecimal() or (_NUMBERED.fullmatch(part) and place < len(parts) - 1)
+    ]
+
+
+#: Matches a part of a dotted name that ends in a number.
 _NUMBERED = re.compile(r"(.*_)?\d+")
 
 

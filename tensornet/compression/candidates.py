@@ -1,11 +1,13 @@
 """Candidates of every layer: networks and number formats, with their sizes and predicted loss increases.
 
 The first candidates are the dense matrix in each number format. With 4 or more bits the loss is predicted
-from the moments alone. With 2 and 3 bits, clamping and scales matter most. So a part of the matrix is
-rounded, and the prediction is corrected by the measured loss of this part. The other candidates are the
-networks of each topology family (`TopologyFamily.ladder`) with each number format of their cores. Their
-bonds increase until a network is as large as the matrix in the same format. Candidates above the lower
-convex hull of loss over size are dropped, since they are never the best choice.
+from the moments alone. With 2 and 3 bits, clamping and scales matter most. For one-sided rounding, a sample
+of rows is rounded. Otherwise, a part of the matrix is rounded, and the prediction is corrected by the
+measured loss of this part.
+
+The other candidates are the networks of each topology family (`TopologyFamily.ladder`) with each number
+format of their cores. Their bonds increase until a network is as large as the matrix in the same format.
+Candidates above the lower convex hull of loss over size are dropped, since they are never the best choice.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -83,7 +85,7 @@ def find_candidates(
                     "stores. Add it, as in formats=('float', 'int8'), or leave out the layer "
                     f"(exclude_modules={target.name!r})."
                 )
-    few = few_bits(config.number_formats)
+    few = few_bits(config.number_formats) if config.rounding != "one_sided" else []
     counts: Counts = {}
     for some in _chunks(targets):
         with remembering():  # layers with the same inputs share the factorized moment
@@ -455,8 +457,9 @@ def format_losses(
 ) -> list[FormatLosses]:
     """Predict the losses of a dense matrix in each number format, in the order of `formats`.
 
-    Predictions for 2 and 3 bits are corrected by the measured losses of a part of the matrix. For floats, and
-    for integers whose scales are out of range, the whole matrix is rounded.
+    Predictions for 2 and 3 bits are corrected by the measured losses of a part of the matrix, except with
+    one-sided rounding. For floats, and for integers whose scales are out of range, the whole matrix is
+    rounded.
 
     Args:
         matrix: the weight, shape `(out, in)`.
@@ -475,7 +478,8 @@ def format_losses(
         found[number_format] = _losses(matrix, stored.to_matrix(), sensitivity)
     sample = spaced_rows(matrix, PREDICTED_ROWS)
     found |= dict(zip(integers, _predicted(matrix, sensitivity, integers, sample), strict=True))
-    if few := few_bits(integers):
+    few = few_bits(integers)
+    if few and sensitivity.rounding != "one_sided":
         known = corrections or losses_of_parts([(matrix, sensitivity)], few)[0]
         for x in few:
             values = zip(found[x], *known[x], strict=True)
@@ -520,7 +524,7 @@ def format_fits(number_format: NumberFormat, matrix: Tensor, config: Compression
 
 
 def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
-    """List the integer formats with fewer than 4 bits; their predictions are corrected by measured losses."""
+    """List the integer formats with fewer than 4 bits; see `losses_of_parts`."""
     return [x for x in formats if x.is_integer and (x.bits or 0) < PREDICTED_BITS]
 
 

@@ -205,8 +205,7 @@ def one_sided(
                 coupling = couplings[:, first:last, last:stop].mT
                 target[:, last - start :].baddbmm_(coupling, work[:, first:last])
         losses += (kept[:, None, start:stop] @ target.square_())[:, 0]
-    zero = grid.zero
-    codes += zero[:, groups] if isinstance(zero, Tensor) and zero.shape[1] != size else zero
+    codes += grid.zero[:, list(groups)] if isinstance(grid.zero, Tensor) else grid.zero
     return codes, losses
 
 

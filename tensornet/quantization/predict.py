@@ -2,8 +2,12 @@
 
 The formula `s^2/24 tr D_R tr D_C` for scales `s` and moments `U D U^T` assumes that residuals are uniform in
 a rounding interval. But feedback moves some elements out of the range of the grid, where they are clamped. At
-4 bits this increases the loss by a fifth. So the prediction of each squared residual includes the probability
-that the element is clamped. Sums over all rows are estimated from a sample of rows.
+4 bits this increases the loss by a fifth. And scales are searched for which many elements are close to the
+grid. So each squared residual is averaged over the feedback that the element may get. Sums over all rows are
+estimated from a sample of rows.
+
+With one-sided feedback the rows are independent. So with 2 and 3 bits, where predictions are least accurate,
+the sampled rows are rounded.
 """
 
 from collections.abc import Sequence
@@ -17,7 +21,7 @@ from tensornet._util import outside_autocast, remembered
 from tensornet.damping import COLUMN_DAMPING, LEAST_DAMPING
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
-from tensornet.quantization.feedback import Grid
+from tensornet.quantization.feedback import Grid, round_with_feedback
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import (
     Moment,
@@ -27,12 +31,12 @@ from tensornet.quantization.moments import (
 from tensornet.quantization.rounding import Rounding, fed_back, importance, possible_roundings
 from tensornet.quantization.scales import group_ranges, search_scales
 
-#: Number of standard deviations beyond which a normal distribution is treated as zero.
-_FAR = 12.0
-#: Number of quadrature nodes for tables of levels.
+#: Number of quadrature nodes for the feedback to an element.
 _NODES = 9
 #: Up to this number of bits, less feedback may give a smaller loss, since fewer elements are clamped.
 _CLAMPED_BITS = 4
+#: Up to this number of bits, one-sided feedback is predicted by rounding the sampled rows.
+_ROUNDED_BITS = 3
 #: Number of rows of a factor that are sampled to predict its residuals.
 SAMPLED_ROWS = 128
 
@@ -289,15 +293,18 @@ def expect(
         _residual_weights(moment, moment is not None and moment is fed, weight, n)
         for moment, fed, n in zip((rows, columns), along, weight.shape[1:], strict=True)
     )
+    fed = along[1]
     if way == "nearest":
         square = (part - grid.points(grid.codes(part))).square_()
+    elif along[0] is None and fed is not None and (number_format.bits or 0) <= _ROUNDED_BITS:
+        codes, _ = round_with_feedback(part, scales, zeros, number_format, None, fed)
+        error = (part - grid.points(codes)).gather(2, fed.order[:, None].expand(part.shape))
+        residual = torch.baddbmm(error, error, fed.feedback[0].expand(len(part), -1, -1))
+        square = residual.square_().gather(2, fed.order.argsort(1)[:, None].expand(part.shape))
     else:
         growth = by_row[1] if sample is None else by_row[1][:, sample]
         spread = growth[:, :, None] * by_column[1][:, None, :] - 1
-        if grid.levels is None:
-            square = expected_residuals(part, grid, spread.clamp_min_(0))
-        else:
-            square = _expected_on_levels(part, grid, number_format, spread.clamp_min_(0))
+        square = expected_residuals(part, grid, number_format, spread.clamp_min_(0))
     ranges = None
     if sample is not None:
         ranges = group_ranges(weight, number_format.group, number_format.zero_point).square()
@@ -318,37 +325,18 @@ def _residual_weights(
     return (one if moment is None else moment.diagonal), one
 
 
-def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
-    """Predict squared rounding residuals on an equally spaced grid with clamping.
+def expected_residuals(weight: Tensor, grid: Grid, number_format: NumberFormat, spread: Tensor) -> Tensor:
+    """Predict squared rounding residuals by Gauss-Hermite quadrature over the feedback to each element.
 
-    With the step `s`, they are `s^2/12 P(t inside) + E[(t - end)^2; t outside]`. Here `t` is the weight plus
-    normally distributed feedback, and `end` is the nearest end of the grid.
+    The feedback is assumed to be normally distributed. Its variance is `spread` times the mean squared
+    residual of the group without feedback. The residuals are smaller than those of uniformly distributed
+    weights, since scales were searched for which many elements are close to the grid.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
         grid: the rounding grid.
-        spread: variance of the feedback to each element, in units of `s^2/12`.
-    """
-    step = grid.scale.abs()
-    variance = step.square() / 12
-    sigma = (variance * spread).sqrt_().clamp_min_(torch.finfo(weight.dtype).tiny ** 0.5)
-    ends = grid.points(torch.zeros_like(weight)), grid.points(torch.full_like(weight, grid.top))
-    expected = variance.clone()
-    for beyond in (weight - torch.maximum(*ends), torch.minimum(*ends) - weight):
-        # Values beyond `_FAR` do not change the result, but cause subnormal numbers, which are very slow.
-        start = ((step / 2 - beyond) / sigma).clamp_(-_FAR, _FAR)
-        tail = torch.special.erfc(start / 2**0.5) / 2
-        density = torch.exp(-start.square() / 2) / (2 * torch.pi) ** 0.5
-        outside = (beyond.square() + sigma.square()) * tail
-        outside += (2 * beyond + sigma * start) * sigma * density
-        expected += outside - variance * tail
-    return expected
-
-
-def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat, spread: Tensor) -> Tensor:
-    """Predict squared rounding residuals for a table of levels, by Gauss-Hermite quadrature.
-
-    The variance of the feedback is `spread` times the mean squared residual of the group without feedback.
+        number_format: integer format.
+        spread: variance of the feedback to each element, in units of the group's mean squared residual.
     """
     own = (weight - grid.points(grid.codes(weight))).square_()
     counts = number_format.grouped(torch.ones_like(own[:1, :1])).sum(-1)

@@ -162,6 +162,16 @@ def test_layers_that_receive_all_tokens_keep_their_own_moments() -> None:
     torch.testing.assert_close(stats.columns["blocks.2"], hidden.T @ hidden / 6)
 
 
+def test_a_router_that_sends_all_tokens_to_one_expert_leaves_the_others_its_moment() -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(Mixture((90.0, 80.0, 0.0, 0.0, 0.0, 0.0))), data(30)
+    stats = tn.calibrate(model, batches)
+    ((x, _),) = batches
+    for number in range(EXPERTS):  # two experts received everything
+        torch.testing.assert_close(stats.columns[f"0.experts.{number}.gate"], x.T @ x / 30)
+        assert stats.counts[f"0.experts.{number}.gate"] == (30 if number < 2 else 0)
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_experts_are_finished_one_by_one(diagonal: bool) -> None:
     """The statistics are those of all layers at once, and the memory of the sums shrinks on the way."""

@@ -79,7 +79,8 @@ def test_groups_in_any_order_are_single_elements(name: str) -> None:
     codes, losses = round_with_feedback(matrix, scales, zeros, number_format, None, columns)
     order = columns.order[0]
     matrix, codes = matrix[..., order], codes[..., order]
-    scale, zero = number_format.spread(scales.double(), 150)[..., order], number_format.center
+    scale = number_format.spread(scales.double(), 150)[..., order]
+    zero: torch.Tensor | float = number_format.center
     if zeros is not None:
         zero = number_format.spread(zeros.double(), 150)[..., order]
     grid = Grid(scale, zero, number_format.top, number_format.levels(matrix))
@@ -87,6 +88,7 @@ def test_groups_in_any_order_are_single_elements(name: str) -> None:
     target = fed_back(matrix[0], codes[0], grid, torch.eye(9).double(), unit_upper(seen))
     assert_nearest(codes[0], target, grid)
     error = (matrix - grid.points(codes))[0]
+    assert losses is not None
     error = (matrix - grid.points(codes))[0]
     torch.testing.assert_close(losses[0], (error @ seen * error).sum(1), rtol=1e-9, atol=1e-12)
 

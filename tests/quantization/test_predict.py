@@ -7,7 +7,7 @@ import torch
 from quantization.rounding_cases import moment, weight
 
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
-from tensornet.quantization import NumberFormat, predict_losses, round_product, round_weight
+from tensornet.quantization import NumberFormat, moments, predict_losses, round_product, round_weight
 from tensornet.quantization.predict import predict_product_losses
 
 
@@ -61,6 +61,32 @@ def test_damping_to_round_does_not_cost() -> None:
     error = matrix - kept.dequantize(torch.float64)
     for value, each in zip(predicted.tolist(), seen, strict=True):
         assert value == pytest.approx(each.cost(error), rel=0.25)
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_growth_is_that_of_the_inverse(monkeypatch: pytest.MonkeyPatch, probed: bool) -> None:
+    """Of two moments; estimates from 128 probes have a standard error of at most an eighth."""
+    if probed:
+        monkeypatch.setattr(moments, "_PROBED_SIZE", 1)
+    seen = moments.Moment(torch.stack([damped(moment(90, k), 0.01) for k in range(2)]))
+    sizes = torch.linalg.inv(seen.values).diagonal(dim1=1, dim2=2).gather(1, seen.order)
+    exact = seen.feedback[1] * sizes
+    assert float(exact.max()) > 1.5
+    tolerance = 0.5 if probed else 1e-9
+    torch.testing.assert_close(seen.growth, exact, rtol=tolerance, atol=0)
+    torch.testing.assert_close(seen.growth.mean(1), exact.mean(1), rtol=min(tolerance, 0.1), atol=0)
+
+
+@pytest.mark.parametrize("name", ["int8:g32", "int5:g32", "int4:g32", "nl4:g32", "int3:g32", "int2:g32"])
+def test_a_sample_of_rows_predicts_one_sided_rounding(name: str) -> None:
+    columns, matrix = damped(moment(256, 2), 0.01), weight(96, 256, 3)
+    sample = torch.arange(0, 96, 2)
+    predicted = predict_losses(
+        matrix, [name], [Weighting(None, columns)], rounding="one_sided", sample=sample
+    )
+    made = round_weight(matrix, name, columns=columns, rounding="one_sided", refits=0)
+    exact = Weighting(None, columns).cost(matrix - made.dequantize(torch.float64))
+    assert float(predicted) == pytest.approx(exact, rel=0.1)
 
 
 def test_no_format_has_no_losses() -> None:
