@@ -184,7 +184,7 @@ def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     """Return the number format and tensors of a packed layer, or the reason why it cannot be packed."""
-    codes, scales, zeros, number_format = matrix
+    codes, scales, zeros, number_format = matrix.codes, matrix.scales, matrix.zeros, matrix.number_format
     bits, group, columns = number_format.bits, number_format.group, codes.shape[1]
     if bits not in BITS or group not in GROUPS or number_format.table:
         return f"stored as {number_format.name}; MLX has 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128"
