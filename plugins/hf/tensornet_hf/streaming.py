@@ -54,9 +54,13 @@ from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import Rounding
 from tensornet_hf.checkpoint import check_free, read_json, weight_files
+from tensornet_hf.exporters.compressed_tensors import compressed_tensors_contents
+from tensornet_hf.exporters.mlx import mlx_contents
 from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
 from tensornet_hf.lazy_model import LazyModel, open_lazily, read_source
 
+#: Functions that lay out a folder for another runtime.
+PACKED = {"compressed-tensors": compressed_tensors_contents, "mlx": mlx_contents}
 #: Default limit on the size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
 
@@ -76,6 +80,7 @@ def compress_checkpoint(
     resume: bool = True,
     stats: str | os.PathLike[str] | CalibrationStats | None = None,
     weights: str | os.PathLike[str] | None = None,
+    target: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     progress: bool = False,
@@ -105,6 +110,8 @@ def compress_checkpoint(
         resume: continue an interrupted run; if False, delete the files of that run.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
         weights: GGUF file with the weights, in F32, F16 or BF16; by default, the safetensors files of `src`.
+        target: write the folder for another runtime, `"compressed-tensors"` or `"mlx"` (see
+            `tensornet_hf.export`); the number formats must be those of the target.
         max_shard_bytes: largest size of a weight file of the result, in bytes. A larger tensor becomes a file
             of its own.
         force: replace an existing model folder, once the new folder is complete.
@@ -121,7 +128,7 @@ def compress_checkpoint(
         TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed as requested;
             the message names the layer.
         WorkerError: a worker died, most likely because memory ran out.
-        ValueError: `workers` or `max_shard_bytes` is below 1.
+        ValueError: `workers` or `max_shard_bytes` is below 1, or an unknown target.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
@@ -133,19 +140,23 @@ def compress_checkpoint(
     for name, number in (("workers", workers), ("max_shard_bytes", max_shard_bytes)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
+    if target not in (None, *PACKED):
+        raise ValueError(f"Unknown target {target!r}; choose one of {', '.join(PACKED)}.")
     if executor is None:
         torch.empty(0, device=device)  # raises if the device is not available
-    folder, target = Path(src), Path(dst).expanduser().resolve()
-    check_free(target, force=force, sources=(folder,))
-    if target.resolve().is_relative_to(folder.resolve()):
-        raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
+    folder, destination = Path(src), Path(dst).expanduser().resolve()
+    check_free(destination, force=force, sources=(folder,))
+    if destination.resolve().is_relative_to(folder.resolve()):
+        raise DestinationError(f"{destination} is inside the source {folder}; choose another destination.")
     source = read_source(folder, weights)
     marks = file_marks(folder, weights)
     lazy = open_lazily(source)  # raises for an invalid model before anything is written
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
-    with _reading_or_writing(folder, target), staging(target) as work:
-        check_free(target, force=force, sources=(folder,))  # another run may have written the destination
+    with _reading_or_writing(folder, destination), staging(destination) as work:
+        check_free(
+            destination, force=force, sources=(folder,)
+        )  # another run may have written the destination
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
@@ -175,8 +186,9 @@ def compress_checkpoint(
 
         # Compress block by block, and write each block.
         check_objective(plan, loaded)
-        found = planned_contents(lazy, plan)
-        key = digest([plan.to_dict(), max_shard_bytes])
+        write = PACKED.get(target or "")
+        found = planned_contents(source, lazy, plan) if write is None else write(source, lazy, plan)[0]
+        key = digest([plan.to_dict(), max_shard_bytes, target])
         out = FolderWriter(work, found, max_shard_bytes=max_shard_bytes, key=key)
         count = sum(layer.topology is not None for layer in plan)
         with (
@@ -186,10 +198,10 @@ def compress_checkpoint(
             for block, layers in _compress_blocks(lazy, plan, loaded, out, using, device):
                 out.put(block, layers)
                 bar.update(len(layers))
-        out.finish(folder, source.config, other_files(folder), type(lazy.model).__name__)
+        out.finish()
         _check_unchanged(folder, marks, file_marks(folder, weights), since="this run began")
-        check_free(target, force=force, sources=(folder,))
-        take_place(work / "out", target, force=force)
+        check_free(destination, force=force, sources=(folder,))
+        take_place(work / "out", destination, force=force)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
     if lazy.surplus:
         warnings.warn(
@@ -204,7 +216,7 @@ def compress_checkpoint(
         model_bytes_before=sum(part.nbytes for part in kept),
         model_bytes_after=sum(nbytes for _, _, nbytes in found.tensors.values()),
         seconds=time.perf_counter() - started,
-        plan=plan.with_errors({name: out.errors[name] for name in found.modules}),
+        plan=plan.with_errors({name: out.errors[name] for name in found.own}),
         coverage=measure_coverage(listed, [layer.name for layer in plan], unseen=plan.unseen),
     )
 
