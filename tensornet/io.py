@@ -164,19 +164,6 @@ class ResumableFile:
         DestinationError: the file cannot be created; usually the disk has no room for the whole file.
         FormatError: the journal belongs to another layout or key.
         ValueError: parts overlap with each other or with the header.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tensornet.io import ResumableFile
-        >>> layout = {"header": b"ab:", "parts": {"a": (3, 2), "b": (5, 1)}}
-        >>> ResumableFile(Path("unfinished"), **layout).write("b", [b"B"])  # and the run was killed
-        >>> file = ResumableFile(Path("unfinished"), **layout)
-        >>> file.missing()
-        ['a']
-        >>> file.write("a", [b"A", b"A"])
-        >>> file.finish(Path("file"))
-        >>> Path("file").read_bytes()
-        b'ab:AAB'
     """
 
     def __init__(
@@ -466,6 +453,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MAPPED = FLOATS | {
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,

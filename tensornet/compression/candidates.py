@@ -23,7 +23,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, lower_hull
 from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.damping import DENSE_ROW_DAMPING
+from tensornet.damping import COLUMN_DAMPING, DENSE_COLUMN_DAMPING, DENSE_ROW_DAMPING
 from tensornet.errors import BudgetError, FormatError
 from tensornet.linalg.svd import frobenius
 from tensornet.linalg.weighted_svd import Weighting
@@ -638,6 +638,7 @@ def _predicted(
         formats,
         weightings,
         row_damping=DENSE_ROW_DAMPING,
+        column_damping=DENSE_COLUMN_DAMPING if sensitivity.rounding == "one_sided" else COLUMN_DAMPING,
         rounding=sensitivity.rounding,
         sample=sample,
     )

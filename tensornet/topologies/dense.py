@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tensornet._util import check_size
 from tensornet.budget import Budget, caps_of_bonds
-from tensornet.damping import DENSE_ROW_DAMPING
+from tensornet.damping import DENSE_COLUMN_DAMPING, DENSE_ROW_DAMPING
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
@@ -82,7 +82,14 @@ def round_dense(
     if rounding == "nearest":
         return round_weight(matrix, number_format, rounding=rounding, refits=0)
     if rounding == "one_sided":
-        return round_weight(matrix, number_format, columns=weighting.columns, rounding=rounding, refits=0)
+        return round_weight(
+            matrix,
+            number_format,
+            columns=weighting.columns,
+            rounding=rounding,
+            column_damping=DENSE_COLUMN_DAMPING,
+            refits=0,
+        )
     sweeps = _SWEEPS.get(number_format.bits or 0, 0)
     return round_weight(
         matrix,

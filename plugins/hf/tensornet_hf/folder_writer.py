@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from tensornet.compression.apply import check_fits, set_submodule, with_cores
@@ -34,16 +35,16 @@ from tensornet.io import (
     write_file,
 )
 from tensornet.nn.linear import empty_linear
-from tensornet.nn.module import NetworkModule, build_module
-from tensornet.nn.targets import list_weights
+from tensornet.nn.module import build_module
+from tensornet.nn.targets import Target, list_weights
 from tensornet.nn.unfuse import Compound, unfused
-from tensornet_hf.checkpoint import CARD, INDEX, WEIGHT_SUFFIXES, write_card
+from tensornet_hf.checkpoint import CARD, INDEX, WEIGHT_SUFFIXES, Checkpoint, write_card
 from tensornet_hf.lazy_model import LazyModel
-from tensornet_hf.quantizer import GUARD_SHAPE, TensorNetworkConfig, config_of, is_inside, replaced_names
+from tensornet_hf.quantizer import GUARD_SHAPE, config_of, is_inside, replaced_names
 from tensornet_hf.report import compact_bytes
 
 #: Names of dtypes in the headers of safetensors files.
-NAMES = {dtype: name for name, dtype in MAPPED.items()} | {torch.uint32: "U32"}
+NAMES = {dtype: name for name, dtype in MAPPED.items()}
 #: File with the relative error of each finished layer, a line of JSON for each.
 ERRORS = "errors.jsonl"
 #: Modules that replace those that use a weight, and the relative error of the weight.
@@ -52,51 +53,73 @@ NewLayers = tuple[list[nn.Module], float]
 
 @dataclass(frozen=True)
 class Contents:
-    """All tensors of a folder to be written.
+    """All files of a folder to be written.
 
     Args:
         tensors: dtype as named in the header of a safetensors file, shape, and length in bytes of each tensor
             by name.
         copied: function that yields the bytes of each tensor that is taken from the source, by name.
-        modules: names of the modules that use the weight of each planned layer.
-        described: description of the compressed layers for config.json.
+        own: names of the tensors that are written for each planned layer.
+        pack: function of the name of a layer and its new modules that returns these tensors, by name.
+        unpack: function of a planned layer and a function that reads a tensor; it returns the new modules, or
+            None if they do not follow from the tensors.
+        finish: function that writes all other files into the folder.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     copied: Mapping[str, Callable[[], Iterator[bytes]]]
-    modules: Mapping[str, tuple[str, ...]]
-    described: TensorNetworkConfig
+    own: Mapping[str, tuple[str, ...]]
+    pack: Callable[[str, list[nn.Module]], Mapping[str, Tensor]]
+    unpack: Callable[[LayerPlan, Callable[[str], Tensor]], list[nn.Module] | None]
+    finish: Callable[[Path], None]
 
 
-def planned_contents(lazy: LazyModel, plan: CompressionPlan) -> Contents:
-    """Find out which tensors a folder of this library will contain, by applying a plan on the meta device.
+def planned_model(model: PreTrainedModel, plan: CompressionPlan) -> tuple[PreTrainedModel, dict[str, Target]]:
+    """Copy a model to the meta device, and replace the planned layers of the copy.
 
     Args:
-        lazy: the dense model.
+        model: the dense model; it is not changed.
         plan: the plan.
+
+    Returns:
+        The copy, and the planned weights of the copy before the replacement, by name.
 
     Raises:
         TargetError: the model has no layer of a planned name, shape or dtype.
     """
-    # Copy the model without weights, and replace the planned layers.
     memo: dict[int, Any] = {}
-    for x in (*lazy.model.parameters(), *lazy.model.buffers()):
+    for x in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(x, device="meta")
         memo[id(x)] = nn.Parameter(empty, requires_grad=False) if isinstance(x, nn.Parameter) else empty
-    model = copy.deepcopy(lazy.model, memo)
-    before, modules = model.state_dict(), {}
+    model = copy.deepcopy(model, memo)
+    found = {}
     with unfused(model):
         targets = {target.name: target for target in list_weights(model) if target.kinds}
         for layer in plan:
             if layer.topology is None:
                 continue
             check_fits(model, layer, targets.get(layer.name))
-            target = targets[layer.name]
+            found[layer.name] = target = targets[layer.name]
             options: dict[str, Any] = {"storage": layer.storage, "device": "meta", "dtype": layer.dtype}
             new = with_cores(target, empty_linear(layer.topology, bias=False, **options))
             for name, module in zip(target.names, new, strict=True):
                 set_submodule(model, name, module)
-            modules[layer.name] = target.names
+    return model, found
+
+
+def planned_contents(source: Checkpoint, lazy: LazyModel, plan: CompressionPlan) -> Contents:
+    """Find out what a folder of this library will contain.
+
+    Args:
+        source: contents of the folder of the dense model.
+        lazy: the dense model.
+        plan: the plan.
+
+    Raises:
+        TargetError: the model has no layer of a planned name, shape or dtype.
+    """
+    before = lazy.model.state_dict()
+    model, targets = planned_model(lazy.model, plan)
     after, described = model.state_dict(keep_vars=True), config_of(model)
 
     # Tensors of the source keep their bytes. Matrices of an unfused module whose other matrices were replaced
@@ -115,20 +138,63 @@ def planned_contents(lazy: LazyModel, plan: CompressionPlan) -> Contents:
 
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for name, x in after.items():
-        if name in described.ties or (name in before and name not in copied):
-            continue
-        origin = lazy.origins.get(name)
-        dtype = NAMES[x.dtype] if origin is None else origin.dtype
-        nbytes = x.nbytes
-        if origin is not None and origin.change is None:  # torch may not have the dtype
-            nbytes = sum(part.nbytes for part in origin.parts)
-        tensors[name] = dtype, tuple(x.shape), nbytes
+        if name not in described.ties and (name not in before or name in copied):
+            tensors[name] = entry(lazy, name, x)
     for name in replaced_names(before, after, described.layers):
         tensors[name] = NAMES[lazy.model.dtype], GUARD_SHAPE, 0
     for name, part in lazy.others.items():
         tensors[name] = part.dtype, part.shape, part.nbytes
         copied[name] = partial(contents, [part])
-    return Contents(tensors, copied, modules, described)
+    own = {
+        layer: tuple(x for x in tensors if x.startswith(f"{target.name}.") and x not in copied)
+        for layer, target in targets.items()
+    }
+
+    def pack(layer: str, modules: list[nn.Module]) -> dict[str, Tensor]:
+        pairs = zip(targets[layer].names, modules, strict=True)
+        return {f"{name}.{key}": x for name, module in pairs for key, x in module.state_dict().items()}
+
+    def unpack(layer: LayerPlan, read: Callable[[str], Tensor]) -> list[nn.Module]:
+        made: list[Any] = []
+        for name in targets[layer.name].names:
+            module: Any = build_module(described.layers[name], device="meta", dtype=layer.dtype)
+            if made:
+                module.share_cores(made[0])
+            else:
+                stored = {key: read(f"{name}.{key}") for key in module.stored}
+                module.load_state_dict(stored, strict=False, assign=True)
+            made.append(module)
+        return made
+
+    def finish(folder: Path) -> None:
+        others = other_files(source.folder)
+        for name in others:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (source.folder / name).open("rb") as opened:
+                write_file(folder / name, iter(partial(opened.read, CHUNK), b""))
+        content = {**source.config, "quantization_config": described.to_dict()}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        write_file(folder / "config.json", [text.encode()])
+        if CARD not in others:
+            write_card(folder, type(lazy.model).__name__)
+
+    return Contents(tensors, copied, own, pack, unpack, finish)
+
+
+def entry(lazy: LazyModel, name: str, x: Tensor) -> tuple[str, tuple[int, ...], int]:
+    """Return the dtype, the shape and the length in bytes of a tensor to write (see `Contents`).
+
+    Args:
+        lazy: the dense model.
+        name: name of the tensor.
+        x: tensor of this shape and, unless it is copied from the source, of this dtype.
+    """
+    origin = lazy.origins.get(name)
+    if origin is None:
+        return NAMES[x.dtype], tuple(x.shape), x.nbytes
+    if origin.change is None:  # torch may not have the dtype
+        return origin.dtype, tuple(x.shape), sum(part.nbytes for part in origin.parts)
+    return origin.dtype, tuple(x.shape), x.numel() * MAPPED[origin.dtype].itemsize
 
 
 def _row(origin: Any, number: int, count: int, columns: int, transposed: bool) -> Iterator[bytes]:
@@ -209,26 +275,10 @@ class FolderWriter:
 
         Biases, which belong to the source, are not read: they are on the meta device.
         """
-        if layer.name not in self.errors or self._missing & {*self._own(layer.name)}:
+        if layer.name not in self.errors or not self._missing.isdisjoint(self.found.own[layer.name]):
             return None
-        made: list[nn.Module] = []
-        for name in self.found.modules[layer.name]:
-            module = build_module(self.found.described.layers[name], device="meta", dtype=layer.dtype)
-            assert isinstance(module, NetworkModule)
-            if made:
-                module.share_cores(made[0])  # type: ignore[arg-type]
-            else:
-                keys = {key: f"{name}.{key}" for key in module.stored}
-                module.load_state_dict(
-                    {key: self._read(full) for key, full in keys.items()}, strict=False, assign=True
-                )
-            made.append(module)
-        return made, self.errors[layer.name]
-
-    def _own(self, layer: str) -> list[str]:
-        """List the names of the tensors that store the cores of a layer."""
-        first = self.found.modules[layer][0]
-        return [x for x in self._places if x.startswith(f"{first}.") and x not in self.found.copied]
+        made = self.found.unpack(layer, self._read)
+        return None if made is None else (made, self.errors[layer.name])
 
     def _read(self, name: str) -> Tensor:
         (dtype, shape, _), (start, nbytes) = self.found.tensors[name], self._places[name]
@@ -250,16 +300,15 @@ class FolderWriter:
             FormatError: a file of the source was truncated.
         """
         for name, (modules, error) in layers.items():
-            if self._missing.isdisjoint(self._own(name)):
+            if self._missing.isdisjoint(self.found.own[name]):
                 continue
             with (self.work / ERRORS).open("ab") as log:
                 log.write(json.dumps([name, error]).encode() + b"\n")
                 log.flush()
                 os.fsync(log.fileno())
             self.errors[name] = error
-            for full, module in zip(self.found.modules[name], modules, strict=True):
-                for key, tensor in module.state_dict().items():
-                    self._write(f"{full}.{key}", tensor)
+            for full, tensor in self.found.pack(name, modules).items():
+                self._write(full, tensor)
         if block:
             self._copy([name for name in self._missing if is_inside(name, (block,))])
 
@@ -276,16 +325,8 @@ class FolderWriter:
                 self._files[self.index[name]].write(name, self.found.copied[name]())
                 self._missing.discard(name)
 
-    def finish(
-        self, source: Path, config: Mapping[str, Any], others: Sequence[str], architecture: str
-    ) -> None:
-        """Copy the remaining tensors, write config.json, the index and the model card, and copy other files.
-
-        Args:
-            source: folder of the source.
-            config: content of its config.json.
-            others: relative paths of the other files to copy.
-            architecture: class of the model, for the card.
+    def finish(self) -> None:
+        """Copy the remaining tensors, and write all other files.
 
         Raises:
             DestinationError, FormatError: see `put`.
@@ -298,19 +339,11 @@ class FolderWriter:
         for path in self.out.rglob("*"):
             if path.is_file() and path.name not in self._files.keys() | journals:
                 path.unlink()  # remains of an interrupted run
-        for name in others:
-            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-            with (source / name).open("rb") as opened:
-                write_file(self.out / name, iter(partial(opened.read, CHUNK), b""))
-        content = {**config, "quantization_config": self.found.described.to_dict()}
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        write_file(self.out / "config.json", [text.encode()])
+        self.found.finish(self.out)
         if len(self._files) > 1:
             total = sum(nbytes for _, _, nbytes in self.found.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.index.items()))}
             write_file(self.out / INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
-        if CARD not in others:
-            write_card(self.out, architecture)
         for name, file in self._files.items():
             file.finish(self.out / name)
 

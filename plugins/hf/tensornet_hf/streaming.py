@@ -68,12 +68,16 @@ from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import Rounding
 from tensornet_hf.checkpoint import check_free, read_json, weight_files
+from tensornet_hf.exporters.compressed_tensors import compressed_tensors_contents
+from tensornet_hf.exporters.mlx import mlx_contents
 from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
 from tensornet_hf.streamed_calibration import StatesOnDisk
 
 #: Price list in a staging folder. It is also valid for a later run with another budget.
 PRICES = "prices.safetensors"
+#: Functions that lay out a folder for another runtime.
+PACKED = {"compressed-tensors": compressed_tensors_contents, "mlx": mlx_contents}
 #: Default limit on the size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
 
@@ -92,6 +96,7 @@ def compress_checkpoint(
     prices: str | os.PathLike[str] | None = None,
     tokens: int = SURVEY_TOKENS,
     weights: str | os.PathLike[str] | None = None,
+    target: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     progress: bool = False,
@@ -125,6 +130,8 @@ def compress_checkpoint(
         prices: file of a price list: read if it exists, written otherwise.
         tokens: number of tokens on which the model is surveyed.
         weights: GGUF file with the weights, in F32, F16 or BF16; by default, the safetensors files of `src`.
+        target: write the folder for another runtime, `"compressed-tensors"` or `"mlx"` (see
+            `tensornet_hf.export`); the number formats must be those of the target.
         max_shard_bytes: largest size of a weight file of the result, in bytes. A larger tensor becomes a file
             of its own.
         force: replace an existing model folder, once the new folder is complete.
@@ -141,7 +148,7 @@ def compress_checkpoint(
         TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed as requested;
             the message names the layer.
         WorkerError: a worker died, most likely because memory ran out.
-        ValueError: `workers` or `max_shard_bytes` is below 1.
+        ValueError: `workers` or `max_shard_bytes` is below 1, or an unknown target.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
@@ -153,12 +160,14 @@ def compress_checkpoint(
     for name, number in (("workers", workers), ("max_shard_bytes", max_shard_bytes)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
+    if target not in (None, *PACKED):
+        raise ValueError(f"Unknown target {target!r}; choose one of {', '.join(PACKED)}.")
     if executor is None:
         torch.empty(0, device=device)  # raises if the device is not available
-    folder, target = Path(src), Path(dst).expanduser().resolve()
-    check_free(target, force=force, sources=(folder,))
-    if target.resolve().is_relative_to(folder.resolve()):
-        raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
+    folder, destination = Path(src), Path(dst).expanduser().resolve()
+    check_free(destination, force=force, sources=(folder,))
+    if destination.resolve().is_relative_to(folder.resolve()):
+        raise DestinationError(f"{destination} is inside the source {folder}; choose another destination.")
     source = read_source(folder, weights)
     marks = file_marks(folder, weights)
     by_blocks = calibration is not None and stats is None and config.by_blocks
@@ -166,8 +175,8 @@ def compress_checkpoint(
     lazy = open_model(folder, weights) if by_blocks else open_lazily(source)
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
-    with _reading_or_writing(folder, target), staging(target) as work:
-        check_free(target, force=force, sources=(folder,))  # another run may have written the destination
+    with _reading_or_writing(folder, destination), staging(destination) as work:
+        check_free(destination, force=force, sources=(folder,))  # another run may have written it
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
@@ -227,8 +236,9 @@ def compress_checkpoint(
         # Compress block by block, and write each block.
         if not by_blocks:
             check_objective(plan, loaded)
-        found = planned_contents(lazy, plan)
-        key = digest([plan.to_dict(), max_shard_bytes])
+        write = PACKED.get(target or "")
+        found = planned_contents(source, lazy, plan) if write is None else write(source, lazy, plan)[0]
+        key = digest([plan.to_dict(), max_shard_bytes, target])
         out = FolderWriter(work, found, max_shard_bytes=max_shard_bytes, key=key)
         with _executor(workers, executor) as using:
             if by_blocks:
@@ -252,10 +262,10 @@ def compress_checkpoint(
                 blocks = _compress_blocks(lazy, plan, loaded, out, using, device)
             for block, layers in blocks:
                 out.put(block, layers)
-        out.finish(folder, source.config, other_files(folder), type(lazy.model).__name__)
+        out.finish()
         _check_unchanged(folder, marks, file_marks(folder, weights), since="this run began")
-        check_free(target, force=force, sources=(folder,))
-        take_place(work / "out", target, force=force)
+        check_free(destination, force=force, sources=(folder,))
+        take_place(work / "out", destination, force=force)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
     if lazy.surplus:
         warnings.warn(
@@ -270,7 +280,7 @@ def compress_checkpoint(
         model_bytes_before=sum(part.nbytes for part in kept),
         model_bytes_after=sum(nbytes for _, _, nbytes in found.tensors.values()),
         seconds=time.perf_counter() - started,
-        plan=plan.with_errors({name: out.errors[name] for name in found.modules}),
+        plan=plan.with_errors({name: out.errors[name] for name in found.own}),
         coverage=measure_coverage(listed, [layer.name for layer in plan], unseen=plan.unseen),
         measured=next(iter(measured), None),
         measured_layers=next(iter(measured), None),

@@ -24,7 +24,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError, TargetError
 from tensornet_hf.checkpoint import load_gguf
-from tensornet_hf.exporters.gguf import _smallest
+from tensornet_hf.exporters.gguf import _encoded, _float_type
 
 pytestmark = [
     pytest.mark.slow,  # needs the extra `gguf`
@@ -210,15 +210,18 @@ def test_skeleton_of_another_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_weights_that_are_no_products_of_these_integers_are_dense() -> None:
-    """As after a converter that adds to a weight; the decoder has the last word."""
+def test_the_smallest_exact_type() -> None:
+    """The decoder has the last word."""
     import gguf
     import numpy as np
 
     points, scales = np.ones((4, 64), np.float32), np.full((4, 64), 0.5, np.float32)
-    assert _smallest(gguf, points * scales, points, scales)[0] == "Q4_0"
-    assert _smallest(gguf, points * scales + 1, points, scales)[0] == "F16"
-    assert _smallest(gguf, points * scales + 2.0**-12, points, scales)[0] == "F32"
+    assert _encoded(gguf, "Q4_0", points, scales) is not None
+    scales[:, ::32] = 0.25  # not all scales of a block are equal
+    assert _encoded(gguf, "Q4_0", points, scales) is None
+    values = {"F16": 1.5, "BF16": 2.0**20, "F32": 1 + 2.0**-12}
+    for kind, value in values.items():
+        assert _float_type(points * np.float32(value)) == kind
 
 
 def test_what_the_converter_lacks_is_refused(tmp_path: Path) -> None:

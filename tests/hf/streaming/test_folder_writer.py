@@ -72,9 +72,9 @@ def test_one_expert_of_many(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_finished_layers_are_read_back(config: tn.CompressionConfig, tmp_path: Path) -> None:
     source = save("gpt2", tmp_path / "dense")
-    lazy, model = open_lazily(read_dense(source)), th.load(source)
+    folder, model = read_dense(source), th.load(source)
     plan = tn.plan(model, config)
-    found = planned_contents(lazy, plan)
+    found = planned_contents(folder, open_lazily(folder), plan)
     key = {"max_shard_bytes": 7_000, "key": "a"}
     writer, order = FolderWriter(tmp_path, found, **key), list(plan)  # type: ignore[arg-type]
     targets = {target.name: target for target in list_weights(model)}
@@ -99,7 +99,7 @@ def test_finished_layers_are_read_back(config: tn.CompressionConfig, tmp_path: P
         first = [next(iter(x.stored.values())) for x in back[0]]  # type: ignore[operator]
         assert all(x is first[0] for x in first)
     with pytest.raises(ValueError, match="not been written"):
-        again.finish(source, {}, [], "")
+        again.finish()
     with pytest.raises(FormatError, match="other options"):
         FolderWriter(tmp_path, found, max_shard_bytes=7_000, key="b")
 

@@ -98,37 +98,70 @@ class ExportReport:
         )
 
 
-class IntegerMatrix(NamedTuple):
+@dataclass(frozen=True)
+class IntegerMatrix:
     """Weight of a layer as integer codes, with the values `scale * (code - zero)` or `scale * level[code]`.
 
+    The matrices are unpacked whenever they are read, so that only the layer itself takes memory.
+
     Args:
-        codes: uint8, shape `(out, in)`.
-        scales: float32, shape `(out, groups)`; a group is a part of a row.
-        zeros: float32 zero points, shape `(out, groups)`; may be half-integers.
-        number_format: number format of the codes.
+        core: the stored integers.
     """
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    number_format: NumberFormat
+    core: PackedCore
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """Number format of the codes."""
+        return self.core.number_format
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix, `(out, in)`."""
+        return len(self.core.codes), self.core.columns
+
+    @property
+    def codes(self) -> Tensor:
+        """Codes, uint8, shape `(out, in)`."""
+        return self.number_format.unpack(self.core.codes, self.core.columns)
+
+    @property
+    def scales(self) -> Tensor:
+        """Scales, float32, shape `(out, groups)`; a group is a part of a row."""
+        return self.core.scale_values.float()
+
+    @property
+    def zeros(self) -> Tensor:
+        """Zero points, float32, shape `(out, groups)`; may be half-integers."""
+        scales = self.core.scale_values
+        if "zeros" not in self.core.names:
+            return torch.full_like(scales, self.number_format.center, dtype=torch.float32)
+        bits = self.number_format.bits
+        assert bits is not None
+        return unpack(self.core.zeros, bits, scales.shape[-1]).float()
 
     @property
     def points(self) -> Tensor:
         """Unscaled values: `code - zero`, or `level[code]` for level tables; float32, shape `(out, in)`."""
         if (levels := self.number_format.levels(self.scales)) is not None:
             return levels.values[self.codes.long()]
-        return self.codes.float() - self.number_format.spread(self.zeros, self.codes.shape[1])
+        return self.codes.float() - self.number_format.spread(self.zeros, self.core.columns)
 
     @property
     def spread_scales(self) -> Tensor:
         """Scale of every element of the matrix, float32, shape `(out, in)`."""
-        return self.number_format.spread(self.scales, self.codes.shape[1]).contiguous()
+        return self.number_format.spread(self.scales, self.core.columns).contiguous()
 
     @property
     def values(self) -> Tensor:
         """The matrix, float32, shape `(out, in)`."""
         return self.points * self.spread_scales
+
+    def rows(self, index: Tensor) -> "IntegerMatrix":
+        """Return some rows of the matrix; `index` has shape `(n,)`."""
+        core = self.core
+        parts = {name: tensor.index_select(0, index.to(core.device)) for name, tensor in core.tensors.items()}
+        return IntegerMatrix(PackedCore(core.number_format, (len(index), core.columns), core.columns, parts))
 
 
 class LowRank(NamedTuple):
@@ -276,8 +309,4 @@ def _integers(layer: NetworkModule, position: int) -> IntegerMatrix | str:
     number_format = layer.storage.format_of(name)
     if not isinstance(core, PackedCore) or number_format.bits is None or core.axis is not None:
         return f"stored as {number_format.name}, not as integers"
-    scales = core.scale_values.float()
-    zeros = torch.full_like(scales, number_format.center)
-    if "zeros" in core.names:
-        zeros = unpack(core.zeros, number_format.bits, scales.shape[-1]).float()
-    return IntegerMatrix(number_format.unpack(core.codes, core.columns), scales, zeros, number_format)
+    return IntegerMatrix(core)

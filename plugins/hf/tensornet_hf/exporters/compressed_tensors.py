@@ -17,20 +17,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensornet.compression.plan import CompressionPlan
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.menus import Menu
+from tensornet_hf.checkpoint import Checkpoint
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks
 from tensornet_hf.exporters.folder import (
     Packed,
+    PackedModel,
     folder_constraints,
     folder_report,
     model_folder,
     pack_rows,
+    packed_contents,
     packed_model,
     write_adapter,
+    write_config,
 )
+from tensornet_hf.folder_writer import Contents
+from tensornet_hf.lazy_model import LazyModel
 
 #: Layer types that are packed (see `tensornet.nn.layer_kinds`).
 KINDS = ("linear",)
@@ -76,6 +83,19 @@ def export_compressed_tensors(
             }
             write_adapter(folder, "adapter_model.safetensors", *peft_adapter(found.low_ranks, dtypes))
     return folder_report(found, destination)
+
+
+def compressed_tensors_contents(
+    source: Checkpoint, lazy: LazyModel, plan: CompressionPlan
+) -> tuple[Contents, PackedModel]:
+    """Find out what the folder of a planned model will contain; see `packed_contents`."""
+    _refuse_experts(lazy.model)
+
+    def finish(found: PackedModel, folder: Path) -> None:
+        found.stock.config.quantization_config = quantization_entry(found.packed)
+        write_config(found, source.folder, folder)
+
+    return packed_contents(source, lazy, plan, _pack, kinds=KINDS, packs_tied=False, finish=finish)
 
 
 def compressed_tensors_constraints(model: PreTrainedModel) -> tuple[int, tuple[str, ...]]:

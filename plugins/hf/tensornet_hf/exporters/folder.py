@@ -9,31 +9,42 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensornet.compression.apply import decompress
+from tensornet.compression.apply import decompress, with_cores
 from tensornet.compression.loss_increase import light_copy
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.errors import TargetError
+from tensornet.io import contents
+from tensornet.nn.embedding import MPOEmbedding
+from tensornet.nn.extension import structure_changed
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_stored
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import stored_core
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.packing import pack
-from tensornet_hf.checkpoint import copy_small_files, weight_bytes, write_folder
+from tensornet.quantization.packing import pack, unpack
+from tensornet.quantization.rounding import RoundedWeight
+from tensornet_hf.checkpoint import Checkpoint, copy_small_files, weight_bytes, write_folder
 from tensornet_hf.exporters.base import (
     ExportReport,
     IntegerMatrix,
     LowRank,
     Networks,
     split_layers,
+    split_weight,
     tied_layers,
 )
+from tensornet_hf.folder_writer import NAMES, Contents, entry, planned_model
+from tensornet_hf.lazy_model import LazyModel
 
 #: Subfolder of a model folder for the LoRA adapter.
 ADAPTER = "lora"
@@ -136,6 +147,154 @@ def packed_model(
     )
 
 
+def packed_contents(
+    source: Checkpoint,
+    lazy: LazyModel,
+    plan: CompressionPlan,
+    pack_matrix: Callable[[IntegerMatrix, torch.dtype], Packed | str],
+    *,
+    kinds: Collection[str],
+    packs_tied: bool,
+    finish: Callable[[PackedModel, Path], None],
+) -> tuple[Contents, PackedModel]:
+    """Find out what a folder of packed layers will contain, before any layer is compressed.
+
+    Args:
+        source: contents of the folder of the dense model.
+        lazy: the dense model.
+        plan: the plan. Layers that cannot be packed, or whose packed size depends on their values, are
+            written dense.
+        pack_matrix, kinds, packs_tied: see `packed_model`.
+        finish: function that writes all files of the folder but the weight files.
+
+    Returns:
+        The files; and the planned model, with tensors on the meta device.
+
+    Raises:
+        TargetError: see `packed_model`; or a planned layer is one of several matrices in one tensor.
+    """
+    model, targets = planned_model(lazy.model, plan)
+    if inside := [name for name, target in targets.items() if target.owners]:
+        raise TargetError(
+            f"{inside[0]} is one of several matrices that the model stores as one tensor. Leave it dense "
+            f"(exclude_modules=[{inside[0]!r}]), or load the model, compress it and export it."
+        )
+    structure_changed(model)
+    layout = partial(_layout, pack_matrix)
+    found = packed_model(model, layout, networks="dense", kinds=kinds, packs_tied=packs_tied)
+    stored_as = {part: key for key, part in source.tensors.items()}
+    tied = found.stock.all_tied_weights_keys
+    tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    copied: dict[str, Callable[[], Iterator[bytes]]] = {}
+    planned = {f"{name}.weight" for target in targets.values() for name in target.names}
+    for name, x in found.state.items():
+        origin = lazy.origins.get(name)
+        if name in tied and tied[name] in found.state:
+            continue
+        if name in planned or origin is None:
+            tensors[name] = NAMES[x.dtype], tuple(x.shape), x.nbytes
+        elif len(origin.parts) == 1:
+            tensors[name], copied[name] = entry(lazy, name, x), origin.contents
+        else:  # `save_pretrained` writes the matrices of experts one by one too
+            for part in origin.parts:
+                key = stored_as[part]
+                tensors[key] = part.dtype, part.shape, part.nbytes
+                copied[key] = partial(contents, [part])
+    for key, part in lazy.others.items():
+        tensors[key], copied[key] = (part.dtype, part.shape, part.nbytes), partial(contents, [part])
+    own_names = {
+        layer: tuple(x for x in tensors if x not in copied and x.rpartition(".")[0] in targets[layer].names)
+        for layer in targets
+    }
+
+    def pack_layer(layer: str, modules: list[nn.Module]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for name, module in zip(targets[layer].names, modules, strict=True):
+            assert isinstance(module, TensorNetworkLinear | MPOEmbedding)
+            if name in found.packed:
+                parts = split_weight(module)
+                assert not isinstance(parts, str)
+                done = pack_matrix(parts[0], module.dtype)
+                here = {} if isinstance(done, str) else {f"{name}.{key}": x for key, x in done[1].items()}
+                facts = {key: (NAMES[x.dtype], tuple(x.shape)) for key, x in here.items()}
+                if isinstance(done, str) or facts != {key: tensors[key][:2] for key in facts}:
+                    why = done if isinstance(done, str) else "its scales are not exact in the planned dtype"
+                    raise TargetError(
+                        f"{name} cannot be packed as planned: {why}. Leave it dense "
+                        f"(exclude_modules=[{name!r}]), or choose another number format."
+                    )
+                made |= here
+            elif f"{name}.weight" in tensors:
+                stock: Any = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
+                made[f"{name}.weight"] = stock.weight.detach()
+        return made
+
+    def unpack_layer(layer: LayerPlan, read: Callable[[str], Tensor]) -> list[nn.Module] | None:
+        assert layer.topology is not None
+        name, number_format = targets[layer.name].name, layer.storage.number_format
+        packed = NumberFormat.parse(found.packed[name]) if name in found.packed else None
+        if packed is None or packed.bits != number_format.bits or number_format.scale_bits is not None:
+            return None  # the codes are other ones, or none
+        assert number_format.bits is not None
+        words = next((x for x in ("weight", "weight_packed") if f"{name}.{x}" in tensors), "weight")
+        scales = read(f"{name}.scales" if words == "weight" else f"{name}.weight_scale")
+        codes = unpack_rows(read(f"{name}.{words}"), number_format.bits, layer.shape[1])
+        scales = scales.to(number_format.scale_dtype)
+        rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
+        (core,) = layer.topology.core_names
+        stored = stored_core(layer.topology, layer.storage, core, rounded, layer.dtype)
+        like = torch.empty(0, dtype=layer.dtype)
+        made = linear_from_stored(
+            layer.topology, {f"core_{core}": stored}, source="linear", storage=layer.storage, like=like
+        )
+        return with_cores(targets[layer.name], made)
+
+    ready = Contents(tensors, copied, own_names, pack_layer, unpack_layer, partial(finish, found))
+    return ready, found
+
+
+def _layout(
+    pack_matrix: Callable[[IntegerMatrix, torch.dtype], Packed | str],
+    matrix: IntegerMatrix,
+    dtype: torch.dtype,
+) -> Packed | str:
+    """Return the number format of a packed layer, and tensors on the meta device of the packed shapes.
+
+    They are found by packing a single row that contains all codes.
+    """
+    number_format, (rows, columns) = matrix.number_format, matrix.codes.shape
+    if number_format.zero_point:
+        return "its packed size depends on its zero points, which are not known before it is compressed"
+    assert number_format.bits is not None
+    codes = (torch.arange(columns) % 2**number_format.bits).to(torch.uint8)[None]
+    scales = torch.ones(1, matrix.scales.shape[1])
+    zeros = torch.full_like(scales, number_format.center)
+    found = pack_matrix(IntegerMatrix(codes, scales, zeros, number_format), dtype)
+    if isinstance(found, str):
+        return found
+    shapes = {name: (rows, *x.shape[1:]) if x.ndim == 2 else x.shape for name, x in found[1].items()}
+    return found[0], {
+        name: torch.empty(shapes[name], dtype=x.dtype, device="meta") for name, x in found[1].items()
+    }
+
+
+def unpack_rows(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Unpack the codes of each row; this is the inverse of `pack_rows`.
+
+    Args:
+        words: 32-bit words, shape `(rows, ceil(columns * bits / 32))`.
+        bits: bits of a code, 2 to 8.
+        columns: number of codes in a row.
+
+    Returns:
+        `torch.uint8`, shape `(rows, columns)`.
+    """
+    run = 8 // math.gcd(8, bits)
+    count, planes = math.ceil(columns / run), run * bits // 8
+    runs = words.view(torch.uint8)[:, : count * planes].unflatten(1, (count, planes))
+    return unpack(runs, bits, run).flatten(1)[:, :columns]
+
+
 def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
     """Collect what a plan needs to know about a folder of packed layers (see `export.Target.constraints`).
 
@@ -153,6 +312,16 @@ def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[
     others = [x.name for x in layers if x.owners or any(kind.name not in kinds for kind in x.kinds)]
     names = [*model.state_dict(), *(f"{x.name}.weight_scale {x.name}.biases" for x in layers)]
     return sum(ENTRY + len(name) for name in names), tuple(others)
+
+
+def write_config(model: PackedModel, source: Path, folder: Path) -> None:
+    """Write the configuration of a packed model, and copy small files such as the tokenizer, to a folder."""
+    stock: Any = model.stock
+    stock.config.architectures, stock.config.dtype = [type(stock).__name__], stock.dtype
+    stock.config.save_pretrained(folder)
+    if stock.can_generate():
+        stock.generation_config.save_pretrained(folder)
+    copy_small_files(source, folder)
 
 
 @contextmanager

