@@ -27,12 +27,13 @@ from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_stored
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.storage import stored_core
+from tensornet.nn.storage import PackedCore, Storage, stored_core
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.packing import pack, unpack
 from tensornet.quantization.rounding import RoundedWeight
+from tensornet.topologies import dense as dense_topology
 from tensornet_hf.checkpoint import Checkpoint, copy_small_files, weight_bytes, write_folder
 from tensornet_hf.exporters.base import (
     ExportReport,
@@ -262,14 +263,20 @@ def _layout(
 
     They are found by packing a single row that contains all codes.
     """
-    number_format, (rows, columns) = matrix.number_format, matrix.codes.shape
+    number_format, (rows, columns) = matrix.number_format, matrix.shape
     if number_format.zero_point:
         return "its packed size depends on its zero points, which are not known before it is compressed"
     assert number_format.bits is not None
     codes = (torch.arange(columns) % 2**number_format.bits).to(torch.uint8)[None]
-    scales = torch.ones(1, matrix.scales.shape[1])
-    zeros = torch.full_like(scales, number_format.center)
-    found = pack_matrix(IntegerMatrix(codes, scales, zeros, number_format), dtype)
+    scales = number_format.storable(torch.ones(1, number_format.groups(columns)))
+    rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
+    topology, storage = (
+        dense_topology(out_features=1, in_features=columns),
+        Storage(number_format=number_format),
+    )
+    core = stored_core(topology, storage, "matrix", rounded, dtype)
+    assert isinstance(core, PackedCore)
+    found = pack_matrix(IntegerMatrix(core), dtype)
     if isinstance(found, str):
         return found
     shapes = {name: (rows, *x.shape[1:]) if x.ndim == 2 else x.shape for name, x in found[1].items()}
