@@ -118,6 +118,7 @@ def inputs_by_block(
     loss_fn: TokenLosses | None = None,
     scored: int = 0,
     ready: Collection[str] = (),
+    start: int = 0,
     precision: Precision = nullcontext,
     source: str = "",
 ) -> Iterator[tuple[str, CalibrationStats]]:
@@ -131,11 +132,16 @@ def inputs_by_block(
         loss_fn: the losses of single tokens; if given, losses are computed at the end.
         scored: number of losses to compute; they are appended to `walk.losses`.
         ready: names of blocks whose moments are not needed; they are yielded without moments.
+        start: index of the first block to visit; `walk.states` contains the hidden states before it.
     """
     with recorder.paused(), precision():
         first = [walk.model.get_submodule(walk.names[0])] if walk.names else []
         with walk.loaded([*walk.ends, *(x for block in first for x in block.modules())]):
             walk.enter(skip=True)
+    if start:
+        for number in range(len(walk.batches)):
+            del walk.states[0, number]
+        walk.position = start
     while walk.position < len(walk.names):
         recorder.restart()
         with walk.loaded(walk.block.modules()):

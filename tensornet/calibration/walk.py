@@ -242,8 +242,9 @@ class Walk:
             if before is not None:
                 before(batch)
             self.states[self.position + 1, number] = self.run(number)
-            if not keep:
-                del self.states[self.position, number]
+        # An interrupted walk can go on from states on disk, since those of one block are always complete.
+        for number in () if keep else range(len(self.batches)):
+            del self.states[self.position, number]
         self.position += 1
 
     def first_hidden(self, number: int) -> Tensor:

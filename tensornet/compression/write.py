@@ -45,6 +45,7 @@ def compress_blocks(
     losses: Sequence[float] = (),
     measured: list[LossIncrease] | None = None,
     finished: Callable[[LayerPlan], NewLayers | None] = lambda layer: None,
+    start: int = 0,
     executor: Executor | None = None,
     compress: Callable[..., Any] = compress_layer,
     progress: bool = False,
@@ -69,6 +70,8 @@ def compress_blocks(
         loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
         measured: receives the loss increase on these tokens when the last block is finished.
         finished: function that returns the new modules of a layer if an interrupted run has finished it.
+        start: index of the first block to visit; an interrupted run has finished those before, and `states`
+            contains the hidden states that follow.
         executor: executor that rounds the layers of a block at the same time; by default, this process does.
         compress: function that compresses one layer, like `compress_layer`.
         progress: whether to show a progress bar.
@@ -129,13 +132,19 @@ def compress_blocks(
         # Weights have their rounded values as long as the walk needs these.
         with ExitStack() as tables, ExitStack() as block:
             first = [x for x in targets if blocks and _is_table(x)]
-            if first:
+            if first and not start:
                 tables.enter_context(walk.loaded([module for x in first for module in x.modules]))
                 new = compressed(first, None)
                 tables.enter_context(rounded_weights(first, new))
                 yield "", new
             for name, stats in inputs_by_block(
-                walk, recorder, loss_fn=loss_fn, scored=len(losses), ready=ready, precision=precision
+                walk,
+                recorder,
+                loss_fn=loss_fn,
+                scored=len(losses),
+                ready=ready,
+                start=start,
+                precision=precision,
             ):
                 block.close()  # the hidden states after the previous block have been computed
                 here = [x for x in targets if x not in first and _belongs(x, name, blocks)]

@@ -236,7 +236,7 @@ def test_moments_lower_the_loss_increase(family: str, pivoted: bool, name: str) 
         kept = encode(made.topology, stored, made.cores, given)
         again = tn.TensorNetwork(made.topology, decode(kept.values()))
         costs.append(weighting.cost(made.to_matrix() - again.to_matrix()))
-    assert costs[1] < (0.9 if family == "dense" else 1.02) * costs[0]
+    assert costs[1] < (0.9 if family == "dense" else 1.06) * costs[0]
 
 
 def test_one_core_may_have_a_format_of_its_own() -> None:

@@ -338,19 +338,17 @@ def compress_folder(
     folder = resolve_folder(source)
     before = weight_bytes(folder) if options.weights is None else Path(options.weights).stat().st_size
     if target == "gguf":
-        if options.workers is not None:
-            raise OptionError(
-                "{workers} can only write a model folder, since a GGUF file needs the whole model."
-            )
         check_files(Path(destination), force=options.force)
     else:
         check_free(destination, force=options.force, sources=(folder,))
-    alone = priced(config, options) and not options.needing_model and target is None and not uploaded
+    alone = priced(config, options) and not options.needing_model and not uploaded
+    alone = alone and options.networks == "dense"
     if not options.resume and options.workers is None and not options.heal and not alone:
         raise OptionError("This run loads the whole model, so it cannot be resumed; leave out {resume}.")
     if options.workers is not None or alone:
-        streamed = _compress_streamed(folder, Path(destination), config, options, text)
-        sizes = before, weight_bytes(destination)
+        streamed = _compress_streamed(folder, Path(destination), config, options, text, target)
+        written = Path(destination).stat().st_size if target == "gguf" else weight_bytes(destination)
+        sizes = before, written
         return FolderReport(str(source), str(destination), streamed, *sizes)
 
     # Load the model, and collect statistics on the calibration text.
@@ -752,6 +750,7 @@ def _compress_streamed(
     config: CompressionConfig | CompressionPlan,
     options: CompressOptions,
     text: str | None,
+    target: str | None,
 ) -> CompressionReport:
     """Compress a folder block by block, without loading the whole model.
 
@@ -759,6 +758,8 @@ def _compress_streamed(
     them.
     """
     statistics, data = None, None
+    if target is not None and isinstance(config, CompressionConfig):
+        config = for_target(target, config, open_model(folder, options.weights).model, folder)
     if text is not None and priced(config, options):
         data = _calibration(open_model(folder, options.weights), folder, config, options, text)
     elif text is not None:
@@ -785,6 +786,7 @@ def _compress_streamed(
         prices=options.prices,
         tokens=options.calibration_tokens or SURVEY_TOKENS,
         weights=options.weights,
+        target=target,
         force=options.force,
         progress=options.progress,
     )

@@ -32,6 +32,7 @@ from tensornet.io import (
     contents,
     read_slices,
     safetensors_layout,
+    take_place,
     write_file,
 )
 from tensornet.nn.linear import empty_linear
@@ -261,21 +262,18 @@ class FolderWriter:
         }
         self._missing = {name for file in self._files.values() for name in file.missing()}
         #: Relative errors of the finished layers.
-        self.errors: dict[str, float] = {}
-        log = work / ERRORS
-        for line in log.read_bytes().splitlines() if log.is_file() else ():
-            try:
-                name, error = json.loads(line)
-            except ValueError:  # the run was killed while it wrote this line
-                continue
-            self.errors[name] = error
+        self.errors = read_errors(work)
+
+    def has_all(self, layer: str) -> bool:
+        """Return True if the tensors of a layer have been written."""
+        return layer in self.errors and self._missing.isdisjoint(self.found.own[layer])
 
     def finished(self, layer: LayerPlan) -> NewLayers | None:
         """Read the new modules of a layer back from the unfinished files; None if they are incomplete.
 
         Biases, which belong to the source, are not read: they are on the meta device.
         """
-        if layer.name not in self.errors or not self._missing.isdisjoint(self.found.own[layer.name]):
+        if not self.has_all(layer.name):
             return None
         made = self.found.unpack(layer, self._read)
         return None if made is None else (made, self.errors[layer.name])
@@ -302,11 +300,7 @@ class FolderWriter:
         for name, (modules, error) in layers.items():
             if self._missing.isdisjoint(self.found.own[name]):
                 continue
-            with (self.work / ERRORS).open("ab") as log:
-                log.write(json.dumps([name, error]).encode() + b"\n")
-                log.flush()
-                os.fsync(log.fileno())
-            self.errors[name] = error
+            record_error(self.work, self.errors, name, error)
             for full, tensor in self.found.pack(name, modules).items():
                 self._write(full, tensor)
         if block:
@@ -346,6 +340,32 @@ class FolderWriter:
             write_file(self.out / INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
         for name, file in self._files.items():
             file.finish(self.out / name)
+
+    def take_place(self, destination: Path, *, force: bool) -> None:
+        """Rename the complete folder to its final path (see `tensornet.io.take_place`)."""
+        take_place(self.out, destination, force=force)
+
+
+def read_errors(work: Path) -> dict[str, float]:
+    """Read the relative errors of the layers that an interrupted run has finished, by name."""
+    log, found = work / ERRORS, {}
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
+        try:
+            name, error = json.loads(line)
+        except ValueError:  # the run was killed while it wrote this line
+            continue
+        found[name] = error
+    return found
+
+
+def record_error(work: Path, errors: dict[str, float], name: str, error: float) -> None:
+    """Add the relative error of a layer to `errors` and to the file that `read_errors` reads."""
+    if name not in errors:
+        with (work / ERRORS).open("ab") as log:
+            log.write(json.dumps([name, error]).encode() + b"\n")
+            log.flush()
+            os.fsync(log.fileno())
+    errors[name] = error
 
 
 def other_files(folder: Path) -> list[str]:

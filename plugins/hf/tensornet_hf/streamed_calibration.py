@@ -6,6 +6,7 @@ result is that of `tensornet.calibrate`.
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ class StatesOnDisk:
 
     def __delitem__(self, key: tuple[int, int], /) -> None:
         self._path(key).unlink()
+
+    def complete(self, batches: int) -> int:
+        """Return the largest index of a block before which the states of all batches are known, or 0."""
+        found = Counter(int(file.name.partition("-")[0]) for file in self.folder.glob("*-*.safetensors"))
+        return max((block for block, count in found.items() if count == batches), default=0)
 
     def _path(self, key: tuple[int, int]) -> Path:
         return self.folder / "{}-{}.safetensors".format(*key)

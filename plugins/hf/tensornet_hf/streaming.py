@@ -60,7 +60,7 @@ from tensornet.errors import (
     TensorNetError,
     WorkerError,
 )
-from tensornet.io import FLOATS, file_digest, take_place, write_file
+from tensornet.io import FLOATS, file_digest, write_file
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.linear import TensorNetworkLinear
@@ -69,9 +69,12 @@ from tensornet.nn.unfuse import unfused
 from tensornet.quantization import Rounding
 from tensornet_hf.checkpoint import check_free, read_json, weight_files
 from tensornet_hf.exporters.compressed_tensors import compressed_tensors_contents
+from tensornet_hf.exporters.gguf import check_files, gguf_layout
+from tensornet_hf.exporters.gguf_writer import GGUFWriter
 from tensornet_hf.exporters.mlx import mlx_contents
 from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
+from tensornet_hf.quantizer import is_inside
 from tensornet_hf.streamed_calibration import StatesOnDisk
 
 #: Price list in a staging folder. It is also valid for a later run with another budget.
@@ -130,8 +133,8 @@ def compress_checkpoint(
         prices: file of a price list: read if it exists, written otherwise.
         tokens: number of tokens on which the model is surveyed.
         weights: GGUF file with the weights, in F32, F16 or BF16; by default, the safetensors files of `src`.
-        target: write the folder for another runtime, `"compressed-tensors"` or `"mlx"` (see
-            `tensornet_hf.export`); the number formats must be those of the target.
+        target: write a file for another runtime, `"gguf"`, or a folder, `"compressed-tensors"` or `"mlx"`
+            (see `tensornet_hf.export`); the number formats must be those of the target.
         max_shard_bytes: largest size of a weight file of the result, in bytes. A larger tensor becomes a file
             of its own.
         force: replace an existing model folder, once the new folder is complete.
@@ -160,13 +163,13 @@ def compress_checkpoint(
     for name, number in (("workers", workers), ("max_shard_bytes", max_shard_bytes)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
-    if target not in (None, *PACKED):
-        raise ValueError(f"Unknown target {target!r}; choose one of {', '.join(PACKED)}.")
+    if target not in (None, "gguf", *PACKED):
+        raise ValueError(f"Unknown target {target!r}; choose one of gguf, {', '.join(PACKED)}.")
     if executor is None:
         torch.empty(0, device=device)  # raises if the device is not available
     folder, destination = Path(src), Path(dst).expanduser().resolve()
-    check_free(destination, force=force, sources=(folder,))
-    if destination.resolve().is_relative_to(folder.resolve()):
+    _check_destination(destination, folder, target, force=force)
+    if target != "gguf" and destination.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(f"{destination} is inside the source {folder}; choose another destination.")
     source = read_source(folder, weights)
     marks = file_marks(folder, weights)
@@ -176,7 +179,7 @@ def compress_checkpoint(
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, destination), staging(destination) as work:
-        check_free(destination, force=force, sources=(folder,))  # another run may have written it
+        _check_destination(destination, folder, target, force=force)  # another run may have written it
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
@@ -215,11 +218,12 @@ def compress_checkpoint(
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 tokens=tokens,
-                states=StatesOnDisk(work / "states"),
+                states=fresh_states(work / "surveyed"),
                 loaded=loaded_on,
                 device=torch.device(device),
                 progress=progress,
             )
+            shutil.rmtree(work / "surveyed", ignore_errors=True)
             plan, dense_losses, factors = priced.plan(), priced.losses, priced.factors
         if plan is None:
             _check_readable(lazy, options)
@@ -236,17 +240,33 @@ def compress_checkpoint(
         # Compress block by block, and write each block.
         if not by_blocks:
             check_objective(plan, loaded)
-        write = PACKED.get(target or "")
-        found = planned_contents(source, lazy, plan) if write is None else write(source, lazy, plan)[0]
+        work_left = [layer.name for layer in plan if layer.topology is not None]
         key = digest([plan.to_dict(), max_shard_bytes, target])
-        out = FolderWriter(work, found, max_shard_bytes=max_shard_bytes, key=key)
+        out: FolderWriter | GGUFWriter
+        if target == "gguf":
+            formats = {x.name: x.storage.number_format for x in plan if x.topology is not None}
+            layout = gguf_layout(lazy.model, folder, formats)
+            for name, why in layout.dense.items():
+                warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
+            out = GGUFWriter(work, layout, key=key)
+        else:
+            write = PACKED.get(target or "")
+            found = planned_contents(source, lazy, plan) if write is None else write(source, lazy, plan)[0]
+            out = FolderWriter(work, found, max_shard_bytes=max_shard_bytes, key=key)
         with _executor(workers, executor) as using:
             if by_blocks:
+                states = StatesOnDisk(work / "states")
+                start = states.complete(len(batches))
+                stacks = outer_stacks(lazy.model, nn.ModuleList, least=1).values()
+                done = [name for names in stacks for name in names][:start]
+                if not all(out.has_all(x) for x in work_left if is_inside(x, done)):
+                    states, start = fresh_states(work / "states"), 0
                 blocks = compress_blocks(
                     lazy.model,
                     plan,
                     batches,
-                    states=StatesOnDisk(work / "states"),
+                    states=states,
+                    start=start,
                     loaded=loaded_on,
                     device=torch.device(device),
                     loss_fn=calibration.loss_fn or label_losses if calibration else None,
@@ -264,8 +284,8 @@ def compress_checkpoint(
                 out.put(block, layers)
         out.finish()
         _check_unchanged(folder, marks, file_marks(folder, weights), since="this run began")
-        check_free(destination, force=force, sources=(folder,))
-        take_place(work / "out", destination, force=force)
+        _check_destination(destination, folder, target, force=force)
+        out.take_place(destination, force=force)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
     if lazy.surplus:
         warnings.warn(
@@ -278,13 +298,27 @@ def compress_checkpoint(
         model_params_before=params,
         model_params_after=params - plan.params_before + plan.params_after,
         model_bytes_before=sum(part.nbytes for part in kept),
-        model_bytes_after=sum(nbytes for _, _, nbytes in found.tensors.values()),
+        model_bytes_after=out.nbytes,
         seconds=time.perf_counter() - started,
-        plan=plan.with_errors({name: out.errors[name] for name in found.own}),
+        plan=plan.with_errors({name: out.errors[name] for name in work_left}),
         coverage=measure_coverage(listed, [layer.name for layer in plan], unseen=plan.unseen),
         measured=next(iter(measured), None),
         measured_layers=next(iter(measured), None),
     )
+
+
+def _check_destination(destination: Path, source: Path, target: str | None, *, force: bool) -> None:
+    """Raise DestinationError if the destination exists and `force` is not set, or cannot be written."""
+    if target == "gguf":
+        check_files(destination, force=force)
+    else:
+        check_free(destination, force=force, sources=(source,))
+
+
+def fresh_states(folder: Path) -> StatesOnDisk:
+    """Return an empty mapping for hidden states in a folder, whose old content is deleted."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return StatesOnDisk(folder)
 
 
 @contextmanager
@@ -309,7 +343,7 @@ def staging(destination: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if {x.name for x in folder.glob("*")} <= {"lock", "run.json", "states"}:
+        if {x.name for x in folder.glob("*")} <= {"lock", "run.json", "states", "surveyed"}:
             shutil.rmtree(folder, ignore_errors=True)  # it contains nothing that could be continued
         lock.release()
 
@@ -410,7 +444,7 @@ def _compress_blocks(
     lazy: LazyModel,
     plan: CompressionPlan,
     stats: CalibrationStats | None,
-    out: FolderWriter,
+    out: FolderWriter | GGUFWriter,
     executor: Executor | None,
     device: str,
 ) -> Iterator[tuple[str, dict[str, NewLayers]]]:
