@@ -105,7 +105,7 @@ def test_a_model_without_weights(tmp_path: Path) -> None:
     layers = rounded(model_of("llama").bfloat16(), "int4:g32:float16", "*up_proj")
     model = model_of("llama").bfloat16()
     parameters = dict(model.state_dict())
-    layout = gguf_layout(model.to(device="meta"), None, formats_of(layers))
+    layout = gguf_layout(model.to(device="meta"), None, formats_of(layers))  # type: ignore[call-arg]
     assert layout.tensors["blk.0.ffn_down.weight"].kind == "BF16"
     assert layout.tensors["blk.0.attn_norm.weight"].kind == "F32"
     file = layout.open(tmp_path / "unfinished")
@@ -183,7 +183,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 def test_places_of_rows_and_columns(move: str) -> None:
     function, found = MOVES[move]
     name = "model.layers.0.mlp.down_proj"
-    sources, _ = weight_sources(model_of("llama", intermediate_size=64).to(device="meta"))
+    sources, _ = weight_sources(model_of("llama", intermediate_size=64).to(device="meta"))  # type: ignore[call-arg]
     matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     moved = function(matrix)
     tensor = ConvertedTensor(

@@ -83,7 +83,9 @@ def convert(
         folder = Path(work) / "weights"  # a name that says nothing about the model; it may get into metadata
         folder.mkdir()
         stored = _stored_tensors(conversion, stock)
-        places = _write_header(folder, stored, lambda name: _evaluate(gguf, stored[name], known.__getitem__))
+        places = _write_header(
+            folder, stored, lambda name: _evaluate(gguf, stored[name], known.__getitem__, {})
+        )
         config = copy.deepcopy(stock.config)
         config.dtype = str(stock.dtype).removeprefix("torch.")
         config.architectures = [type(stock).__name__]
@@ -110,17 +112,12 @@ def convert(
         writer.add_vocab_size(stock.config.vocab_size)  # else readers assume that of a known model
 
     def computed(graph: Any, read: Callable[[str], Tensor]) -> Tensor:
-        values: dict[str, Tensor] = {}  # a parameter is read once, even if the graph uses it several times
-
-        def once(name: str) -> Tensor:
-            if name not in values:
-                values[name] = read(name)
-            return values[name]
+        done: dict[int, Any] = {}
 
         def leaf(part: Any) -> Any:
-            return _evaluate(gguf, stored[places[part.data_range.offset]], once)
+            return _evaluate(gguf, stored[places[part.data_range.offset]], read, done)
 
-        return torch.as_tensor(_evaluate(gguf, graph, leaf))
+        return torch.as_tensor(_evaluate(gguf, graph, leaf, done))
 
     tensors = {}
     for name, info in writer.tensors[0].items():
@@ -315,17 +312,23 @@ def _leaves(gguf: ModuleType, part: Any) -> Iterator[Any]:
         yield part
 
 
-def _evaluate(gguf: ModuleType, part: Any, leaf: Callable[[Any], Tensor]) -> Any:
-    """Compute a graph for the values of its leaves that `leaf` returns."""
+def _evaluate(gguf: ModuleType, part: Any, leaf: Callable[[Any], Any], done: dict[int, Any]) -> Any:
+    """Compute a graph for the values of its leaves that `leaf` returns.
+
+    Results of all nodes are kept in `done`: one copy of a stack of experts is a part of each expert's graph.
+    """
     if type(part) in (list, tuple):
-        return type(part)(_evaluate(gguf, each, leaf) for each in part)
+        return type(part)(_evaluate(gguf, each, leaf, done) for each in part)
     if not isinstance(part, gguf.LazyBase):
         return part
-    if part._args and isinstance(part._args[0], gguf.utility.LocalTensor | _Parameter):
-        return leaf(part._args[0])
-    if part._data is not None:
-        return part._data
-    return part._func(*_evaluate(gguf, part._args, leaf), **part._kwargs)
+    if id(part) not in done:
+        if part._args and isinstance(part._args[0], gguf.utility.LocalTensor | _Parameter):
+            done[id(part)] = leaf(part._args[0])
+        elif part._data is not None:
+            done[id(part)] = part._data
+        else:
+            done[id(part)] = part._func(*_evaluate(gguf, part._args, leaf, done), **part._kwargs)
+    return done[id(part)]
 
 
 # --- the converter ---------------------------------------------------------------------------------
