@@ -70,7 +70,8 @@ def round_dense(
     """Round a dense matrix to integers, with damping and coordinate descent that suit dense matrices.
 
     As in the literature, rounding to nearest uses no moments, and one-sided rounding (GPTQ) uses only the
-    moment of the inputs. Neither refits the scales, and neither is followed by coordinate descent.
+    moment of the inputs; neither is followed by coordinate descent. Scales are not refitted, since they are
+    found for the residuals that feedback leaves.
 
     Args:
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
@@ -97,6 +98,7 @@ def round_dense(
         rows=weighting.rows,
         columns=weighting.columns,
         row_damping=DENSE_ROW_DAMPING,
+        refits=0,
         sweeps=sweeps if most_sweeps is None else min(sweeps, most_sweeps),
     )
 
