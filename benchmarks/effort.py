@@ -49,7 +49,7 @@ def measure_effort(
     dense = subject.load()
     batches = subject.calibration(0)
     judged = subject.validation.get("other source", subject.judged)
-    before = record_losses(dense, judged, loss_fn=subject.losses, tokens=None)
+    before = record_losses(dense, judged, tokens=None)
     assert before is not None
     layers = {
         "target_modules": subject.layers.target_modules,

@@ -412,7 +412,7 @@ class MomentRecorder:
             diagonal = diagonal or features > self.full_up_to
             self.gradients[name] = MomentSum(features, diagonal=diagonal, device=tokens.device)
         self.gradients[name].add(tokens)
-        if self.rank and name not in self.frequencies and tokens.shape[1] <= self.full_up_to:
+        if self.rank and name not in self.frequencies and tokens.shape[1] <= FACTORED_UP_TO:
             with torch.autocast(tokens.device.type, enabled=False):
                 test = tokens.float() @ _test_matrix(tokens.shape[1], self.rank, tokens.device)
                 _accumulate(self.sketches, name, tokens.float().T @ test)
@@ -548,6 +548,9 @@ class MomentRecorder:
         return {name: ratio for name, ratio in sorted(ratios.items()) if ratio is not None}
 
 
+#: Largest number of outputs of a layer for which a low-rank factor of the gradient moment is collected. For
+#: more outputs, rounding with this factor would take several times as long as rounding without it.
+FACTORED_UP_TO = 4096
 #: Number of columns of a test matrix in addition to the rank of the factor.
 _OVERSAMPLING = 8
 

@@ -109,7 +109,8 @@ def compress_blocks(
         ready = [name for name, some in members.items() if all(finished(layers[x.name]) for x in some)]
 
         count = sum(map(tokens_of, given))
-        visited = bars.enter_context(block_bar("rounding", len(blocks) + 1, count, progress=progress))
+        visits = 1 + len(blocks[start:]) + any(_is_table(x) for x in targets) * bool(blocks and not start)
+        visited = bars.enter_context(block_bar("rounding", visits, count, progress=progress))
 
         def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
             """Compress the layers that are not finished yet, and read the others."""
