@@ -1,0 +1,135 @@
+"""A checkpoint is surveyed, planned and written block by block, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import BudgetError, DestinationError
+from tensornet.nn.extension import ProvidedData
+from tensornet_hf import streaming
+from tensornet_hf.embedded import calibration_text, gpt2_path
+from tensornet_hf.exporters.gguf_writer import GGUFWriter
+from tensornet_hf.folder_writer import FolderWriter
+from tensornet_hf.streaming import staging_folder
+from tensornet_hf.text import calibration_data
+
+CONFIG = tn.CompressionConfig(
+    bits_per_weight=4.5, formats="gguf", whole_model=False, exclude_modules="transformer.wpe"
+)
+TOKENS = 1024
+
+
+@cache
+def text() -> ProvidedData:
+    data = calibration_data(th.load(gpt2_path()), gpt2_path(), calibration_text()[:60_000], tokens=2 * TOKENS)
+    return ProvidedData(data.batches, "the text", loss_fn=data.loss_fn)
+
+
+def compress(destination: Path, config: Any = CONFIG, **options: Any) -> tn.CompressionReport:
+    given = {"calibration": text(), "tokens": TOKENS, **options}
+    return th.compress_checkpoint(gpt2_path(), destination, config, **given)
+
+
+def test_a_gguf_file_is_that_of_the_exported_folder(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("conversion")
+    compress(tmp_path / "folder")
+    report = compress(tmp_path / "model.gguf", target="gguf")
+    th.export(tmp_path / "folder", tmp_path / "exported.gguf", source=gpt2_path())
+    straight, exported = ((tmp_path / x).read_bytes() for x in ("model.gguf", "exported.gguf"))
+    # The title in the metadata is the name of the folder, which differs; all tensors follow the metadata.
+    size = report.plan.bytes_after
+    assert straight[-size:] == exported[-size:]
+    assert report.model_bytes_after == len(straight)
+    assert report.measured is not None
+    assert report.measured.mean < 3 * report.plan.predicted_loss_increase + 4 * report.measured.stderr
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["exported.gguf", "folder", "model.gguf"]
+    with pytest.raises(DestinationError, match="exists"):
+        compress(tmp_path / "model.gguf", target="gguf")
+
+
+@pytest.mark.parametrize("target", [None, "gguf"])
+def test_an_interrupted_run_goes_on_at_its_block(
+    target: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target:
+        pytest.importorskip("gguf")
+        pytest.importorskip("conversion")
+    name = "model.gguf" if target else "model"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    compress(tmp_path / "a" / name, target=target)
+    kind: Any = GGUFWriter if target else FolderWriter
+    put, blocks = kind.put, []
+
+    def stopping(self: Any, block: str, layers: Any) -> None:
+        blocks.append(block)
+        if block == "transformer.h.2":
+            raise KeyboardInterrupt
+        put(self, block, layers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "put", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            compress(tmp_path / "b" / name, target=target)
+    assert staging_folder(tmp_path / "b" / name).is_dir()
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("surveyed again")
+
+    rounded: list[str] = []
+    original = streaming.compress_alone
+
+    def counting(matrix: Any, layer: Any, *rest: Any) -> Any:
+        rounded.append(layer.name)
+        return original(matrix, layer, *rest)
+
+    monkeypatch.setattr("tensornet.compression.survey.survey", never)
+    monkeypatch.setattr(streaming, "compress_alone", counting)
+    compress(tmp_path / "b" / name, target=target)
+    assert {x.rpartition(".h.")[2][0] for x in rounded if ".h." in x} == {"2", "3"}  # not blocks 0 and 1
+    files = [sorted(x for x in (tmp_path / y).rglob("*") if x.is_file()) for y in "ab"]
+    assert [x.read_bytes() for x in files[0]] == [x.read_bytes() for x in files[1]]
+    assert [x.name for x in (tmp_path / "b").iterdir()] == [name]
+
+
+def test_a_failed_run_leaves_only_prices_and_another_budget_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight = replace(CONFIG, bits_per_weight=1.0)
+    with pytest.raises(BudgetError):
+        compress(tmp_path / "model", tight)
+    work = staging_folder(tmp_path / "model")
+    assert not (work / "out").exists()
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("surveyed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tensornet.compression.survey.survey", never)
+        compress(tmp_path / "model")
+    assert (tmp_path / "model").is_dir()
+    assert not work.exists()
+    with pytest.raises(tn.errors.TargetError):
+        compress(tmp_path / "other", tn.CompressionConfig(bits_per_weight=4.5, target_modules="nosuch"))
+    assert [x.name for x in tmp_path.iterdir()] == ["model"]
+
+
+def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
+    states = streaming.fresh_states(tmp_path / "states")
+    for number in range(3):
+        states[0, number] = torch.ones(2)
+    for number in range(2):
+        states[1, number] = torch.ones(2)
+    assert states.complete(3) == 0
+    states[1, 2] = torch.ones(2)
+    assert states.complete(3) == 1
+    assert streaming.fresh_states(tmp_path / "states").complete(3) == 0
