@@ -77,7 +77,8 @@ def compress(
         progress: whether to show progress bars.
 
     Returns:
-        A report with the certified error, the predicted loss, and the error of a plain SVD for every layer.
+        A report with the error and the predicted loss of every layer; a thorough plan also has the error of a
+        plain SVD of the same size.
 
     Raises:
         TargetError, BudgetError, NonFiniteError, TopologyError: raised before any layer is replaced, or after

@@ -432,9 +432,10 @@ class CompressionPlan:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
+        compared = any(layer.baseline_error is not None for layer in self.layers)
         lines = [
-            f"{'layer':<{width}}  {'scheme':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
-            f"{'plain SVD':>9}"
+            f"{'layer':<{width}}  {'scheme':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8}"
+            + (f" {'plain SVD':>9}" if compared else "")
         ]
         for layer in self.layers:
             size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
@@ -442,7 +443,7 @@ class CompressionPlan:
             error, baseline = ("?" if x is None else f"{x:.4f}" for x in (layer.error, layer.baseline_error))
             lines.append(
                 f"{layer.name:<{width}}  {layer.scheme:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
-                f"{count:>24} {error:>8} {baseline:>9}"
+                f"{count:>24} {error:>8}" + (f" {baseline:>9}" if compared else "")
             )
         lines.append(
             f"these layers: {self.bytes_before:,} -> {self.bytes_after:,} bytes, "
