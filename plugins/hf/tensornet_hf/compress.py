@@ -48,7 +48,7 @@ from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
 from tensornet_hf.exporters.export import TARGETS, export, find_target
 from tensornet_hf.exporters.gguf import check_files
-from tensornet_hf.lazy_model import LazyModel, open_model
+from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_model
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import rotate
 from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
@@ -343,6 +343,11 @@ def compress_folder(
         check_free(destination, force=options.force, sources=(folder,))
     alone = priced(config, options) and not options.needing_model and not uploaded
     alone = alone and options.networks == "dense"
+    if alone and options.workers is None:
+        try:
+            open_model(folder, options.weights)
+        except ConvertedWeightError:  # the weights of a block cannot be read without those of all others
+            alone = False
     if not options.resume and options.workers is None and not options.heal and not alone:
         raise OptionError("This run loads the whole model, so it cannot be resumed; leave out {resume}.")
     if options.workers is not None or alone:
@@ -366,6 +371,10 @@ def compress_folder(
     teacher = None
     if options.refine or options.heal or options.report is not None or held_out is not None:
         teacher = copy.deepcopy(model)
+
+    if stats is None and calibration is not None and (options.report or held_out):
+        batches = list(calibration.batches)  # for the baseline of one-sided rounding
+        stats = calibrate(model, batches, loss_fn=calibration.loss_fn, tokens=WRITE_TOKENS, gradients=False)
 
     # Compress, refit and train.
     done: CompressionReport | ExpertsReport

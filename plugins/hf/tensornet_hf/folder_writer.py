@@ -249,6 +249,8 @@ class FolderWriter:
                 f"The weight files will have {compact_bytes(self.nbytes)}, but the disk of {work.parent} has "
                 f"{compact_bytes(room)} left. Free some space, or choose another destination."
             )
+        #: Bytes of all tensors, without the headers.
+        self.tensor_bytes = sum(nbytes for _, _, nbytes in found.tensors.values())
         self._places = {name: place for _, places in layouts.values() for name, place in places.items()}
         self._files = {
             file: ResumableFile(

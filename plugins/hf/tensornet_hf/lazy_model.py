@@ -268,6 +268,8 @@ def open_lazily(source: Checkpoint) -> LazyModel:
 
     there = {id(tensor) for name, tensor in state.items() if name in renamed or name in stacked}
     if absent := [name for name, x in model.named_parameters() if id(x) not in there]:
+        if stacked:  # some stored tensors are converted when transformers loads the model
+            raise _other_form(source.folder, absent[0])
         raise FormatError(
             f"{source.folder} describes {absent[0]} and {len(absent) - 1} more weights that are not stored. "
             "Files are missing, or belong to another model."
@@ -318,10 +320,7 @@ def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] |
     model = lazy.model
     for name, parameter in model.named_parameters():
         if id(parameter) not in lazy._known:
-            raise FormatError(
-                f"{folder} stores {name} in another form than the model uses, so the weight cannot be read "
-                "alone. Load the model and use tensornet.compress."
-            )
+            raise _other_form(folder, name)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
@@ -329,6 +328,17 @@ def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] |
                 setattr(module, key, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()  # computes buffers that are not stored, such as rotary frequencies
     return lazy
+
+
+class ConvertedWeightError(FormatError):
+    """A weight is stored in another form than the model uses, so it can only be read with the whole model."""
+
+
+def _other_form(folder: str | os.PathLike[str], name: str) -> ConvertedWeightError:
+    return ConvertedWeightError(
+        f"{folder} stores {name} in another form than the model uses, so the weight cannot be read alone. "
+        "Load the model and use tensornet.compress."
+    )
 
 
 def check_values(config: Mapping[str, Any], *, tensors: int) -> None:

@@ -247,7 +247,8 @@ def compress_checkpoint(
             formats = {x.name: x.storage.number_format for x in plan if x.topology is not None}
             layout = gguf_layout(lazy.model, folder, formats)
             for name, why in layout.dense.items():
-                warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
+                if name in layout.tensors:  # all others are dense in the plan
+                    warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
             out = GGUFWriter(work, layout, key=key)
         else:
             write = PACKED.get(target or "")
@@ -298,7 +299,7 @@ def compress_checkpoint(
         model_params_before=params,
         model_params_after=params - plan.params_before + plan.params_after,
         model_bytes_before=sum(part.nbytes for part in kept),
-        model_bytes_after=out.nbytes,
+        model_bytes_after=out.tensor_bytes,
         seconds=time.perf_counter() - started,
         plan=plan.with_errors({name: out.errors[name] for name in work_left}),
         coverage=measure_coverage(listed, [layer.name for layer in plan], unseen=plan.unseen),

@@ -81,10 +81,6 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
             ("compress", gpt2_path(), "x.gguf", "--max-bytes", "20kB", "--calibration", "text.txt"),
             "vocabulary",
         ),
-        (
-            ("compress", gpt2_path(), "x.gguf", "--bits", 5, "--objective", "weight", "--workers", 1),
-            "--workers",
-        ),
         (("export", gpt2_path(), "x"), "gguf"),
         (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--export", "mlx"), "ends in .gguf"),
         (("compress", gpt2_path(), "x", "--bits", 5, "--export", "onnx"), "onnx"),

@@ -28,7 +28,9 @@ class GGUFWriter:
     """
 
     def __init__(self, work: Path, layout: GGUFLayout, *, key: str) -> None:
-        self.work, self.layout, self.nbytes = work, layout, layout.nbytes
+        self.work, self.layout = work, layout
+        #: Bytes of the file, vocabulary and metadata included.
+        self.tensor_bytes = layout.nbytes
         out = work / "out"
         out.mkdir(exist_ok=True)
         path = out / "model.gguf"
