@@ -578,7 +578,7 @@ def write_tensors(
     *,
     what: str | None = None,
 ) -> None:
-    """Write a safetensors file of contiguous tensors, none of which share memory.
+    """Write a safetensors file of contiguous tensors with separate memory.
 
     `what` and the errors are as for `new_file`.
     """

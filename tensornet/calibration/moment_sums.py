@@ -92,7 +92,7 @@ class MomentSum:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the experts of one layer have in common: means over all tokens that any of them received.
+    """Means over all tokens that any expert of one mixture layer received.
 
     Without arguments, it stands for a layer outside of mixtures.
 

@@ -263,7 +263,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def menu(self) -> str | None:
-        """Name of the menu at the beginning of `formats`; None if there is none."""
+        """Name of the menu at the beginning of `formats`, or None."""
         first = self.formats if isinstance(self.formats, str) else (self.formats or ("",))[0]
         return first if first in MENUS else None
 

@@ -43,7 +43,7 @@ _LARGEST = 2**31
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the values of a parameter or buffer are stored.
+    """The stored tensors that contain the values of a parameter or buffer.
 
     Args:
         parts: stored tensors whose elements, one after the other, are those of the parameter.

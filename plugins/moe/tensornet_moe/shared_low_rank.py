@@ -98,7 +98,7 @@ def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int)
 
 
 def pattern_of(topology: Topology, core: str) -> str | None:
-    """Find the sharing pattern with this topology and this shared core; None if there is none."""
+    """Return the name of the sharing pattern that has this topology and shared core, or None."""
 
     def ordered(other: Topology) -> Topology:  # files do not keep the order of the sizes
         return replace(other, sizes=tuple(sorted(other.sizes)))

@@ -351,7 +351,7 @@ class _Planner:
 
 
 class Place(NamedTuple):
-    """Where the rows of a tensor come from.
+    """The layers, rows and columns of which a tensor of the file consists.
 
     Args:
         layers: names of layers, and the number of rows of each.
@@ -500,7 +500,7 @@ def _encoded(gguf: ModuleType, kind: str, points: Array, scales: Array) -> Array
 
 
 def _block_type(gguf: ModuleType, place: Place, weights: Weights | Iterable[NumberFormat]) -> str:
-    """Return the smallest type that stores a tensor of integers exactly; empty if there is none.
+    """Return the smallest type that stores a tensor of integers exactly, or an empty string.
 
     Args:
         gguf: the package.
