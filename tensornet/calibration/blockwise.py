@@ -117,10 +117,8 @@ def inputs_by_block(
     *,
     loss_fn: TokenLosses | None = None,
     scored: int = 0,
-    ready: Collection[str] = (),
     start: int = 0,
     precision: Precision = nullcontext,
-    source: str = "",
 ) -> Iterator[tuple[str, CalibrationStats]]:
     """Yield the moments of the inputs of every block, in the order of the blocks, then those outside of them.
 
@@ -128,10 +126,9 @@ def inputs_by_block(
     states that the next block reads are computed afterwards, with the changed weights.
 
     Args:
-        walk, recorder, precision, source: see `moments_by_block`.
+        walk, recorder, precision: see `moments_by_block`.
         loss_fn: the losses of single tokens; if given, losses are computed at the end.
         scored: number of losses to compute; they are appended to `walk.losses`.
-        ready: names of blocks whose moments are not needed; they are yielded without moments.
         start: index of the first block to visit; `walk.states` contains the hidden states before it.
     """
     with recorder.paused(), precision():
@@ -148,9 +145,8 @@ def inputs_by_block(
             with precision(), torch.no_grad():
                 for number, batch in enumerate(walk.batches):
                     recorder.expect(batch)
-                    if walk.names[walk.position] not in ready:
-                        walk.run(number)
-            yield walk.names[walk.position], recorder.finish(1, None, source)
+                    walk.run(number)
+            yield walk.names[walk.position], recorder.finish(1, None, "")
             with recorder.paused(), precision():
                 walk.advance()
     recorder.restart()
@@ -164,7 +160,7 @@ def inputs_by_block(
         for number, batch in enumerate(walk.batches):
             recorder.expect(batch)
             run(number, run_model)
-        yield "", without(recorder.finish(1, None, source), walk.names)
+        yield "", without(recorder.finish(1, None, ""), walk.names)
         with recorder.paused():
             for number in range(len(walk.batches)):
                 if loss_fn is None or sum(map(len, walk.losses)) >= scored:

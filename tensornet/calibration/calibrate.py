@@ -84,12 +84,11 @@ def calibrate(
 
     If `tokens` is not given, calibration stops when the moments have converged. There are two conditions.
     First, every full moment of inputs was averaged over at least 32 tokens per feature (of all experts of a
-    mixture together). Second, the predicted
-    loss increase of a reference scheme has a relative standard error of at most 2.5 %. This is estimated from
-    the differences between batches by the delta method. The reference scheme has the same relative error in
-    all weights. So its predicted loss increase is `sum 1/2 s^2 tr R tr C`, with the mean square `s^2` of each
-    weight. Calibration reads at least 4,096 tokens, and stops at the latest after 32,768 tokens and 1,024
-    losses.
+    mixture together). Second, the predicted loss increase of a reference scheme has a relative standard error
+    of at most 2.5 %. This is estimated from the differences between batches by the delta method. The
+    reference scheme has the same relative error in all weights. So its predicted loss increase is
+    `sum 1/2 s^2 tr R tr C`, with the mean square `s^2` of each weight. Calibration reads at least 4,096
+    tokens, and stops at the latest after 32,768 tokens and 1,024 losses.
 
     The first condition limits the sampling error of the moments. If factors are fitted to moments of `n`
     independent tokens, the loss increase is larger by a fraction `(rows + columns) / n` than with exact
@@ -447,7 +446,6 @@ class MomentRecorder:
         scored: int,
         loss: float | None,
         source: str,
-        inputs: Mapping[str, Tensor] | None = None,
         layers: Collection[str] | None = None,
     ) -> CalibrationStats:
         """Divide the sums by numbers of tokens and return the statistics.
@@ -460,7 +458,6 @@ class MomentRecorder:
             scored: number of tokens that have a loss.
             loss: mean loss of a token.
             source: name of the data.
-            inputs: input moments by layer from another recorder, which are needed only for the coherence.
             layers: names of the layers to finish; the sums of all other layers are kept. All if absent. With
                 one expert at a time, no more than its two moments are in memory.
         """
@@ -505,7 +502,7 @@ class MomentRecorder:
             max(self.counts.values(), default=0),
             loss,
             source,
-            coherence=self._coherence(rows, {**columns, **(inputs or {})}),
+            coherence=self._coherence(rows, columns),
             counts={name: self.counts.get(name, 0) for name in wanted},
             scored=scored,
             factors={

@@ -231,16 +231,13 @@ class Walk:
         return self.calls[number][self.position].run(self.block, hidden)
 
     @torch.no_grad()
-    def advance(self, *, keep: bool = False, before: Callable[[Batch], None] | None = None) -> None:
+    def advance(self, *, keep: bool = False) -> None:
         """Run the block at `position` on all batches, store the hidden states, and advance to the next block.
 
         Args:
             keep: whether to keep the hidden states that the block read.
-            before: function that is called with each batch before the block runs on it.
         """
-        for number, batch in enumerate(self.batches):
-            if before is not None:
-                before(batch)
+        for number in range(len(self.batches)):
             self.states[self.position + 1, number] = self.run(number)
         # An interrupted walk can go on from states on disk, since those of one block are always complete.
         for number in () if keep else range(len(self.batches)):

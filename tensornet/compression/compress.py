@@ -106,6 +106,11 @@ def compress(
     by_blocks = config.by_blocks and held_out is None
     data = gather(model, options, calibration, by_blocks=by_blocks, progress=progress)
     by_blocks = by_blocks and data.statistics is None and bool(data.batches)
+    if prices is not None and not by_blocks:
+        raise TargetError(
+            "prices are only for plans of number formats with effort='fast', and need calibration=batches; "
+            "leave them out."
+        )
     cache: LayerCache = {}
     if isinstance(config, CompressionPlan):
         plan = config
@@ -121,8 +126,12 @@ def compress(
                 "same data with the same number of tokens, or the statistics that were collected on them."
             )
     elif by_blocks:
-        prices = prices or survey(
-            model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
+        prices = (
+            prices.with_config(config)
+            if prices
+            else survey(
+                model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
+            )
         )
         plan = prices.plan()
     else:

@@ -97,20 +97,15 @@ def compress_blocks(
         raise TargetError("No batches: pass at least one, better 16 of 1,000 tokens.")
     if not layers:
         return
-    with (
-        observed(model, recorder, LayerSelection(target_modules=names)) as found,
-        ExitStack() as bars,
-    ):
+    with ExitStack() as contexts:
+        found = contexts.enter_context(observed(model, recorder, LayerSelection(target_modules=names)))
         targets = [x for x in found if x.name in layers]
         with recorder.paused(), precision():
             blocks = blocks_to_walk(model, targets, first_rows(given[0], 1), loaded)
         walk = Walk(model, blocks, given, {} if states is None else states, loaded)
-        members = {name: [x for x in targets if is_inside(x, name)] for name in blocks}
-        ready = [name for name, some in members.items() if all(finished(layers[x.name]) for x in some)]
-
         count = sum(map(tokens_of, given))
         visits = 1 + len(blocks[start:]) + any(_is_table(x) for x in targets) * bool(blocks and not start)
-        visited = bars.enter_context(block_bar("rounding", visits, count, progress=progress))
+        visited = contexts.enter_context(block_bar("rounding", visits, count, progress=progress))
 
         def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
             """Compress the layers that are not finished yet, and read the others."""
@@ -143,7 +138,6 @@ def compress_blocks(
                 recorder,
                 loss_fn=loss_fn,
                 scored=len(losses),
-                ready=ready,
                 start=start,
                 precision=precision,
             ):

@@ -442,3 +442,19 @@ def test_compress_takes_loaded_prices(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name])
+
+
+def test_prices_only_serve_plans_that_use_them() -> None:
+    model, prices = surveyed()
+    with pytest.raises(TargetError, match="prices are only for plans of number formats with effort='fast'"):
+        tn.compress(model, replace(CONFIG, effort="thorough"), calibration=[text(1)], prices=prices)
+
+
+def test_the_budget_is_that_of_the_configuration() -> None:
+    """A price list has a budget of its own, which must not win."""
+    model, prices = surveyed()
+    config = replace(CONFIG, bits_per_weight=7)
+    report = tn.compress(copy.deepcopy(model), config, calibration=[text(1)], prices=prices)
+    expected = prices.with_config(config).plan()
+    assert [x.storage for x in report.plan.layers] == [x.storage for x in expected.layers]
+    assert report.plan.bytes_after < prices.plan().bytes_after

@@ -343,15 +343,20 @@ def compress_folder(
         check_free(destination, force=options.force, sources=(folder,))
     alone = priced(config, options) and not options.needing_model and not uploaded
     alone = alone and options.networks == "dense"
-    if alone and options.workers is None:
+    lazy = None
+    if options.workers is not None or alone:
         try:
-            open_model(folder, options.weights)
-        except ConvertedWeightError:  # the weights of a block cannot be read without those of all others
+            lazy = open_model(folder, options.weights)
+        except ConvertedWeightError:
+            # The weights of a block cannot be read without those of all others. `workers` needs only those of
+            # the planned layers, unless it runs the model.
+            if options.workers is not None and (text is not None or target is not None):
+                raise
             alone = False
     if not options.resume and options.workers is None and not options.heal and not alone:
         raise OptionError("This run loads the whole model, so it cannot be resumed; leave out {resume}.")
     if options.workers is not None or alone:
-        streamed = _compress_streamed(folder, Path(destination), config, options, text, target)
+        streamed = _compress_streamed(lazy, folder, Path(destination), config, options, text, target)
         written = Path(destination).stat().st_size if target == "gguf" else weight_bytes(destination)
         sizes = before, written
         return FolderReport(str(source), str(destination), streamed, *sizes)
@@ -754,6 +759,7 @@ def _validation(model: PreTrainedModel, folder: Path, options: CompressOptions) 
 
 
 def _compress_streamed(
+    lazy: LazyModel | None,
     folder: Path,
     destination: Path,
     config: CompressionConfig | CompressionPlan,
@@ -767,11 +773,11 @@ def _compress_streamed(
     them.
     """
     statistics, data = None, None
-    if target is not None and isinstance(config, CompressionConfig):
-        config = for_target(target, config, open_model(folder, options.weights).model, folder)
-    if text is not None and priced(config, options):
-        data = _calibration(open_model(folder, options.weights), folder, config, options, text)
-    elif text is not None:
+    if lazy is not None and target is not None and isinstance(config, CompressionConfig):
+        config = for_target(target, config, lazy.model, folder)
+    if lazy is not None and text is not None and priced(config, options):
+        data = _calibration(lazy, folder, config, options, text)
+    elif lazy is not None and text is not None:
         observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
         layers = (observed.target_modules, observed.exclude_modules)
         key = digest([text, options.source, options.calibration_tokens, layers])
@@ -781,7 +787,7 @@ def _compress_streamed(
             file = work / f"statistics-{key[:16]}.safetensors"
             if not options.resume:
                 file.unlink(missing_ok=True)
-            _calibration(open_model(folder, options.weights), folder, config, options, text, streamed_to=file)
+            _calibration(lazy, folder, config, options, text, streamed_to=file)
             statistics = file if file.exists() else None
     return compress_checkpoint(
         folder,

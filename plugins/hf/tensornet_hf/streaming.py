@@ -18,8 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -34,11 +33,12 @@ import tensornet as tn
 import tensornet.compression
 from tensornet.calibration.batches import Batch, read_batches
 from tensornet.calibration.losses import label_losses
-from tensornet.calibration.stats import CalibrationStats, first_difference
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import outer_stacks
 from tensornet.compression.apply import (
     check_fits,
     check_objective,
+    check_samples,
     compress_layer,
     warn_of_scales,
     with_cores,
@@ -51,14 +51,13 @@ from tensornet.compression.report import CompressionReport, measure_coverage
 from tensornet.compression.sensitivity import layer_weighting
 from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
 from tensornet.compression.survey import digest as text_digest
-from tensornet.compression.write import WRITE_TOKENS, compress_blocks
+from tensornet.compression.write import WRITE_TOKENS, compress_blocks, results
 from tensornet.errors import (
     BudgetError,
     DestinationError,
     FormatError,
     TargetError,
     TensorNetError,
-    WorkerError,
 )
 from tensornet.io import FLOATS, file_digest, write_file
 from tensornet.linalg.weighted_svd import Weighting
@@ -174,6 +173,11 @@ def compress_checkpoint(
     source = read_source(folder, weights)
     marks = file_marks(folder, weights)
     by_blocks = calibration is not None and stats is None and config.by_blocks
+    if (calibration is not None or prices is not None) and not by_blocks:
+        raise TargetError(
+            "Batches and prices are only for plans of number formats with effort='fast'. For other plans, "
+            "collect statistics by tensornet_hf.calibrate_checkpoint, and pass these (stats=) instead."
+        )
     # An invalid model raises before anything is written. Only a model that runs needs its buffers.
     lazy = open_model(folder, weights) if by_blocks else open_lazily(source)
     plan = config if isinstance(config, CompressionPlan) else None
@@ -205,24 +209,28 @@ def compress_checkpoint(
         loaded_on = partial(lazy.loaded, device=device)
         if not isinstance(config, CompressionPlan) and calibration is not None and by_blocks:
             _check_readable(lazy, options)
-            if prices is None and (work / PRICES).is_file():
-                try:
-                    survey_or_load(lazy.model, batches, config, work / PRICES, tokens=tokens)
-                except (BudgetError, FormatError, TargetError):  # of a run with other options
-                    (work / PRICES).unlink()
-            priced = survey_or_load(
+            file = work / PRICES if prices is None else Path(prices)
+            found = partial(
+                survey_or_load,
                 lazy.model,
                 batches,
                 config,
-                work / PRICES if prices is None else prices,
+                file,
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 tokens=tokens,
-                states=fresh_states(work / "surveyed"),
                 loaded=loaded_on,
                 device=torch.device(device),
                 progress=progress,
             )
+            earlier = prices is None and file.is_file()
+            try:
+                priced = found(states=fresh_states(work / "surveyed"))
+            except (BudgetError, FormatError, TargetError):
+                if not earlier:
+                    raise
+                file.unlink()  # the prices of an earlier run with other options
+                priced = found(states=fresh_states(work / "surveyed"))
             shutil.rmtree(work / "surveyed", ignore_errors=True)
             plan, dense_losses, factors = priced.plan(), priced.losses, priced.factors
         if plan is None:
@@ -252,8 +260,8 @@ def compress_checkpoint(
             out = GGUFWriter(work, layout, key=key)
         else:
             write = PACKED.get(target or "")
-            found = planned_contents(source, lazy, plan) if write is None else write(source, lazy, plan)[0]
-            out = FolderWriter(work, found, max_shard_bytes=max_shard_bytes, key=key)
+            tensors = planned_contents(source, lazy, plan) if write is None else write(source, lazy, plan)[0]
+            out = FolderWriter(work, tensors, max_shard_bytes=max_shard_bytes, key=key)
         with _executor(workers, executor) as using:
             if by_blocks:
                 states = StatesOnDisk(work / "states")
@@ -477,34 +485,18 @@ def _compress_blocks(
                 chosen = [targets[layer.name] for layer in work]
                 for layer, target in zip(work, chosen, strict=True):
                     check_fits(lazy.model, layer, target)
-                if (name := first_difference({x.name: x.sample for x in work}, chosen)) is not None:
-                    raise TargetError(
-                        f"The plan was made for another model: the weight of {name!r} differs. Plan the "
-                        "compression of this model."
-                    )
+                check_samples(plan, chosen)
                 if stats is not None and plan.objective != "weight":
                     stats.check_weights(chosen)
-                tasks: list[Future[tuple[TensorNetworkLinear, float]]] = []
-                try:
-                    for layer, target in zip(work, chosen, strict=True):
-                        weighting = layer_weighting(target, plan.objective, stats, plan.damping)
-                        task = target.matrix, layer, weighting or Weighting(), plan.rounding
-                        if executor is None:
-                            tasks.append(Future())
-                            tasks[-1].set_result(compress_alone(*task))
-                        else:
-                            tasks.append(executor.submit(compress_alone, *task))
-                    for layer, target, future in zip(work, chosen, tasks, strict=True):
-                        made, error = future.result()
-                        done[layer.name] = with_cores(target, made), error
-                except BrokenProcessPool as error:
-                    raise WorkerError(
-                        f"A worker died ({error}), most likely because memory ran out. Use fewer workers. "
-                        "Finished layers are kept; run the same command again to continue."
-                    ) from error
-                finally:
-                    for future in tasks:
-                        future.cancel()
+                weightings = [layer_weighting(x, plan.objective, stats, plan.damping) for x in chosen]
+                tasks = [
+                    (target.matrix, layer, weighting or Weighting(), plan.rounding)
+                    for layer, target, weighting in zip(work, chosen, weightings, strict=True)
+                ]
+                for target, (made, error) in zip(
+                    chosen, results(executor, compress_alone, tasks), strict=True
+                ):
+                    done[target.name] = with_cores(target, made), error
                 new = {
                     name: module
                     for target in chosen
