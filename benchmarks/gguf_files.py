@@ -50,7 +50,6 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import PriceList, check_loss, price
 from tensornet.compression.apply import LayerCache
-from tensornet.quantization.menus import MENUS
 from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
@@ -65,8 +64,6 @@ TITLES = {
     "smollm2": "SmolLM2-135M, rotated",
     "smollm2-wide": "SmolLM2-135M, padded to 768",
 }
-#: Number formats of the GGUF types Q5_0, IQ4_NL and IQ4_XS, which have slower kernels than other types.
-SLOW = ("int5:g32:float16", "nl4:g32:float16", "nl4:g32:s6")
 STEPS = ("files", "others", "speed")
 #: Style and label of each method in the picture.
 STYLES = {
@@ -171,9 +168,7 @@ class Bench:
     def plan(self, name: str, size: int) -> None:
         """Write the file of the plan for one size, and measure its loss."""
         subject, batches = self.subject, self.subject.calibration(0)
-        formats = (
-            ("gguf", *(x for x in MENUS["gguf"].formats if x not in SLOW)) if self.given.fast else "gguf"
-        )
+        formats = "gguf-fast" if self.given.fast else "gguf"
         asked = tn.CompressionConfig(max_bytes=size, formats=formats, effort="thorough")
         config = for_target("gguf", asked, self.dense, subject.folder)
         seconds = {}

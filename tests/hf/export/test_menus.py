@@ -94,6 +94,17 @@ def test_formats_after_a_menu_are_the_only_ones_of_it() -> None:
         tn.CompressionConfig(bits_per_weight=6, formats=("gguf", "int7"))
 
 
+def test_the_fast_menu_has_no_slow_types() -> None:
+    model = llama()
+    stats = stats_of(model)
+    slow, fast = (
+        {x.storage.number_format.name for x in price(model, config, stats).plan()}
+        for config in (tn.CompressionConfig(bits_per_weight=6, formats=x) for x in ("gguf", "gguf-fast"))
+    )
+    assert any(name.startswith(("int5", "nl4")) for name in slow)
+    assert fast == {"int8:g32:float16", "int4:g32:float16"}  # no rows are divisible by 256, as Q6_K needs
+
+
 def test_bytes_are_those_of_the_file() -> None:
     shape, int2 = (128, 512), NumberFormat.parse("int2:g16:s4")
     assert 8 * bytes_for("gguf", int2, shape, torch.float32) == 2.625 * 128 * 512  # of Q2_K

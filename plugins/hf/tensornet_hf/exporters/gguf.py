@@ -17,6 +17,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +94,19 @@ GGUF_MENU = Menu(
     ),
     _num_bytes,
     whole_model=True,
+)
+#: Formats of F16, BF16, F32, Q8_0, Q6_K, Q4_0, Q3_K and Q2_K, for which llama.cpp has fast kernels on x86
+#: processors. With those of Q5_0, IQ4_NL and IQ4_XS, prompts take up to three times as long.
+GGUF_FAST_MENU = replace(
+    GGUF_MENU,
+    formats=(
+        "float",
+        "int8:g32:float16",
+        "int6:g16:s8",
+        "int4:g32:float16",
+        "int3:g16:s6",
+        "int2:g16:s4",
+    ),
 )
 
 
