@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import length_hint
@@ -304,7 +304,6 @@ class MomentRecorder:
         self.sketches: dict[str, Tensor] = {}  # products `R @ test_matrix`
         self.counts: dict[str, int] = {}
         self.inputs: dict[str, _InputSum] = {}  # maps layers to sums; layers with the same input share one
-        self._mixtures: dict[str, Mixture] | None = None
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}
@@ -435,19 +434,7 @@ class MomentRecorder:
         counts = [self.counts.get(other, 0) for other in mixture]
         return sum(counts) if mixture and self._are_experts(mixture) else self.counts[name]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all sums; a sum that layers share is counted once."""
-        sums = [x.sum for x in {id(x): x for x in self.inputs.values()}.values()]
-        return sum(x.num_bytes for x in (*sums, *self.gradients.values()))
-
-    def finish(
-        self,
-        scored: int,
-        loss: float | None,
-        source: str,
-        layers: Collection[str] | None = None,
-    ) -> CalibrationStats:
+    def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
         """Divide the sums by numbers of tokens and return the statistics.
 
         Moments of inputs are divided by the number of tokens that the layer received, moments of gradients by
@@ -458,18 +445,15 @@ class MomentRecorder:
             scored: number of tokens that have a loss.
             loss: mean loss of a token.
             source: name of the data.
-            layers: names of the layers to finish; the sums of all other layers are kept. All if absent. With
-                one expert at a time, no more than its two moments are in memory.
         """
         self._settle()
-        if self._mixtures is None:
-            self._mixtures = self._find_mixtures()
-        wanted = dict.fromkeys((*self.counts, *self._mixtures) if layers is None else layers)
+        mixtures = self._find_mixtures()
+        wanted = dict.fromkeys((*self.counts, *mixtures))
         rows: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
         shared: dict[int, tuple[MomentSum, Tensor]] = {}  # moments of inputs that several layers read
         for name in wanted:
-            mixture = self._mixtures.get(name, Mixture())
+            mixture = mixtures.get(name, Mixture())
             own = found.sum if (found := self.inputs.pop(name, None)) else None
             if own is not None and own.count:
                 if id(own) not in shared:

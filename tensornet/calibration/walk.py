@@ -5,7 +5,8 @@ only the weights of one block must be in memory. Chains of blocks are found by r
 comparing the tensors that its modules receive and return. A model without such a chain is one block.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,10 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves  # no public function walks over nested tuples and dicts
+from tqdm.auto import tqdm
 
+from tensornet._util import memory_held
 from tensornet.calibration.batches import Batch, run_model
+from tensornet.calibration.calibrate import fast_dtype, has_bfloat16
 from tensornet.errors import TargetError
 from tensornet.nn.extension import extensions
+from tensornet.nn.targets import Target
 
 
 class Stop(Exception):
@@ -349,6 +354,56 @@ def find_blocks(model: nn.Module, batch: Batch, loaded: Loaded = in_memory) -> t
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
     same = torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
     return names if same and not walk.differentiates_arguments(0) else ()
+
+
+@contextmanager
+def block_bar(what: str, visits: int, tokens: int, *, progress: bool) -> Iterator[Callable[[], None]]:
+    """Show a progress bar over visits of blocks, with the speed in tokens and the memory of this process.
+
+    Args:
+        what: what is done, in front of the bar.
+        visits: number of visits of blocks.
+        tokens: number of tokens that run through every visited block.
+        progress: whether to show the bar.
+
+    Yields:
+        Function to call after each visit.
+    """
+    start = time.perf_counter()
+    with tqdm(total=visits, desc=what, disable=not progress, unit="block") as bar:
+
+        def visited() -> None:
+            speed = tokens * (bar.n + 1) / visits / max(time.perf_counter() - start, 1e-9)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s {memory_held()}".strip(), refresh=False)
+            bar.update()
+
+        yield visited if progress else lambda: None
+
+
+def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products in a walk, or None for that of the weights.
+
+    Weights that are loaded for a walk are float32.
+    """
+    if loaded is in_memory:
+        return fast_dtype(model)
+    return torch.bfloat16 if has_bfloat16(device) else None
+
+
+def blocks_to_walk(
+    model: nn.Module, targets: Iterable[Target], batch: Batch, loaded: Loaded
+) -> tuple[str, ...]:
+    """Find the blocks of a model (see `find_blocks`); none if layers of two blocks use the same weight."""
+    names = find_blocks(model, batch, loaded)
+    shared = any(len({block_of(name, names) for name in target.names}) > 1 for target in targets)
+    return () if shared else names
+
+
+def block_of(name: str, blocks: Container[str]) -> str:
+    """Return the name of the block that a module is in, or that it is; an empty text if there is none."""
+    while name and name not in blocks:
+        name = name.rpartition(".")[0]
+    return name
 
 
 @contextmanager

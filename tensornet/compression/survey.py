@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from tensornet._util import memory_held, on_cpu_unless_said
+from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.batches import (
     Batch,
     BatchLike,
@@ -30,14 +27,20 @@ from tensornet.calibration.calibrate import (
     MOST_TOKENS,
     OWN_LOSSES,
     MomentRecorder,
-    fast_dtype,
-    has_bfloat16,
     lowered,
     observed,
 )
 from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, scores_next_token
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.calibration.walk import Loaded, Walk, find_blocks, in_memory
+from tensornet.calibration.walk import (
+    Loaded,
+    Walk,
+    block_bar,
+    block_of,
+    blocks_to_walk,
+    in_memory,
+    walk_dtype,
+)
 from tensornet.compression.allocate import PricedLayer
 from tensornet.compression.candidates import find_candidates
 from tensornet.compression.config import CompressionConfig, check_config
@@ -47,7 +50,7 @@ from tensornet.compression.prices import PriceList
 from tensornet.compression.sensitivity import is_known
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.svd import check_finite
-from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
+from tensornet.nn.targets import check_loaded, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
 #: Number of tokens on which a survey differentiates the loss. The moments of the inputs of one block may be
@@ -148,7 +151,11 @@ def survey(
             for name, stats in moments_by_block(
                 walk, recorder, loss_fn, precision=precision, source=source, visited=visited
             ):
-                here = [x for x in targets if x.name not in priced and (not name or is_inside(x, name))]
+                here = [
+                    x
+                    for x in targets
+                    if x.name not in priced and (not name or block_of(x.name, names) == name)
+                ]
                 known = [x for x in here if is_known(x, stats)]
                 with loaded([module for x in known for module in x.modules], dtype=None):
                     for target in known:
@@ -179,30 +186,6 @@ def survey(
     losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses).tolist())
     sizes = untargeted_sizes(model, kept)
     return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors)
-
-
-@contextmanager
-def block_bar(what: str, visits: int, tokens: int, *, progress: bool) -> Iterator[Callable[[], None]]:
-    """Show a progress bar over visits of blocks, with the speed in tokens and the memory of this process.
-
-    Args:
-        what: what is done, in front of the bar.
-        visits: number of visits of blocks.
-        tokens: number of tokens that run through every visited block.
-        progress: whether to show the bar.
-
-    Yields:
-        Function to call after each visit.
-    """
-    start = time.perf_counter()
-    with tqdm(total=visits, desc=what, disable=not progress, unit="block") as bar:
-
-        def visited() -> None:
-            speed = tokens * (bar.n + 1) / visits / max(time.perf_counter() - start, 1e-9)
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s {memory_held()}".strip(), refresh=False)
-            bar.update()
-
-        yield visited if progress else lambda: None
 
 
 def survey_batches(
@@ -250,16 +233,6 @@ def survey_or_load(
     return prices.with_config(config)
 
 
-def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of matrix products in a walk, or None for that of the weights.
-
-    Weights that are loaded for a walk are float32.
-    """
-    if loaded is in_memory:
-        return fast_dtype(model)
-    return torch.bfloat16 if has_bfloat16(device) else None
-
-
 def digest(batches: Iterable[Batch]) -> str:
     """Compute a checksum of the tensors in batches, to recognize a text."""
     found = hashlib.sha256()
@@ -269,20 +242,3 @@ def digest(batches: Iterable[Batch]) -> str:
                 found.update(name.encode())
                 found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def blocks_to_walk(
-    model: nn.Module, targets: Iterable[Target], batch: Batch, loaded: Loaded
-) -> tuple[str, ...]:
-    """Find the blocks of a model (see `find_blocks`); none if layers of two blocks use the same weight."""
-    names = find_blocks(model, batch, loaded)
-    for target in targets:
-        outside = not any(x == name or x.startswith(f"{name}.") for x in target.names for name in names)
-        if not outside and not any(is_inside(target, name) for name in names):
-            return ()
-    return names
-
-
-def is_inside(target: Target, block: str) -> bool:
-    """Return True if all modules that use a weight are in a block."""
-    return all(name.startswith(f"{block}.") or name == block for name in target.names)

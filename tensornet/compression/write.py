@@ -15,12 +15,20 @@ from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.calibration.walk import Loaded, Walk, in_memory
+from tensornet.calibration.walk import (
+    Loaded,
+    Walk,
+    block_bar,
+    block_of,
+    blocks_to_walk,
+    in_memory,
+    walk_dtype,
+)
 from tensornet.compression.apply import NewLayers, check_samples, compress_layer, with_cores
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, never_ran
-from tensornet.compression.survey import FULL_UP_TO, block_bar, blocks_to_walk, is_inside, walk_dtype
+from tensornet.compression.survey import FULL_UP_TO
 from tensornet.errors import TargetError, WorkerError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.module import NetworkModule
@@ -142,7 +150,7 @@ def compress_blocks(
                 precision=precision,
             ):
                 block.close()  # the hidden states after the previous block have been computed
-                here = [x for x in targets if x not in first and _belongs(x, name, blocks)]
+                here = [x for x in targets if x not in first and block_of(x.name, blocks) == name]
                 new = compressed(here, stats)
                 block.enter_context(rounded_weights(here, new))
                 yield name, new
@@ -194,13 +202,6 @@ def results(
 def _is_table(target: Target) -> bool:
     """Return True if only embeddings use a weight; the moments of their inputs are counts of tokens."""
     return all(kind.name == "embedding" for kind in target.kinds)
-
-
-def _belongs(target: Target, block: str, blocks: Sequence[str]) -> bool:
-    """Return True if a weight belongs to a block or, if its name is empty, to none of the blocks."""
-    if block:
-        return is_inside(target, block)
-    return not any(is_inside(target, other) for other in blocks)
 
 
 @contextmanager

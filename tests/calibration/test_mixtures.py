@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
-from tensornet.calibration.calibrate import MomentRecorder, observed
 from tensornet.calibration.moment_sums import (
     GRADIENT_PRIOR,
     PRIOR,
@@ -170,35 +169,6 @@ def test_a_router_that_sends_all_tokens_to_one_expert_leaves_the_others_its_mome
     for number in range(EXPERTS):  # two experts received everything
         torch.testing.assert_close(stats.columns[f"0.experts.{number}.gate"], x.T @ x / 30)
         assert stats.counts[f"0.experts.{number}.gate"] == (30 if number < 2 else 0)
-
-
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_experts_are_finished_one_by_one(diagonal: bool) -> None:
-    """The statistics are those of all layers at once, and the memory of the sums shrinks on the way."""
-    torch.manual_seed(0)
-    model = Mixture()
-
-    def recorded() -> MomentRecorder:
-        recorder = MomentRecorder(diagonal_gradients=diagonal)
-        with observed(model, recorder, None):
-            for x, _ in data(60):
-                recorder.expect({"input": x})
-                output = model(x)
-                output.backward(torch.ones_like(output))
-        return recorder
-
-    at_once = recorded().finish(60, 0.0, "text")
-    recorder = recorded()
-    sums = [recorder.num_bytes]
-    for name in at_once.columns:
-        stats = recorder.finish(60, 0.0, "text", layers=[name])
-        assert list(stats.columns) == [name]
-        torch.testing.assert_close(stats.columns[name], at_once.columns[name])
-        torch.testing.assert_close(stats.rows.get(name), at_once.rows.get(name))
-        sums.append(recorder.num_bytes)
-    assert at_once.rows["experts.5.down"].ndim == (1 if diagonal else 2)
-    assert sums == sorted(sums, reverse=True)
-    assert sums[-1] == 0
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
