@@ -12,7 +12,7 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module
-from tensornet_moe.mixtures import _end_leg
+from tensornet_moe.mixtures import end_leg
 from tensornet_moe.pool import connect_pools
 
 D, F, E = 64, 128, 6  # ends of 16 on both sides
@@ -143,7 +143,7 @@ def test_banks_of_the_callers_own() -> None:
     ("size", "end"), [(8, 4), (12, 6), (64, 16), (80, 16), (512, 32), (768, 48), (2730, 42), (11008, 64)]
 )
 def test_an_end_is_short(size: int, end: int) -> None:
-    assert _end_leg(size) == end
+    assert end_leg(size) == end
 
 
 def test_bad_words_are_refused() -> None:

@@ -21,6 +21,7 @@ from tensornet_moe.routers import (
     TopKRouter,
     register_router,
 )
+from tensornet_moe.specialist_layers import SpecialistLinear, Specialists, change_form, specialists
 
 __all__ = [
     "ExpertBank",
@@ -36,8 +37,11 @@ __all__ = [
     "Routing",
     "SharedCoreExperts",
     "SharedCoreMoE",
+    "SpecialistLinear",
+    "Specialists",
     "SwitchRouter",
     "TopKRouter",
+    "change_form",
     "collect_aux_losses",
     "compress_experts",
     "describe",
@@ -49,5 +53,6 @@ __all__ = [
     "register_router",
     "router_z_loss",
     "shared_parameters",
+    "specialists",
     "update_biases",
 ]

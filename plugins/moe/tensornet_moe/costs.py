@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from tensornet._util import check_size
+from tensornet.contraction.plan import plan_matrix
 from tensornet.errors import TargetError
 from tensornet.nn import MPOEmbedding
 from tensornet.nn.layer_kinds import kind_of
@@ -20,6 +21,7 @@ from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.pool import PooledExperts, find_pools
 from tensornet_moe.routers import Router
+from tensornet_moe.specialist_layers import SpecialistLinear, Specialists, is_low_rank
 
 
 @dataclass
@@ -42,10 +44,13 @@ class ModelCosts:
     """Costs of a model, as returned by `describe`; `print` shows them as a table.
 
     Args:
-        parts: cost of `"embeddings"`, `"experts"`, `"routers"` and `"other"`.
+        parts: cost of `"embeddings"`, `"experts"`, `"routers"`, `"other"` and, if there are any,
+            `"specialists"`.
         bytes: bytes of the model as it is (key `"now"`), and as it would be in each number format.
         tokens: number of tokens in a forward pass.
         uncounted: names of weights with more than two dimensions; their multiply-adds are not counted.
+        specialists: bytes of what specialists share (`"shared"`), of each specialist, and of a new one
+            (`"next"`); empty without specialists.
 
     Example:
         >>> costs = tm.describe(torch.nn.Linear(64, 32))
@@ -57,6 +62,7 @@ class ModelCosts:
     bytes: dict[str, int]
     tokens: int
     uncounted: tuple[str, ...]
+    specialists: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> Cost:
@@ -74,6 +80,9 @@ class ModelCosts:
         for name, cost in {**self.parts, "total": self.total}.items():
             lines.append(f"{name:<12}{cost.stored:>16,}{cost.active:>18,.0f}{cost.multiply_adds:>24,.0f}")
         lines.append("bytes: " + ", ".join(f"{name} {size:,}" for name, size in self.bytes.items()))
+        if self.specialists:
+            sizes = ", ".join(f"{name} {size:,}" for name, size in self.specialists.items())
+            lines.append(f"bytes of specialists: {sizes}")
         if self.uncounted:
             lines.append("arithmetic not counted: " + ", ".join(self.uncounted))
         return "\n".join(lines)
@@ -95,7 +104,8 @@ def describe(
       the text, and elementwise operations are not counted.
     - Bytes: the size of the model if all matrices of linear layers, embeddings and `SharedCoreExperts` are
       stored in one number format, scales included. Everything else keeps its current size: norms, biases,
-      routers, low-rank deltas and layers that are already compressed.
+      routers, low-rank deltas, specialists and layers that are already compressed.
+    - Specialists: a token uses one specialist, with all shared cores.
 
     Args:
         model: any model, usually with mixtures.
@@ -137,6 +147,10 @@ def describe(
         room = "embeddings" if isinstance(part, nn.Embedding | MPOEmbedding) else room
         if room is not None:
             rooms.update((id(inner), room) for inner in part.modules())
+        if isinstance(part, SpecialistLinear):
+            parts.setdefault("specialists", Cost())
+            own = (*part.specialists.modules(), *part.shared_cores.modules())
+            rooms.update((id(inner), "specialists") for inner in own)
         if isinstance(part, NetworkModule):
             compressed.update(id(inner) for inner in part.modules() if inner is not part)
 
@@ -154,7 +168,14 @@ def describe(
     for name, part in model.named_modules():
         if isinstance(part, SharedCoreMoE):
             _add_mixture(parts["experts"], name, part, tokens)
-        if rooms.get(id(part)) == "experts" or id(part) in compressed:
+        if isinstance(part, SpecialistLinear):
+            parts["specialists"].active += part.topology.num_params
+            arithmetic: float = part.topology.num_params
+            if not is_low_rank(part.topology):  # its matrix is built once in a pass
+                arithmetic = math.prod(part.topology.shape)
+                arithmetic += plan_matrix(part.topology).multiply_adds(1) / tokens
+            parts["specialists"].multiply_adds += arithmetic
+        if rooms.get(id(part)) in ("experts", "specialists") or id(part) in compressed:
             continue
         cost = parts[rooms.get(id(part), "other")]
         if isinstance(part, nn.Embedding | MPOEmbedding):
@@ -171,7 +192,8 @@ def describe(
             if parameter.ndim > 2:
                 uncounted.append(f"{name}.{key}".lstrip("."))
 
-    return ModelCosts(parts, _bytes(model, formats), tokens, tuple(uncounted))
+    specialists = Specialists(model).bytes() if "specialists" in parts else {}
+    return ModelCosts(parts, _bytes(model, formats), tokens, tuple(uncounted), specialists)
 
 
 def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tensornet.errors import FormatError, TargetError
 from tensornet_moe.bank import ExpertBank
+from tensornet_moe.specialist_layers import SpecialistLinear
 
 Granularity = Literal["core", "element"]
 GRANULARITIES = ("core", "element")
@@ -244,7 +245,7 @@ def linear_fade(steps: int) -> Callable[[int], float]:
 
 
 def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Collect all shared cores of a module, each once, in the order of its submodules.
+    """Collect the cores that experts or specialists share, each once, in the order of the submodules.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -253,7 +254,7 @@ def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
     """
     found: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        if isinstance(part, ExpertBank):
+        if isinstance(part, ExpertBank | SpecialistLinear):
             found.update((id(p), p) for p in part.shared_parameters().values())
     return list(found.values())
 
@@ -264,7 +265,8 @@ def _targets(module_or_parameters: nn.Module | Iterable[nn.Parameter]) -> list[n
             return found
         raise TargetError(
             f"{type(module_or_parameters).__name__} has no core that experts share: looked for expert banks "
-            "(SharedCoreExperts) with shared cores. Give the parameters themselves to mask others."
+            "(SharedCoreExperts) and specialists with shared cores. Give the parameters themselves to mask "
+            "others."
         )
     parameters = list(module_or_parameters)
     if not parameters or len({id(p) for p in parameters}) != len(parameters):

@@ -283,7 +283,7 @@ def make_bank(
     # The first core has a leg only for rows, and the last core only for columns. Cores with legs for both
     # train equally well. But a matrix that is built from them must be copied to bring its rows and columns
     # into order, which makes a training step a third slower.
-    first, last = _end_leg(rows), _end_leg(columns)
+    first, last = end_leg(rows), end_leg(columns)
     if first == 1 or last == 1:
         raise ShapeError(
             f"Matrices of shape {rows} x {columns} have no legs for a shared center: each side needs a "
@@ -293,7 +293,7 @@ def make_bank(
     return experts_from(weights, experts, chain, ("1",))
 
 
-def _end_leg(size: int) -> int:
+def end_leg(size: int) -> int:
     """Choose the leg of the first or last core.
 
     It is the largest divisor of `size` that is at most 64 and at most four times the leg of the middle core.

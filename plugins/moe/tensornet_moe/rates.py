@@ -8,6 +8,7 @@ from torch import nn
 
 from tensornet_moe.bank import ExpertBank, check_not_negative
 from tensornet_moe.pool import PooledExperts, find_pools
+from tensornet_moe.specialist_layers import SpecialistLinear
 
 
 def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dict[str, Any]]:
@@ -19,6 +20,7 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
     - for a core that all experts of a bank share, the number of these experts. For a bank in an `ExpertPool`,
       the experts that each layer uses are counted, and summed over the layers;
     - for any other tensor of a pool, the mean number of layers that use an expert;
+    - for a core that all specialists of a layer share, the number of specialists, summed over the layers;
     - for every other parameter, 1, even if an output layer and an embedding are tied.
 
     Args:
@@ -59,7 +61,7 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
 
 
 def count_sharers(model: nn.Module) -> Counter[int]:
-    """Count the experts or layers that share each parameter of a bank or pool, by parameter `id`."""
+    """Count the experts, specialists or layers that share each parameter, by parameter `id`."""
     pools = find_pools(model).values()
     used: Counter[int] = Counter()  # number of experts that all layers use, by pool id
     for part in model.modules():
@@ -74,6 +76,10 @@ def count_sharers(model: nn.Module) -> Counter[int]:
         if id(bank) not in inner:
             for parameter in bank.shared_parameters().values():
                 sharers[id(parameter)] += uses.get(id(bank), bank.num_experts)
+    for part in model.modules():
+        if isinstance(part, SpecialistLinear):
+            for parameter in part.shared_parameters().values():
+                sharers[id(parameter)] += len(part.specialists)
     for pool in pools:
         for parameter in pool.parameters():
             layers = round(used[id(pool)] / pool.num_experts)

@@ -1,0 +1,656 @@
+"""Specialists: named changes of a frozen model, which share their large cores and own their small ones.
+
+A specialist changes the matrix of each adapted layer, `W_s = W + Delta_s`. Each change is a small tensor
+network. All specialists of a layer share some of its cores, and each specialist owns the others. The forms
+are:
+
+- `share="ends"`: `Delta_s = A S_s B`; all specialists share `A: (out, r)` and `B: (r, in)`, and a specialist
+  owns `S_s: (r, r)`;
+- `share="in"`: `Delta_s = A_s B`, one projection `B` of the inputs for all;
+- `share="out"`: `Delta_s = A B_s`, one basis `A` of the outputs for all;
+- `share="center"`: a chain of three cores with a shared middle core and private ends, as in MPOE;
+- `share=None`: `Delta_s = A_s B_s`, nothing is shared, which is LoRA.
+
+The shared cores are trained together with the first specialists, and then frozen. A new specialist afterwards
+trains only its own cores, so that the outputs of all others do not change at all.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from tensornet._util import check_size
+from tensornet.errors import ShapeError, TargetError
+from tensornet.network import TensorNetwork, random_cores
+from tensornet.nn import TensorNetworkLinear
+from tensornet.nn.extension import dense_layers
+from tensornet.nn.layer_kinds import kind_of, layer_bias
+from tensornet.nn.targets import LayerSelection, matches, output_head, shortened
+from tensornet.topologies import low_rank, mpo
+from tensornet.topology import Topology
+from tensornet_moe.mixtures import end_leg
+
+SharedCores = Literal["ends", "in", "out", "center"]
+SHARED = ("ends", "in", "out", "center")
+#: Function `(out_features, in_features) -> topology of a change, names of its shared cores`.
+MakeChange = Callable[[int, int], tuple[Topology, Sequence[str]]]
+#: What `Specialists.use` takes: a name, a name for each row, weights by name, or None for the trunk.
+Use = str | None | Sequence[str | None] | Mapping[str, float | Tensor]
+#: A specialist, its weight (None is 1) and the rows of the batch that it changes (None is all).
+Part = tuple[str, float | Tensor | None, Tensor | None]
+
+#: Names of files and of entries in reports.
+_RESERVED = ("shared", "router", "next")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class SpecialistLinear(nn.Module):
+    """Linear layer with specialists: `y = W x + sum_s w_s Delta_s x` over the specialists in use.
+
+    Each change `Delta_s` is a tensor network. `shared_cores` contains the cores that all specialists share,
+    and `specialists` the private cores of each specialist by name. `tm.specialists` builds these layers, and
+    `Specialists` adds, uses and removes specialists of all layers of a model.
+
+    Args:
+        base_layer: the layer to change: a linear layer, or a `TensorNetworkLinear` of any number format.
+        topology: topology of each change, shape `(out_features, in_features)`.
+        shared: names of the shared cores; at least one core must be private.
+        owner: another layer of the same topology whose shared cores this layer uses; None to own them.
+
+    Raises:
+        TargetError: no core is private, or `shared` names an unknown core.
+
+    Example:
+        >>> topology, shared = tm.change_form("ends", 16, 8, rank=4)
+        >>> layer = tm.SpecialistLinear(torch.nn.Linear(8, 16), topology, shared)
+        >>> layer.add("law")
+        >>> {name: tuple(core.shape) for name, core in layer.specialists["law"].items()}
+        {'core_1': (4, 1, 1, 4)}
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        topology: Topology,
+        shared: Sequence[str],
+        owner: "SpecialistLinear | None" = None,
+    ) -> None:
+        super().__init__()
+        private = [name for name in topology.core_names if name not in shared]
+        if not private or not set(shared) <= set(topology.core_names):
+            raise TargetError(
+                f"A specialist must own a core: shared={list(shared)} of the cores "
+                f"{list(topology.core_names)}."
+            )
+        self.base_layer = base_layer
+        self.topology, self.shared, self.private = topology, tuple(shared), tuple(private)
+        self.specialists = nn.ModuleDict()
+        self.shared_cores = nn.ParameterDict()
+        # The owner is kept in a tuple, so that its cores are registered, trained and saved once.
+        self._owner = () if owner is None else (owner,)
+        #: The specialists in use; empty for the trunk alone.
+        self.parts: tuple[Part, ...] = ()
+        #: Number of rows of the batch, if `parts` names specialists for each row.
+        self.rows: int | None = None
+        if owner is None:
+            seeds = {name: crc32(f"shared {name}".encode()) for name in shared}
+            for name, seed in seeds.items():
+                self.shared_cores[f"core_{name}"] = nn.Parameter(self._drawn(name, seed))
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the base layer, which some models read for its dtype."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the base layer."""
+        return layer_bias(self.base_layer)
+
+    def _drawn(self, core: str, seed: int) -> Tensor:
+        """Draw a Gaussian core; a matrix of a low-rank chain preserves the variance of its inputs."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = self.topology.core_shapes[core]
+        if is_low_rank(self.topology):
+            drawn = torch.randn(shape, generator=generator, device="cpu") / (shape[2] * shape[3]) ** 0.5
+        else:
+            drawn = random_cores(self.topology, generator=generator)[self.topology.core_names.index(core)]
+        return drawn.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the shared cores by the name of the core; other layers may own them."""
+        cores = self._owner[0].shared_cores if self._owner else self.shared_cores
+        return {name: cores[f"core_{name}"] for name in self.shared}
+
+    def add(self, name: str, seed: int = 0) -> None:
+        """Add a specialist that changes nothing yet: its first private core is zero, the others are random.
+
+        Args:
+            name: name of the specialist.
+            seed: seed of the random cores.
+        """
+        cores = nn.ParameterDict()
+        for k, core in enumerate(self.private):
+            value = self._drawn(core, seed + crc32(f"{name} {core}".encode()))
+            cores[f"core_{core}"] = nn.Parameter(value if k else torch.zeros_like(value))
+        self.specialists[name] = cores
+
+    def cores(self, name: str) -> dict[str, nn.Parameter]:
+        """Return all cores of a specialist, private and shared, in the order of the topology."""
+        own, shared = self.specialists[name], self.shared_parameters()
+        assert isinstance(own, nn.ParameterDict)
+        names = self.topology.core_names
+        return {core: shared[core] if core in shared else own[f"core_{core}"] for core in names}
+
+    def change(self, name: str) -> Tensor:
+        """Build the matrix `Delta_s` of a specialist, shape `(out_features, in_features)`."""
+        return TensorNetwork(self.topology, self.cores(name)).to_matrix()
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return `left: (out, k)` and `right: (k, in)` with `Delta_s = left right`.
+
+        Raises:
+            TargetError: the topology is not a product of two or three matrices.
+        """
+        if not is_low_rank(self.topology):
+            raise TargetError(
+                f"The changes of this specialist are not of low rank: their topology is "
+                f"{self.topology.core_shapes}. Train specialists with share='ends', 'in', 'out' or None."
+            )
+        first, *others = [_as_matrix(core) for core in self.cores(name).values()]
+        left = first
+        for core in others[:-1]:
+            left = left @ core
+        return left, others[-1]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `x: (rows, ..., in_features)` to `(rows, ..., out_features)`.
+
+        Raises:
+            ShapeError: the batch has another number of rows or tokens than the specialists in use.
+        """
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if not self.parts:
+            return y
+        if self.rows is not None and x.shape[0] != self.rows:
+            raise ShapeError(
+                f"There are names of specialists for {self.rows} rows, but this layer gets {tuple(x.shape)}: "
+                "(rows, ..., features). Give one name for each row of the batch, with None for the trunk; "
+                "repeat the names if generation repeats the rows. Layers that see the tokens of several rows "
+                "in one dimension can only use one name for the whole batch."
+            )
+        return y + self._changes(x).to(y.dtype)
+
+    def _changes(self, x: Tensor) -> Tensor:
+        """Compute `sum_s w_s Delta_s x` over the specialists in use; shared ends are applied only once."""
+        shared = self.shared_parameters()
+        names = list(self.topology.core_names)
+        x = x.to(self.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x
+        right: list[Tensor] = []
+        left: list[Tensor] = []
+        if is_low_rank(self.topology):
+            while names[-1] in shared:
+                right.append(_as_matrix(shared[names.pop()]))
+            while names[0] in shared:
+                left.insert(0, _as_matrix(shared[names.pop(0)]))
+        for core in right:
+            x = nn.functional.linear(x, core)
+        total: Tensor | None = None
+        for name, weight, rows in self.parts:
+            y = x if rows is None else x[rows.to(x.device)]
+            if is_low_rank(self.topology):
+                cores = self.cores(name)
+                for core_name in reversed(names):
+                    y = nn.functional.linear(y, _as_matrix(cores[core_name]))
+            else:
+                y = nn.functional.linear(y, self.change(name))
+            if isinstance(weight, Tensor):
+                if y.shape[: weight.ndim] != weight.shape:
+                    raise ShapeError(
+                        f"The weights of {name!r} have the shape {tuple(weight.shape)}, but this layer gets "
+                        f"{tuple(x.shape)}: (rows, tokens, features). Weights are numbers, or have the shape "
+                        "(rows,) or (rows, tokens)."
+                    )
+                y = y * weight.to(y).reshape(*weight.shape, *[1] * (y.ndim - weight.ndim))
+            elif weight is not None:
+                y = y * weight
+            if rows is not None:
+                y = y.new_zeros(*x.shape[:-1], y.shape[-1]).index_copy(0, rows.to(y.device), y)
+            total = y if total is None else total + y
+        assert total is not None
+        for core in left:
+            total = nn.functional.linear(total, core)
+        return total
+
+    def extra_repr(self) -> str:
+        """Describe the module for `print(model)`."""
+        return f"specialists={list(self.specialists)}, shared={list(self.shared)}"
+
+
+def _as_matrix(core: Tensor) -> Tensor:
+    """View a core `(left, out, in, right)` of a low-rank chain as a matrix `(left * out, in * right)`."""
+    return core.reshape(core.shape[0] * core.shape[1], -1)
+
+
+def is_low_rank(topology: Topology) -> bool:
+    """Return True if the operator is a product of matrices: only the ends of the chain have legs."""
+    if topology.family not in ("mpo", "low_rank") or topology.terms or len(topology.cores) < 2:
+        return False
+    outs, ins = topology.out_dims, topology.in_dims
+    return outs[0] == topology.out_features and ins[-1] == topology.in_features
+
+
+def change_form(
+    share: SharedCores | None, out_features: int, in_features: int, *, rank: int
+) -> tuple[Topology, tuple[str, ...]]:
+    """Return the topology of the changes of one layer, and the names of the cores that specialists share.
+
+    Args:
+        share: `"ends"`, `"in"`, `"out"`, `"center"` or None; see `specialists`.
+        out_features, in_features: shape of the matrix that is changed.
+        rank: largest bond of the network.
+
+    Raises:
+        ValueError: an unknown `share`.
+        ShapeError: `rank` is above the shorter side, or a side has no divisor for `share="center"`.
+
+    Example:
+        >>> topology, shared = tm.change_form("ends", 64, 32, rank=8)
+        >>> topology.core_shapes, shared
+        ({'0': (1, 64, 1, 8), '1': (8, 1, 1, 8), '2': (8, 1, 32, 1)}, ('0', '2'))
+    """
+    check_size("rank", rank, error=ValueError)
+    if share is not None and share not in SHARED:
+        raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARED)} or None.")
+    if rank > min(out_features, in_features):
+        raise ShapeError(
+            f"rank={rank} exceeds the shorter side of a {out_features} x {in_features} matrix; choose a rank "
+            f"of at most {min(out_features, in_features)}, or exclude_modules=."
+        )
+    if share == "ends":
+        outs, ins = (out_features, 1, 1), (1, 1, in_features)
+        return mpo(out_dims=outs, in_dims=ins, bond_dims=(rank, rank)), ("0", "2")
+    if share == "center":
+        first, last = end_leg(out_features), end_leg(in_features)
+        if first == 1 or last == 1:
+            raise ShapeError(
+                f"A {out_features} x {in_features} matrix has no legs for a shared center: each side needs a "
+                "small factor. Use share='ends', or exclude_modules=."
+            )
+        outs, ins = (first, out_features // first, 1), (1, in_features // last, last)
+        return mpo(out_dims=outs, in_dims=ins, max_bond=rank), ("1",)
+    topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
+    return topology, {"in": ("1",), "out": ("0",), None: ()}[share]
+
+
+def specialists(
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    share: SharedCores | MakeChange | None = "ends",
+    pool: Literal["shape"] | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> "Specialists":
+    """Freeze a model, and prepare its linear layers for specialists, in place.
+
+    The layers may be dense, or compressed by this library in any number format. Until a specialist is used,
+    the model computes exactly what it did before.
+
+    Args:
+        model: the trunk; all its parameters are frozen.
+        rank: rank of the changes: the size of the bonds.
+        share: what the specialists of a layer share; see `tensornet_moe.specialist_layers`. Or a function
+            `(out_features, in_features) -> (topology, names of shared cores)` for any other network.
+        pool: `"shape"`: all layers with matrices of one shape share one set of shared cores; None: each layer
+            has its own.
+        target_modules: patterns of the layers to adapt (see `tensornet.nn.targets.LayerSelection`); all
+            linear layers except output heads if absent.
+        exclude_modules: patterns of layers to skip.
+
+    Raises:
+        TargetError: no layer is left, a pattern matches no linear layer, or the model already has
+            specialists.
+        ShapeError: `rank` is above the shorter side of a matrix.
+        ValueError: an unknown `share` or `pool`.
+
+    Reference:
+        Shared ends and private cores `A S_s B` generalize LoRA-XS (Balazy et al. 2024), whose ends are
+        singular vectors that are not trained. Shared inputs are those of MoSLD and HydraLoRA; a shared center
+        is that of MPOE (Gao et al. 2022), for the change instead of the matrix.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+        >>> s = tm.specialists(model, rank=4)
+        >>> s.add("python")
+        >>> s.add("law")
+        >>> optimizer = torch.optim.AdamW(s.parameters("python", "law"), lr=1e-3)
+        >>> with s.use(["python", "law"]):  # one name for each row
+        ...     y = model(torch.randn(2, 8))
+        >>> s.freeze()  # new specialists now leave all others unchanged
+        >>> s.add("perl")
+        >>> [p.numel() for p in s.parameters("perl")]
+        [16, 16]
+    """
+    if pool not in (None, "shape"):
+        raise ValueError(f"Unknown pool={pool!r}; choose 'shape' or None.")
+    if any(isinstance(part, SpecialistLinear) for part in model.modules()):
+        raise TargetError(
+            "The model already has specialists: use tensornet_moe.Specialists(model), or remove them by "
+            "Specialists(model).detach()."
+        )
+    layers = adaptable_layers(model, LayerSelection(target_modules, exclude_modules))
+    forms: dict[str, tuple[Topology, Sequence[str], str | None]] = {}
+    owners: dict[tuple[Topology, tuple[str, ...]], str] = {}
+    for name, layer in layers.items():
+        try:
+            sizes = layer_shape(layer)
+            topology, shared = share(*sizes) if callable(share) else change_form(share, *sizes, rank=rank)
+        except ShapeError as error:
+            raise ShapeError(f"{name}: {error}") from error
+        owner = owners.setdefault((topology, tuple(shared)), name) if pool else name
+        forms[name] = (topology, shared, None if owner == name else owner)
+    return attach(model, forms)
+
+
+def adaptable_layers(model: nn.Module, selection: LayerSelection) -> dict[str, nn.Module]:
+    """Find the linear layers, dense or compressed, that a selection chooses; each layer has one name.
+
+    Raises:
+        TargetError: a pattern matches no linear layer, or no layer is left.
+    """
+    head, unsuitable = output_head(model), dense_layers(model)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        linear = kind.name != "embedding" if kind is not None else isinstance(module, TensorNetworkLinear)
+        if linear and name and name not in unsuitable:
+            found[name] = module
+
+    def patterns(value: str | Sequence[str] | None) -> list[str]:
+        return [value] if isinstance(value, str) else list(value or ())
+
+    included, excluded = patterns(selection.target_modules), patterns(selection.exclude_modules)
+    for pattern in (*included, *excluded):
+        if pattern != "all" and not any(matches(name, pattern) for name in found):
+            raise TargetError(
+                f"Pattern {pattern!r} matches no linear layer; the model has {shortened(list(found))}."
+            )
+    chosen = {}
+    for name, module in found.items():
+        wanted = any(p == "all" or matches(name, p) for p in included) if included else module is not head
+        if wanted and not any(matches(name, p) for p in excluded):
+            chosen[name] = module
+    if not chosen:
+        raise TargetError(
+            f"{type(model).__name__} has no linear layer to adapt; it has {shortened(list(found)) or 'none'}."
+        )
+    return chosen
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return `(out_features, in_features)` of a linear layer, dense or compressed."""
+    if isinstance(layer, TensorNetworkLinear):
+        return layer.out_features, layer.in_features
+    kind = kind_of(layer)
+    assert kind is not None
+    rows, columns = kind.matrix(layer).shape
+    return rows, columns
+
+
+def attach(
+    model: nn.Module, forms: Mapping[str, tuple[Topology, Sequence[str], str | None]]
+) -> "Specialists":
+    """Freeze a model, and replace layers by `SpecialistLinear`; `specialists` chooses the layers and forms.
+
+    Args:
+        model: the trunk; it is changed in place.
+        forms: topology, names of the shared cores, and name of the layer that owns these cores (None for the
+            layer itself), by the name of the layer. Owners precede the layers that use their cores.
+
+    Raises:
+        TargetError: the model has no such layer.
+        ShapeError: a layer has another shape than its topology.
+    """
+    made: dict[str, SpecialistLinear] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, key))
+    for name, (topology, shared, owner) in forms.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise TargetError(
+                f"These specialists are of another trunk: {type(model).__name__} has no layer {name!r}."
+            ) from None
+        if layer_shape(layer) != topology.shape:
+            raise ShapeError(
+                f"These specialists are of another trunk: {name!r} has the shape {layer_shape(layer)}, and "
+                f"the changes {topology.shape}."
+            )
+        made[name] = SpecialistLinear(layer, topology, shared, None if owner is None else made[owner])
+    # Nothing is replaced before every layer could be built.
+    model.requires_grad_(False)
+    for layer in made.values():
+        for parent, key in places[id(layer.base_layer)]:
+            setattr(parent, key, layer)
+    return Specialists(model)
+
+
+class Specialists:
+    """The specialists of a model: add, train, use, mix and remove them by name.
+
+    The model owns all tensors; this object only refers to its layers, and can be made again at any time.
+
+    Args:
+        model: a model prepared by `specialists`.
+
+    Raises:
+        TargetError: the model is not prepared for specialists.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = tm.specialists(model, rank=2)
+        >>> s = tm.Specialists(model)
+        >>> s.add("law")
+        >>> s.names, s.bytes()
+        (['law'], {'shared': 128, 'law': 16, 'next': 16})
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = {n: x for n, x in model.named_modules() if isinstance(x, SpecialistLinear)}
+        if not self.layers:
+            raise TargetError(
+                f"{type(model).__name__} is not prepared for specialists; call "
+                "tensornet_moe.specialists(model) first."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the specialists, in the order in which they were added."""
+        return list(dict.fromkeys(name for layer in self.layers.values() for name in layer.specialists))
+
+    @property
+    def frozen(self) -> bool:
+        """True if the shared cores are not trained, or if nothing is shared."""
+        return not any(p.requires_grad for p in self.shared_parameters())
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Freeze the shared cores, so that training one specialist leaves all others unchanged.
+
+        `freeze(False)` makes them trainable again; `movement` then says how much other specialists moved.
+        """
+        for parameter in self.shared_parameters():
+            parameter.requires_grad_(not frozen)
+            parameter.grad = None
+
+    def add(self, name: str, *, seed: int = 0) -> None:
+        """Add a specialist that does not change the outputs of the model yet.
+
+        Raises:
+            ValueError: the name is taken, or is not a word of letters, digits, `_` and `-`.
+        """
+        taken = isinstance(name, str) and (
+            hasattr(nn.ModuleDict, name) or name in ("shared", "router", "next")
+        )
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or taken:
+            raise ValueError(
+                f"A specialist cannot be named {name!r}: use a word of letters, digits, _ and -, such as "
+                "'law', that is not the name of a method or file."
+            )
+        if name in self.names:
+            raise ValueError(
+                f"There already is a specialist named {name!r}; choose another name, or remove({name!r})."
+            )
+        for layer in self.layers.values():
+            layer.add(name, seed)
+
+    def remove(self, name: str) -> None:
+        """Remove a specialist; no other one changes."""
+        self._check(name)
+        for layer in self.layers.values():
+            layer.specialists.pop(name)
+
+    def _check(self, *names: str | None) -> None:
+        for name in names:
+            if name not in self.names:
+                raise TargetError(f"There is no specialist named {name!r}; there are {self.names or 'none'}.")
+
+    def tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """Return the private cores of a specialist, or the shared cores if `name` is None.
+
+        Returns:
+            The cores, keyed by `layer.core_k`. Shared cores appear once, under the layer that owns them.
+        """
+        if name is not None:
+            self._check(name)
+        found: dict[str, nn.Parameter] = {}
+        for layer_name, layer in self.layers.items():
+            cores: Any = layer.shared_cores if name is None else layer.specialists[name]
+            found |= {f"{layer_name}.{key}": core for key, core in cores.items()}
+        return found
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Return the shared cores of all layers, each once."""
+        return list(self.tensors().values())
+
+    def parameters(self, *names: str) -> list[nn.Parameter]:
+        """Return the private cores of specialists, and the shared cores unless they are frozen.
+
+        Args:
+            names: names of specialists; all if absent.
+        """
+        own = [p for name in names or self.names for p in self.tensors(name).values()]
+        return own + [p for p in self.shared_parameters() if p.requires_grad]
+
+    def bytes(self) -> dict[str, int]:
+        """Count bytes: shared cores (`"shared"`), each specialist, and the next new one (`"next"`)."""
+        counts = {"shared": sum(p.nbytes for p in self.shared_parameters())}
+        counts |= {name: sum(p.nbytes for p in self.tensors(name).values()) for name in self.names}
+        new = 0
+        for layer in self.layers.values():
+            shapes = layer.topology.core_shapes
+            new += layer.weight.dtype.itemsize * sum(math.prod(shapes[core]) for core in layer.private)
+        return {**counts, "next": new}
+
+    @contextmanager
+    def use(self, which: Use) -> Iterator[None]:
+        """Use specialists inside a `with` block.
+
+        Args:
+            which: a name, for the whole batch; a list with a name, or None for the trunk, for each row of the
+                batch; or weights by name, for a weighted sum of changes. A weight is a number, or a tensor of
+                shape `(rows,)` or `(rows, tokens)`. None uses the trunk alone.
+
+        Raises:
+            TargetError: an unknown name.
+            ShapeError: the batch has another number of rows than `which`.
+        """
+        parts = self._parts(which)
+        rows = None if which is None or isinstance(which, str | Mapping) else len(which)
+        before = [(layer, layer.parts, layer.rows) for layer in self.layers.values()]
+        try:
+            for layer in self.layers.values():
+                layer.parts = tuple(part for part in parts if part[0] in layer.specialists)
+                layer.rows = rows
+            yield
+        finally:
+            for layer, old_parts, old_rows in before:
+                layer.parts, layer.rows = old_parts, old_rows
+
+    def _parts(self, which: Use) -> tuple[Part, ...]:
+        if which is None or isinstance(which, str):
+            self._check(*([] if which is None else [which]))
+            return () if which is None else ((which, None, None),)
+        if isinstance(which, Mapping):
+            self._check(*which)
+            return tuple((name, weight, None) for name, weight in which.items())
+        rows = list(which)
+        self._check(*(name for name in rows if name is not None))
+        device = next(iter(self.layers.values())).weight.device
+        return tuple(
+            (name, None, torch.tensor([k for k, x in enumerate(rows) if x == name], device=device))
+            for name in dict.fromkeys(rows)
+            if name is not None
+        )
+
+    def changes(self, which: str | Mapping[str, float]) -> dict[str, Tensor]:
+        """Build the matrices `sum_s w_s Delta_s` by layer, each `(out_features, in_features)`."""
+        weights = {which: 1.0} if isinstance(which, str) else which
+        self._check(*weights)
+        found = {}
+        for name, layer in self.layers.items():
+            found[name] = sum((w * layer.change(x) for x, w in weights.items()), torch.zeros(()))
+        return found
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Copy all cores: those of each specialist by name, and shared ones under `"shared"`."""
+        parts = {"shared": self.tensors(), **{name: self.tensors(name) for name in self.names}}
+        return {name: {k: p.detach().clone() for k, p in cores.items()} for name, cores in parts.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy the cores of a snapshot back; specialists that it does not contain stay as they are."""
+        for name, cores in snapshot.items():
+            for key, core in self.tensors(None if name == "shared" else name).items():
+                core.copy_(cores[key])
+
+    @torch.no_grad()
+    def movement(self, before: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """Measure how much each specialist of a snapshot moved: `|Delta_new - Delta_old| / |Delta_old|`.
+
+        The norms are Frobenius norms over all layers. The value is exactly 0 if nothing changed, and infinite
+        if a zero change became nonzero.
+        """
+        names = [name for name in before if name in self.names]
+        new = {name: self.changes(name) for name in names}
+        now = self.snapshot()
+        try:
+            self.restore({name: before[name] for name in ("shared", *names)})
+            old = {name: self.changes(name) for name in names}
+        finally:
+            self.restore(now)
+        found = {}
+        for name in names:
+            gap = sum(float((new[name][k] - old[name][k]).double().square().sum()) for k in self.layers)
+            size = sum(float(old[name][k].double().square().sum()) for k in self.layers)
+            found[name] = (gap / size) ** 0.5 if size > 0 else (0.0 if gap == 0 else float("inf"))
+        return found
+
+    def detach(self) -> None:
+        """Put the layers of the trunk back; the specialists are lost unless they were saved."""
+        made = {id(layer): layer for layer in self.layers.values()}
+        for parent in list(self.model.modules()):
+            for key, child in parent._modules.items():
+                if id(child) in made:
+                    setattr(parent, key, made[id(child)].base_layer)
+        self.layers = {}
