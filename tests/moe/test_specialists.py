@@ -36,6 +36,12 @@ def tucker(rows: int, columns: int) -> tuple[tn.Topology, tuple[str, ...]]:
     return topology, topology.core_names[1:]
 
 
+def long_chain(rows: int, columns: int) -> tuple[tn.Topology, tuple[str, ...]]:
+    """Product of four matrices, of which the first two are shared."""
+    dims = {"out_dims": (rows, 1, 1, 1), "in_dims": (1, 1, 1, columns)}
+    return tn.topologies.mpo(**dims, bond_dims=(4, 3, 2)), ("0", "1")
+
+
 def prepared(
     share: object = "ends", pool: str | None = None, names: str = "abc"
 ) -> tuple[nn.Module, tm.Specialists]:
@@ -126,8 +132,8 @@ def dense_change(layer: tm.SpecialistLinear, name: str) -> Tensor:
     return whole[..., 0]
 
 
-@pytest.mark.parametrize("share", FORMS, ids=str)
-def test_a_weighted_sum_equals_merged_matrices(share: str | None) -> None:
+@pytest.mark.parametrize("share", [*FORMS, long_chain], ids=str)
+def test_a_weighted_sum_equals_merged_matrices(share: object) -> None:
     model, s = prepared(share)
     weights = {"a": 0.7, "c": -1.5}
     x = torch.randn(4, 3, SIZE)
