@@ -196,10 +196,10 @@ def _insensitive(matrix: Tensor, config: CompressionConfig) -> list[Candidate]:
 
 
 def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Drop the candidates that are not the best choice for any budget of bytes or parameters.
+    """Drop candidates above the lower convex hulls of cost over bytes and of cost over parameters.
 
-    A candidate is kept if it lies on the lower convex hull of the cost over bytes or parameters. The dense
-    matrix in each number format is always kept, since a plan may use one format for all layers.
+    No Lagrange multiplier makes such a candidate the best choice. The dense matrix in each number format is
+    always kept, since a plan may use one format for all layers.
     """
     costs = [x.cost for x in candidates]
     sizes = [[float(x.num_bytes) for x in candidates], [float(x.params) for x in candidates]]

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet as tn
+from tensornet.compression.allocate import lower_hull
+from tensornet.compression.candidates import network_candidates
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.errors import TargetError
-from tensornet.topologies import topology_names
+from tensornet.nn.storage import Storage
+from tensornet.nn.targets import find_targets
+from tensornet.topologies import topology_family, topology_names
 
 
 class Silent(nn.Module):
@@ -54,7 +59,7 @@ def test_layers_whose_prices_are_zero(objective: str, topology: str) -> None:
 @pytest.mark.parametrize("objective", ["curvature", "activation"])
 @pytest.mark.parametrize("topology", sorted({*topology_names()} - {"dense", "residual"}))
 def test_every_family_spends_what_it_may(topology: str, objective: str) -> None:
-    """All families have forms of many sizes: what is allowed is not left unused."""
+    """Every family has networks of about the size of the budget, and the plan uses them where they pay."""
     model, stats = gpt2_stats()
     config = CompressionConfig(
         target_modules="h.0.mlp.c_fc",
@@ -63,9 +68,21 @@ def test_every_family_spends_what_it_may(topology: str, objective: str) -> None:
         objective=objective,  # type: ignore[arg-type]
     )
     (layer,) = tn.plan(model, config, stats)
-    assert 0.3 * layer.params_before < layer.params_after <= 0.7 * layer.params_before
     assert layer.topology is not None
     assert layer.topology.family == topology
+    least, most = 0.3 * layer.params_before, 0.7 * layer.params_before
+    if objective == "activation":
+        assert least < layer.params_after <= most
+        return
+    (target,) = [x for x in find_targets(model, config) if not x.skip]
+    seen = layer_sensitivity(target, objective, stats, config.damping)
+    assert seen is not None
+    found = network_candidates(target.matrix, seen, Storage(pivoted=True), topology_family(topology), config)
+    assert least < max(x.params for x in found if x.params <= most)
+    # A plan chooses only vertices of the lower hull of cost over size. If the error of rings hardly decreases
+    # with their size, the largest ring that fits is not one of these vertices.
+    hull = [found[k] for k in lower_hull([x.params for x in found], [x.cost for x in found])]
+    assert layer.params_after == max(x.params for x in hull if x.params <= most)
 
 
 @pytest.mark.parametrize("budget", [{"param_ratio": 1.0}, {"max_bytes": 10**9}])
