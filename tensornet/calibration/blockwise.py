@@ -120,7 +120,7 @@ def inputs_by_block(
     start: int = 0,
     precision: Precision = nullcontext,
 ) -> Iterator[tuple[str, CalibrationStats]]:
-    """Yield the moments of the inputs of every block, in the order of the blocks, then those outside of them.
+    """Yield the moments of the inputs of each block, in order; those of layers outside of blocks come last.
 
     The weights of a block are loaded when its moments are yielded, and the caller may change them: the hidden
     states that the next block reads are computed afterwards, with the changed weights.
@@ -181,7 +181,7 @@ def joined(first: CalibrationStats, second: CalibrationStats) -> CalibrationStat
 
 
 def without(stats: CalibrationStats, names: Collection[str]) -> CalibrationStats:
-    """Return the statistics without those of the layers with the given names."""
+    """Return the statistics of all layers except the named ones."""
     return replace(
         stats,
         rows={name: x for name, x in stats.rows.items() if name not in names},

@@ -1,4 +1,4 @@
-"""Second moments: sums of `x x^T` over tokens, and how experts that saw few tokens borrow from their mixture.
+"""Second moments: sums of `x x^T` over tokens, blended with those of the mixture for experts with few tokens.
 
 The moment of an expert is estimated from `n` tokens. If these are few, the moment is blended with the mean
 moment of the mixture, that is, of all experts in the same layer:
@@ -72,7 +72,7 @@ class MomentSum:
         return total
 
     def upper(self) -> Tensor:
-        """Return the diagonal, or a matrix with undefined elements below the diagonal; it may be `total`."""
+        """Return the sum, possibly the tensor `total` itself; elements below the diagonal are undefined."""
         if self.total is not None:
             return self.total
         return self.add_to(torch.zeros(self.features, self.features, device=self.device))

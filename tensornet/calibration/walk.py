@@ -55,7 +55,7 @@ class Call:
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Return a copy of the call with hidden state at `slot`; without a tensor there, return `self`."""
+        """Return a copy whose hidden state is the argument at `slot`; return `self` if no tensor is there."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
@@ -250,7 +250,7 @@ class Walk:
         self.position += 1
 
     def first_hidden(self, number: int) -> Tensor:
-        """Run the model on one batch up to its first block, and return the hidden state, with its graph."""
+        """Run the model on one batch up to its first block; return the hidden state, with autograd graph."""
         found: list[Tensor] = []
 
         def step(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -262,7 +262,7 @@ class Walk:
         return found[0]
 
     def differentiates_arguments(self, number: int) -> bool:
-        """Return True if arguments of blocks other than the hidden state have gradients on one batch."""
+        """Return True if, on one batch, blocks get differentiable arguments besides the hidden state."""
         found: list[bool] = []
 
         def step(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -400,7 +400,7 @@ def blocks_to_walk(
 
 
 def block_of(name: str, blocks: Container[str]) -> str:
-    """Return the name of the block that a module is in, or that it is; an empty text if there is none."""
+    """Return the name of the block that contains a module or is this module; empty without such a block."""
     while name and name not in blocks:
         name = name.rpartition(".")[0]
     return name

@@ -143,7 +143,7 @@ class PriceList:
         return replace(self.template, layers=tuple(layers), loss_check=check)
 
     def with_config(self, config: CompressionConfig) -> "PriceList":
-        """Return the prices for another configuration, which may only have other budgets.
+        """Return the prices for a configuration that differs from the first only in its budgets.
 
         Raises:
             BudgetError: the prices depend on an option that differs; the message names it.
@@ -328,7 +328,7 @@ def group_fused_layers(names: Sequence[str], sets: Sequence[Sequence[str]]) -> l
 
 
 def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:
-    """Make one joint candidate for fused layers for each format; its size and loss are sums over the layers.
+    """Make a joint candidate of fused layers in each format; its size and loss are sums over the layers.
 
     Args:
         group: the candidates of each layer; a single layer keeps its candidates.

@@ -216,7 +216,7 @@ def draw_bits(axes: "Axes", layers: Layers) -> None:
 
 
 def simplify_axes(axes: "Axes", *, grid: str | None) -> None:
-    """Remove tick marks and two of the four spines, and draw grid lines: `"x"`, `"y"`, `"both"` or None."""
+    """Remove tick marks and two spines, and draw grid lines along `grid`: `"x"`, `"y"`, `"both"` or None."""
     axes.tick_params(length=0, which="both", colors=COLORS["muted"])
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(COLORS["grid"])

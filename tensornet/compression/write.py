@@ -1,4 +1,4 @@
-"""Round a model block by block, each block on the inputs that it will really get."""
+"""Round a model block by block; each block is calibrated on the outputs of the rounded blocks before it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
@@ -206,7 +206,7 @@ def _is_table(target: Target) -> bool:
 
 @contextmanager
 def rounded_weights(targets: Iterable[Target], made: Mapping[str, NewLayers]) -> Iterator[None]:
-    """Return a context in which weights have the values of their new layers; then they get their own back."""
+    """Return a context in which weights have the values of their new layers; on exit they are restored."""
     before = [(x.matrix, x.matrix.clone()) for x in targets]
     try:
         for (matrix, _), target in zip(before, targets, strict=True):

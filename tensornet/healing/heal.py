@@ -266,7 +266,7 @@ def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
 
 
 def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Map names to those stored tensors of layers that are trainable; each tied tensor is listed once."""
+    """Return the trainable stored tensors of layers by name; each tied tensor is listed once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
         for part, core in module.stored.items():

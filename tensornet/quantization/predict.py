@@ -189,7 +189,7 @@ def _expect_factor(
     columns: Tensor | None,
     rounding: Rounding,
 ) -> "ExpectedResiduals":
-    """Predict the residuals of rounding one factor with the most feedback that its moments allow."""
+    """Predict the residuals of one factor, rounded with the most feedback that its moments allow."""
     work = factor.to(rounding_dtype(factor.float(), rows, columns))[None]
     # The moments are damped as for dense matrices, so that their cached factorization can be reused.
     r = damped_moment(rows, work.shape[1], (), LEAST_DAMPING, work, "rows")

@@ -139,7 +139,7 @@ class MPOFamily(FactoredFamily):
         others = list(unbalanced_dims(rows, columns, len(balanced[0])))
 
         def lost(dims: Dims) -> float:
-            """Compute the product of the two discarded fractions of the squared norm."""
+            """Multiply the fractions of the squared norm that are lost at the widest bond, at two sizes."""
             # 1. Compute squared singular values at the widest bond, and the discarded fraction at each rank.
             outs, ins = dims
             sites, bonds = len(outs), max_bonds(outs, ins)

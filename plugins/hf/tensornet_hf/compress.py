@@ -378,7 +378,7 @@ def compress_folder(
         teacher = copy.deepcopy(model)
 
     if stats is None and calibration is not None and (options.report or held_out):
-        batches = list(calibration.batches)  # for the baseline of one-sided rounding
+        batches = list(calibration.batches)  # reports compare with one-sided rounding
         stats = calibrate(model, batches, loss_fn=calibration.loss_fn, tokens=WRITE_TOKENS, gradients=False)
 
     # Compress, refit and train.

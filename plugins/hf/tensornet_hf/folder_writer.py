@@ -109,7 +109,7 @@ def planned_model(model: PreTrainedModel, plan: CompressionPlan) -> tuple[PreTra
 
 
 def planned_contents(source: Checkpoint, lazy: LazyModel, plan: CompressionPlan) -> Contents:
-    """Find out what a folder of this library will contain.
+    """Find out which files and tensors the folder of a compressed model will contain.
 
     Args:
         source: contents of the folder of the dense model.
@@ -199,7 +199,7 @@ def entry(lazy: LazyModel, name: str, x: Tensor) -> tuple[str, tuple[int, ...], 
 
 
 def _row(origin: Any, number: int, count: int, columns: int, transposed: bool) -> Iterator[bytes]:
-    """Yield the bytes of one matrix of several in a tensor (see `StackedMatrices`)."""
+    """Yield the bytes of one of the matrices that a tensor contains (see `StackedMatrices`)."""
     matrix = origin.read(number, count).reshape(-1, columns)
     yield _bytes(matrix.T if transposed else matrix)
 

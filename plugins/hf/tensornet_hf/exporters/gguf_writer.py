@@ -96,8 +96,8 @@ class GGUFWriter:
             DestinationError: the file exists and `force` is not set, or it cannot be renamed.
         """
         self._file.finish(destination, force=force)
-        if force:
-            adapter_file(destination).unlink(missing_ok=True)  # it belongs to the file that was replaced
+        if force:  # an adapter beside the replaced file was made for that file
+            adapter_file(destination).unlink(missing_ok=True)
 
 
 def _network(module: nn.Module) -> NetworkModule:
