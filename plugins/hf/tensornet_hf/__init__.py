@@ -14,6 +14,7 @@ from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.export import export
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.rotation import rotate
+from tensornet_hf.specialist_files import Specialists, load_specialists, specialists
 from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
@@ -28,6 +29,7 @@ __all__ = [
     "MoEConfig",
     "RouterBiasCallback",
     "RouterStatsCallback",
+    "Specialists",
     "TensorNetworkConfig",
     "UpcycleOptions",
     "UpcycleReport",
@@ -37,10 +39,12 @@ __all__ = [
     "decompress",
     "export",
     "load",
+    "load_specialists",
     "plan_folder",
     "rotate",
     "save",
     "set_experts_implementation",
+    "specialists",
     "stock_mixture",
     "upcycle",
 ]

@@ -1,6 +1,6 @@
-"""LoRA adapters on compressed layers, registered with PEFT as custom modules.
+"""LoRA adapters on compressed layers, and specialists that share cores, for PEFT.
 
-Typical use:
+Typical use (for specialists, see `tensornet_hf.specialist_adapters`):
 
     config = lora_config(model, target_modules="all-linear", r=8)
     adapted = peft.get_peft_model(model, config)  # train it, then adapted.save_pretrained(folder)
@@ -36,8 +36,9 @@ from tensornet.nn.storage import encode
 from tensornet.nn.targets import compressed_names, split_by_adapters
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
+from tensornet_hf.specialist_adapters import SpecialistsConfig
 
-__all__ = ["load_adapters", "lora_config", "merge_adapters"]
+__all__ = ["SpecialistsConfig", "load_adapters", "lora_config", "merge_adapters"]
 
 ALL_LINEAR = "all-linear"
 #: Values of `init_lora_weights` that do not change the base layer.

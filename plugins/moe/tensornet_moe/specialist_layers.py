@@ -74,6 +74,9 @@ class SpecialistLinear(nn.Module):
         {'core_1': (4, 1, 1, 4)}
     """
 
+    #: Attribute by which PEFT and `tensornet.nn.targets` recognize the layers of adapters.
+    adapter_layer_names: tuple[str, ...] = ("specialists",)
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -92,8 +95,9 @@ class SpecialistLinear(nn.Module):
         self.topology, self.shared, self.private = topology, tuple(shared), tuple(private)
         self.specialists = nn.ModuleDict()
         self.shared_cores = nn.ParameterDict()
-        # The owner is kept in a tuple, so that its cores are registered, trained and saved once.
-        self._owner = () if owner is None else (owner,)
+        #: The layer that owns the shared cores; empty if this layer owns them. A tuple is not registered as a
+        #: submodule, so that these cores are trained and saved once.
+        self.owners: tuple[SpecialistLinear, ...] = () if owner is None else (owner,)
         #: The specialists in use; empty for the trunk alone.
         self.parts: tuple[Part, ...] = ()
         #: Number of rows of the batch, if `parts` names specialists for each row.
@@ -126,7 +130,7 @@ class SpecialistLinear(nn.Module):
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the shared cores by the name of the core; other layers may own them."""
-        cores = self._owner[0].shared_cores if self._owner else self.shared_cores
+        cores = self.owners[0].shared_cores if self.owners else self.shared_cores
         return {name: cores[f"core_{name}"] for name in self.shared}
 
     def add(self, name: str, seed: int = 0) -> None:
@@ -192,7 +196,8 @@ class SpecialistLinear(nn.Module):
         """Compute `sum_s w_s Delta_s x` over the specialists in use; shared ends are applied only once."""
         shared = self.shared_parameters()
         names = list(self.topology.core_names)
-        x = x.to(self.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(next(iter(self.cores(self.parts[0][0]).values())).dtype)
         right: list[Tensor] = []
         left: list[Tensor] = []
         if is_low_rank(self.topology):
@@ -341,11 +346,7 @@ def specialists(
     """
     if pool not in (None, "shape"):
         raise ValueError(f"Unknown pool={pool!r}; choose 'shape' or None.")
-    if any(isinstance(part, SpecialistLinear) for part in model.modules()):
-        raise TargetError(
-            "The model already has specialists: use tensornet_moe.Specialists(model), or remove them by "
-            "Specialists(model).detach()."
-        )
+    _refuse_prepared(model)
     layers = adaptable_layers(model, LayerSelection(target_modules, exclude_modules))
     forms: dict[str, tuple[Topology, Sequence[str], str | None]] = {}
     owners: dict[tuple[Topology, tuple[str, ...]], str] = {}
@@ -419,6 +420,7 @@ def attach(
         TargetError: the model has no such layer.
         ShapeError: a layer has another shape than its topology.
     """
+    _refuse_prepared(model)
     made: dict[str, SpecialistLinear] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -443,6 +445,14 @@ def attach(
         for parent, key in places[id(layer.base_layer)]:
             setattr(parent, key, layer)
     return Specialists(model)
+
+
+def _refuse_prepared(model: nn.Module) -> None:
+    if any(isinstance(part, SpecialistLinear) for part in model.modules()):
+        raise TargetError(
+            "The model already has specialists: use tensornet_moe.Specialists(model), or remove them by "
+            "Specialists(model).detach()."
+        )
 
 
 class Specialists:

@@ -1,0 +1,316 @@
+"""Folders of specialists: the shared cores once, a file for each specialist, and what the trunk was.
+
+A folder contains
+
+- `specialists.json`: the trunk, the topology of each layer, and the specialists;
+- `shared.safetensors`: the shared cores, once, each keyed by `layer.core_k`;
+- `NAME.safetensors`: the private cores of the specialist NAME.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import tensornet_moe as tm
+from tensornet.errors import DestinationError, FormatError, TargetError
+from tensornet.io import new_folder, restore
+from tensornet.topology import Topology
+from tensornet_hf.checkpoint import load, read_json
+from tensornet_moe.specialist_layers import attach, layer_shape
+
+FORMAT_VERSION = 1
+DESCRIPTION, SHARED = "specialists.json", "shared.safetensors"
+#: Number of outputs of each trunk layer, for a fixed input, by which a folder recognizes its trunk.
+_PROBED = 8
+#: Largest relative difference of these outputs; rounding the trunk to bfloat16 changes them by about 0.004.
+_SAME_TRUNK = 0.02
+
+
+class Specialists(tm.Specialists):
+    """The specialists of a transformers model: `tensornet_moe.Specialists`, with files and exports.
+
+    Args:
+        model: a model prepared by `specialists` or `load_specialists`, or adapted by PEFT with a
+            `tensornet_hf.peft.SpecialistsConfig`.
+
+    Example:
+        >>> s = th.specialists(th.load(th.embedded.gpt2_path()), rank=8)
+        >>> s.add("python")
+        >>> s.add("perl")
+        >>> sorted(path.name for path in s.save("specialists").iterdir())
+        ['perl.safetensors', 'python.safetensors', 'shared.safetensors', 'specialists.json']
+        >>> s = th.load_specialists("specialists")
+        >>> s.remove("perl")
+        >>> s.names
+        ['python']
+    """
+
+    model: PreTrainedModel
+
+    def save(self, folder: str | os.PathLike[str], *, trunk: str | None = None, force: bool = False) -> Path:
+        """Write the shared cores once, and a file for each specialist.
+
+        To add specialists to a folder, load it, add and train them, and save to the same folder: the files of
+        the others keep their contents. The trunk itself is not written.
+
+        Args:
+            folder: a new folder, or a folder of specialists.
+            trunk: folder or hub id of the trunk, recorded for `load_specialists`; by default, what the model
+                was loaded from.
+            force: also replace a folder if specialists in it would be lost, or would change because the
+                shared cores were trained since.
+
+        Raises:
+            DestinationError: the folder contains something else, or is protected as `force` says; nothing was
+                written.
+            TargetError: there is no specialist.
+        """
+        target = Path(folder).expanduser().absolute()
+        if not self.names:
+            raise TargetError("There is no specialist to save; call add(name) first.")
+        shared = {key: core.detach().cpu() for key, core in self.tensors().items()}
+        state = digest(shared)
+        restore(target)
+        old: dict[str, Any] = {}
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            if not (target / DESCRIPTION).is_file():
+                raise DestinationError(
+                    f"{target} exists already, and is not a folder of specialists. Choose another name."
+                )
+            old = read_description(target)
+            lost = sorted(set(old["specialists"]) - set(self.names))
+            if lost and not force:
+                raise DestinationError(
+                    f"{target} also contains {', '.join(lost)}, which would be lost. Load all specialists "
+                    "first, choose another folder, or remove them with force=True."
+                )
+            if old["shared"] != state and not force:
+                raise DestinationError(
+                    f"The shared cores were trained since {target} was written, so that its specialists "
+                    f"{', '.join(old['specialists'])} would change. Choose another folder, or replace them "
+                    "with force=True; Specialists.movement says how much they moved."
+                )
+        path = trunk or old.get("trunk") or getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        if path and Path(path).expanduser().is_dir():
+            path = str(Path(path).expanduser().resolve())
+        by_id = {id(layer): name for name, layer in self.layers.items()}
+        layers = {}
+        for name, layer in self.layers.items():
+            layers[name] = {"topology": layer.topology.to_dict(), "shared": list(layer.shared)}
+            if layer.owners:
+                layers[name]["owner"] = by_id[id(layer.owners[0])]
+        description = {
+            "format_version": FORMAT_VERSION,
+            "trunk": path or None,
+            "probe": probe(self),
+            "shared": state,
+            "layers": layers,
+            "specialists": {name: f"{name}.safetensors" for name in self.names},
+        }
+        try:
+            with new_folder(target, force=bool(old)) as made:
+                save_file(_stored(shared), made / SHARED, {"format": "pt"})
+                for name in self.names:
+                    own = _stored(self.tensors(name))
+                    save_file(own, made / f"{name}.safetensors", {"shared": state})
+                for file in () if not old else target.iterdir():
+                    if file.suffix != ".safetensors" and file.name != DESCRIPTION and file.is_file():
+                        shutil.copyfile(file, made / file.name)
+                text = json.dumps(description, indent=1) + "\n"
+                (made / DESCRIPTION).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DestinationError(f"Writing {target} failed: {error}. Nothing was changed there.") from error
+        return target
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def specialists(model: PreTrainedModel, **options: Any) -> Specialists:
+    """Freeze a transformers model, and prepare its linear layers for specialists, in place.
+
+    Args:
+        model: the trunk: dense, compressed, or with mixtures (whose experts do not change).
+        options: `rank`, `share`, `pool`, `target_modules` and `exclude_modules`; see
+            `tensornet_moe.specialists`.
+
+    Raises:
+        TargetError, ShapeError, ValueError: see `tensornet_moe.specialists`.
+
+    Example:
+        >>> model = th.load(th.embedded.gpt2_path())
+        >>> s = th.specialists(model, rank=8, share="ends")
+        >>> s.add("python")
+        >>> with s.use("python"):
+        ...     loss = model(input_ids=torch.arange(10)[None], labels=torch.arange(10)[None]).loss
+        >>> s.bytes()
+        {'shared': 262144, 'python': 4096, 'next': 4096}
+    """
+    tm.specialists(model, **options)
+    return Specialists(model)
+
+
+def load_specialists(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    check_trunk: bool = True,
+) -> Specialists:
+    """Load specialists, and their trunk unless a model is given. The shared cores are frozen.
+
+    Args:
+        folder: folder written by `Specialists.save`.
+        model: the trunk; None loads what the folder names.
+        names: the specialists to load; all if absent.
+        check_trunk: refuse another trunk than that on which the specialists were trained. Set it to False to
+            use them with a trunk that was rounded to few bits since.
+
+    Raises:
+        FormatError: a file is missing or damaged, or a specialist was trained with other shared cores.
+        TargetError: the model is another trunk, already has specialists, or a name is unknown.
+        ShapeError: the layers of the model have other shapes.
+
+    Example:
+        >>> s = th.specialists(th.load(th.embedded.gpt2_path()), rank=8)
+        >>> s.add("law")
+        >>> s.add("code")
+        >>> _ = s.save("two")
+        >>> th.load_specialists("two", names=["code"]).names
+        ['code']
+    """
+    path = Path(folder).expanduser()
+    description = read_description(path)
+    known = description["specialists"]
+    wanted = list(known) if names is None else list(names)
+    if unknown := sorted(set(wanted) - set(known)):
+        raise TargetError(f"{path} has no specialist {', '.join(unknown)}; it has {', '.join(known)}.")
+    shared = _read(path / SHARED)
+    if digest(shared) != description["shared"]:
+        raise FormatError(
+            f"{path / SHARED} was changed since {path / DESCRIPTION} was written: somebody trained the "
+            "shared cores, so that these specialists would compute something else. Restore the file."
+        )
+    own = {}
+    for name in wanted:
+        file = path / known[name]
+        own[name] = _read(file)
+        with safe_open(file, "pt") as opened:
+            trained_with = (opened.metadata() or {}).get("shared")
+        if trained_with != description["shared"]:
+            raise FormatError(
+                f"{file} was trained with other shared cores than {path / SHARED}, so that it would compute "
+                "something else. Take both from one folder."
+            )
+    forms = {
+        name: (Topology.from_dict(form["topology"]), tuple(form["shared"]), form.get("owner"))
+        for name, form in description["layers"].items()
+    }
+    if model is None:
+        if not description["trunk"]:
+            raise TargetError(f"{path} does not say where its trunk is: pass the trunk as model=.")
+        model = load(description["trunk"])
+    shapes: dict[bool, dict[str, tuple[int, ...]]] = {True: {}, False: {}}  # by "is shared"
+    for layer, (topology, cores, owner) in forms.items():
+        for core, shape in topology.core_shapes.items():
+            if core not in cores or owner is None:
+                shapes[core in cores][f"{layer}.core_{core}"] = shape
+    for file_name, tensors in ((SHARED, shared), *((known[name], own[name]) for name in wanted)):
+        if {key: tuple(x.shape) for key, x in tensors.items()} != shapes[file_name == SHARED]:
+            raise FormatError(
+                f"{path / file_name} does not contain the cores that {path / DESCRIPTION} describes."
+            )
+    if check_trunk:
+        _check_trunk(model, description["probe"])
+    attach(model, forms)
+    found = Specialists(model)
+    for name in wanted:
+        found.add(name)
+    found.restore({"shared": shared, **own})
+    found.freeze()
+    return found
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read `specialists.json`, and check its version and entries.
+
+    Raises:
+        FormatError: the folder has no such file, or the file is damaged or of another version.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        raise FormatError(
+            f"{folder} is not a folder of specialists: it has no {DESCRIPTION}. Specialists.save writes it."
+        )
+    description = read_json(folder / DESCRIPTION)
+    entries = {"format_version", "trunk", "probe", "shared", "layers", "specialists"}
+    if not entries <= description.keys() or description["format_version"] != FORMAT_VERSION:
+        raise FormatError(
+            f"{folder / DESCRIPTION} is damaged, or of another version than {FORMAT_VERSION}: it has the "
+            f"entries {sorted(description)}."
+        )
+    return description
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of names, dtypes and values, which changes if any value changes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def probe(specialists: tm.Specialists) -> dict[str, list[float]]:
+    """Return the first outputs of each trunk layer for a fixed input, by which its weights are recognized."""
+    return {name: _outputs(layer.base_layer) for name, layer in specialists.layers.items()}
+
+
+def _outputs(layer: nn.Module) -> list[float]:
+    drawn = torch.randn(1, layer_shape(layer)[1], generator=torch.Generator().manual_seed(0), device="cpu")
+    weight: Any = layer.weight
+    y = layer(drawn.to(weight.device, weight.dtype))
+    return [round(float(value), 6) for value in y[0, :_PROBED].float().cpu()]
+
+
+@torch.no_grad()
+def _check_trunk(model: nn.Module, expected: Mapping[str, list[float]]) -> None:
+    """Check that the layers of a model are those on which the specialists were trained.
+
+    Raises:
+        TargetError: a layer is missing, or computes something else.
+    """
+    for name, values in expected.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise TargetError(
+                f"These specialists are of another trunk: {type(model).__name__} has no layer {name!r}."
+            ) from None
+        if isinstance(layer, tm.SpecialistLinear):
+            layer = layer.base_layer
+        old, new = torch.tensor(values), torch.tensor(_outputs(layer))
+        if not torch.linalg.vector_norm(new - old) <= _SAME_TRUNK * torch.linalg.vector_norm(old):
+            raise TargetError(
+                f"These specialists are of another trunk: {name!r} computes {_outputs(layer)[:3]} where the "
+                f"trunk of the specialists computed {values[:3]}. Load the trunk that they were trained on; "
+                "if it was only rounded to few bits since, pass check_trunk=False."
+            )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors raises its own class and OSError
+        raise FormatError(f"{file} is missing or damaged: {error}.") from error
