@@ -383,7 +383,8 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
 
     Args:
         model: a model with compressed layers or experts; cores that are already converted do not change.
-        codes: whether integer codes become parameters too, as `TrainedCodes` of 4 bytes each.
+        codes: whether integer codes become parameters too, as `TrainedCodes` of 4 bytes each. Codes of
+            codebooks are not trained, since they cannot change one by one.
 
     Returns:
         The converted cores, for `pack_after_training`.
@@ -399,7 +400,7 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
         if number_format.scale_dtype.itemsize > 1:
             name = core.trained_scales
             core._put(name, _floating(getattr(core, name), number_format.scale_dtype).float())
-        if codes:
+        if codes and number_format.book is None:
             made = TrainedCodes(number_format.unpack(core.codes, core.columns).float())
             core._put("codes", made)
     return found
@@ -505,7 +506,7 @@ def _stored_parts(
             continue
         rows, columns = kept
         groups, bits = number_format.groups(columns), number_format.bits
-        yield name, "codes", (rows, packed_bytes(columns, bits)), torch.uint8, rows * columns
+        yield name, "codes", (rows, number_format.packed_bytes(columns)), torch.uint8, rows * columns
         if number_format.scale_bits is None:
             yield name, "scales", (rows, groups), _BITS[number_format.scale_dtype], rows * groups
         else:

@@ -17,6 +17,9 @@ order, so that antidiagonals become diagonals, of which torch can make views.
 Function calls take as long as the arithmetic of a step, so tiles are rounded in one buffer whose views are
 created only once.
 
+With a codebook, all codes of a run of 8 neighbouring inputs are chosen in one step. The blocks on the
+diagonals of `U` and `D` then measure the residual of a run.
+
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
     adaptive rounding" (YAQA, feedback between rows and between columns).
@@ -30,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tensornet.quantization.codebooks import RUN, Codebook
 from tensornet.quantization.formats import Levels, NumberFormat, nearest
 from tensornet.quantization.moments import Moment
 
@@ -50,19 +54,35 @@ class Grid:
         zero: zero point of each element, or one number for all.
         top: largest code.
         levels: table of levels; None if values are equally spaced.
+        book: codebook that restricts the levels of neighbouring elements of a row.
     """
 
     scale: Tensor
     zero: Tensor | float
     top: int
     levels: Levels | None = None
+    book: Codebook | None = None
+
+    @classmethod
+    def of(cls, number_format: NumberFormat, scale: Tensor, zero: Tensor | float | None = None) -> "Grid":
+        """Return the grid of a number format with these scales; by default without zero points."""
+        zero = number_format.center if zero is None else zero
+        return cls(scale, zero, number_format.top, number_format.levels(scale), number_format.book)
 
     def codes(self, target: Tensor) -> Tensor:
         """Compute the nearest codes (or levels) of values, as floating-point numbers."""
-        return self.nearest((target / self.divisor).add_(self.zero))
+        found = (target / self.divisor).add_(self.zero)
+        return (
+            self.nearest(found)
+            if self.book is None
+            else self.book.nearest(found.reshape(1, -1, RUN)).view(found.shape)
+        )
 
     def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Round `x = value / scale + zero` to the nearest codes (or levels); `x` may be overwritten."""
+        """Round `x = value / scale + zero` to the nearest codes (or levels), without regard to a codebook.
+
+        `x` may be overwritten.
+        """
         return nearest(x, self.top, self.levels, out)
 
     @property
@@ -73,7 +93,7 @@ class Grid:
     def transposed(self) -> "Grid":
         """Return the transposed grid, with contiguous scales and zero points."""
         zero = self.zero.mT.contiguous() if isinstance(self.zero, Tensor) else self.zero
-        return Grid(self.scale.mT.contiguous(), zero, self.top, self.levels)
+        return Grid(self.scale.mT.contiguous(), zero, self.top, self.levels, self.book)
 
     def points(self, codes: Tensor) -> Tensor:
         """Convert codes (or levels) to values."""
@@ -95,8 +115,9 @@ def round_with_feedback(
         scales: scales of all groups, shape `(stack, out, groups)`.
         zeros: zero points of all groups, in the same shape; None without zero points.
         number_format: integer format.
-        rows: full moment of the gradients; None for no feedback between rows.
-        columns: full moment of the inputs; None for no feedback between columns.
+        rows: full moment of the gradients; None for no feedback between rows, as with a codebook.
+        columns: full moment of the inputs; None for no feedback between columns. For a format with a
+            codebook, the result of `Moment.in_runs`.
 
     Returns:
         Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`. With feedback along one side
@@ -104,20 +125,22 @@ def round_with_feedback(
         None.
     """
     size, dtype = weight.shape[2], weight.dtype
-    levels = number_format.levels(weight)
+    if number_format.book is not None and columns is not None:
+        return by_run(weight, scales, number_format, columns)
     if rows is None and columns is not None and len(columns.order) == 1:
         # Transpose the matrices, so that each step reads and writes contiguous memory. A row of scales is
         # used by all columns of a group.
         order = columns.order[0]
-        zero = number_format.center if zeros is None else zeros.to(dtype).mT.contiguous()
-        grid = Grid(scales.to(dtype).mT.contiguous(), zero, number_format.top, levels)
+        zero = None if zeros is None else zeros.to(dtype).mT.contiguous()
+        grid = Grid.of(number_format, scales.to(dtype).mT.contiguous(), zero)
         groups = (order // (number_format.group or size)).tolist()
         codes, losses = one_sided(weight.mT.index_select(1, order), grid, *columns.feedback, groups)
         return codes.index_select(1, order.argsort()).mT, losses
 
     spread = number_format.spread(scales.to(dtype), size)
-    zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
-    grid = Grid(spread, zero, number_format.top, levels)
+    grid = Grid.of(
+        number_format, spread, None if zeros is None else number_format.spread(zeros.to(dtype), size)
+    )
     if rows is None and columns is None:
         return grid.codes(weight), None
     orders = [(moment.order, axis) for moment, axis in ((rows, 1), (columns, 2)) if moment is not None]
@@ -132,8 +155,8 @@ def round_with_feedback(
                 x = x.gather(axis, order.unsqueeze(3 - axis).expand(x.shape))
         return x
 
-    zero = sorted_by(zero) if isinstance(zero, Tensor) else zero
-    work, points = sorted_by(weight), Grid(sorted_by(spread), zero, grid.top, levels)
+    each = sorted_by(grid.zero) if isinstance(grid.zero, Tensor) else None
+    work, points = sorted_by(weight), Grid.of(number_format, sorted_by(spread), each)
     if rows is not None and columns is not None:
         couplings = (moment.feedback[0].expand(len(weight), -1, -1) for moment in (rows, columns))
         return sorted_by(two_sided(work, points, *couplings), back=True), None
@@ -207,6 +230,69 @@ def one_sided(
         losses += (kept[:, None, start:stop] @ target.square_())[:, 0]
     codes += grid.zero[:, list(groups)] if isinstance(grid.zero, Tensor) else grid.zero
     return codes, losses
+
+
+def by_run(
+    weight: Tensor, scales: Tensor, number_format: NumberFormat, columns: Moment
+) -> tuple[Tensor, Tensor]:
+    """Round one run of a codebook after another, with feedback from all previous columns.
+
+    Let `U_b` and `D_b` be the diagonal blocks of a run in the factors of the moment, and `f` the feedback of
+    all previous errors. The codes `q` of the run make `|(t - q) U_b D_b^1/2|^2` small for the target `t = w +
+    f U_b^-1`.
+
+    Args:
+        weight: matrices, shape `(stack, out, in)`.
+        scales: scales of all groups, shape `(stack, out, groups)`.
+        number_format: format with a codebook.
+        columns: full moment of the inputs, which keeps the columns of a run together (`Moment.in_runs`).
+
+    Returns:
+        Levels, shape `(stack, out, in)`, and the diagonal of `E C E^T`, shape `(stack, out)`.
+    """
+    book, (stack, out, size) = number_format.book, weight.shape
+    assert book is not None
+    assert columns.run == RUN
+    (unit, kept), places = columns.feedback, columns.order.expand(stack, -1)
+    # 1. Divide the factor by its diagonal blocks, so that each run has an identity block.
+    inner = unit.unflatten(1, (-1, RUN)).unflatten(3, (-1, RUN)).diagonal(0, 1, 3).permute(0, 3, 1, 2)
+    inner = inner + torch.eye(RUN, dtype=unit.dtype, device=unit.device)  # shape: (1, runs, RUN, RUN)
+    by_columns = unit.unflatten(2, (-1, RUN)).transpose(1, 2)  # shape: (1, runs, in, RUN)
+    couplings = torch.linalg.solve_triangular(inner, by_columns, upper=True, left=False, unitriangular=True)
+    couplings = couplings.transpose(1, 2).flatten(2).expand(stack, -1, -1)
+    factors = (inner * kept.sqrt().unflatten(1, (-1, 1, RUN))).expand(stack, -1, -1, -1)
+    # 2. Sort the columns, and transpose the matrices, so that each step reads contiguous memory.
+    work = weight.mT.gather(1, places[..., None].expand(-1, -1, out))
+    groups = places[:, ::RUN] // (number_format.group or size)
+    scale = scales.to(weight.dtype).mT.gather(1, groups[..., None].expand(-1, -1, out))
+    divisor = torch.where(scale == 0, 1.0, scale)
+    levels, losses = torch.empty_like(work), torch.zeros_like(work[:, 0])
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        target = work[:, start:stop].clone()
+        if start:
+            target.baddbmm_(couplings[:, :start, start:stop].mT, work[:, :start])
+        for first in range(start, stop, TILE):
+            last = min(first + TILE, stop)
+            for k in range(first, last, RUN):
+                # 3. Choose the codes of one run in all rows.
+                part, b = slice(k, k + RUN), k // RUN
+                aim = (target[:, k - start : k - start + RUN] / divisor[:, b, None]).mT.contiguous()
+                found = book.nearest(aim, factors[:, b])
+                levels[:, part] = found.mT
+                residual = ((aim - found) @ factors[:, b]).square_().sum(-1)
+                losses.addcmul_(residual, scale[:, b].square())
+                # 4. Feed its error back to the later columns of the tile.
+                work[:, part].addcmul_(levels[:, part], scale[:, b, None], value=-1)
+                if k + RUN < last:
+                    later = target[:, k + RUN - start : last - start]
+                    later.baddbmm_(couplings[:, part, k + RUN : last].mT, work[:, part])
+            if last < stop:
+                target[:, last - start :].baddbmm_(
+                    couplings[:, first:last, last:stop].mT, work[:, first:last]
+                )
+    back = places.argsort(1)
+    return levels.gather(1, back[..., None].expand(-1, -1, out)).mT, losses
 
 
 def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:

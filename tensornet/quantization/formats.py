@@ -10,6 +10,9 @@ equally spaced levels.
 Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
 with 16-bit scales. They are more accurate, since codes are chosen after the scale is rounded. Scales may also
 be integers of 4, 6 or 8 bits times a step in float16 that 256 weights of a row share.
+
+The formats `iq2_xxs` to `iq3_s` have tables and such scales too. A codebook restricts the codes of 4 or 8
+neighbouring weights (see `codebooks`), so that a weight takes 2.06 to 3.44 bits in all.
 """
 
 import math
@@ -25,6 +28,7 @@ from torch.compiler import is_compiling
 
 from tensornet._util import check_sizes, is_exporting
 from tensornet.errors import FormatError
+from tensornet.quantization.codebooks import CODEBOOKS, RUN, Codebook
 from tensornet.quantization.packing import pack, packed_bytes, unpack
 
 #: Numbers of bits of integer formats.
@@ -45,7 +49,8 @@ LEVELS = {
     2: (-127, -41, 21, 92),
 }
 #: Numbers of bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights
-#: that share a step. Scales of 4 bits have no sign; only the four symmetric values of int2 allow this.
+#: that share a step. Scales of 4 bits have no sign; only the symmetric values of int2 and of codebooks allow
+#: this.
 SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
 _FLOATS = ("float", "bf16")
 _PATTERN = re.compile(
@@ -84,7 +89,10 @@ class NumberFormat:
         scale_bits: number of bits of integer scales; None if scales are floating-point numbers. A scale is
             the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. Integers of 6 and
             8 bits have a sign. Integers of 4 bits, for two-bit codes only, have none; their steps have 9
-            significant bits, so that 1.5 times a step is exact too.
+            significant bits, so that 1.5 times a step is exact too. With a codebook, scales are odd integers
+            from 1 to 31 times a step and times `Codebook.unit`.
+        codebook: name of the codebook that restricts the codes of neighbouring weights, one of `CODEBOOKS`;
+            None without one. The name determines all other arguments.
 
     Raises:
         FormatError: this combination of arguments does not exist.
@@ -103,8 +111,22 @@ class NumberFormat:
     dtype: torch.dtype | None = None
     table: bool = False
     scale_bits: int | None = None
+    codebook: str | None = None
 
     def __post_init__(self) -> None:
+        if self.codebook is not None:
+            book = CODEBOOKS.get(self.codebook)
+            given = (self.bits, self.group, self.zero_point, self.scale_dtype, self.dtype, self.table)
+            if (
+                book is None
+                or given != (_code_bits(book), book.group, False, torch.float16, None, True)
+                or self.scale_bits != 4
+            ):
+                raise FormatError(
+                    f"A format with a codebook is one of {', '.join(CODEBOOKS)}, read by NumberFormat.parse; "
+                    f"got {self!r}."
+                )
+            return
         if self.bits is None:
             other = self.group is not None or self.zero_point or self.table or self.scale_bits
             if other or self.dtype not in (None, torch.bfloat16):
@@ -146,10 +168,11 @@ class NumberFormat:
         """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"` or `"int3:g64:zero"`.
 
         Args:
-            name: `"float"`, `"bf16"`, or the name of an integer format. It begins with `int2` ... `int8` or,
-                with a table, `nl2` ... `nl4`. Optional suffixes, in this order: the group, `:g16`, `:g32`,
-                `:g64` (the default), `:g128` or `:row`; `:zero` for zero points; `:float16` or `:float8` for
-                the dtype of scales, or `:s4`, `:s6` or `:s8` for integer scales.
+            name: `"float"`, `"bf16"`, the name of a codebook, such as `"iq3_s"`, or the name of another
+                integer format. It begins with `int2` ... `int8` or, with a table, `nl2` ... `nl4`. Optional
+                suffixes, in this order: the group, `:g16`, `:g32`, `:g64` (the default), `:g128` or `:row`;
+                `:zero` for zero points; `:float16` or `:float8` for the dtype of scales, or `:s4`, `:s6` or
+                `:s8` for integer scales.
 
         Raises:
             FormatError: the name is unknown; the message lists the known names.
@@ -160,6 +183,15 @@ class NumberFormat:
             return cls()
         if name == "bf16":
             return cls(dtype=torch.bfloat16)
+        if name in CODEBOOKS:
+            return cls(
+                _code_bits(CODEBOOKS[name]),
+                CODEBOOKS[name].group,
+                scale_dtype=torch.float16,
+                table=True,
+                scale_bits=4,
+                codebook=name,
+            )
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None or int(found["bits"]) not in (BITS if found["kind"] == "int" else LEVELS):
             raise FormatError(
@@ -183,6 +215,8 @@ class NumberFormat:
         """Shortest name that `parse` accepts for this format."""
         if self.bits is None:
             return "float" if self.dtype is None else "bf16"
+        if self.codebook is not None:
+            return self.codebook
         parts = [f"nl{self.bits}" if self.table else f"int{self.bits}"]
         if self.group != DEFAULT_GROUP:
             parts.append("row" if self.group is None else f"g{self.group}")
@@ -212,9 +246,19 @@ class NumberFormat:
         return self.group if self.scale_bits is None else SUPER_BLOCK
 
     @property
+    def book(self) -> Codebook | None:
+        """The codebook that restricts the codes of neighbouring weights; None without one."""
+        return None if self.codebook is None else CODEBOOKS[self.codebook]
+
+    @property
+    def level_values(self) -> tuple[int, ...]:
+        """Levels of all codes as multiples of the scale, in formats with a table."""
+        return LEVELS[self._integer_bits()] if self.book is None else self.book.levels
+
+    @property
     def top(self) -> int:
         """Largest code."""
-        return 2 ** self._integer_bits() - 1
+        return (len(self.level_values) if self.table else 2 ** self._integer_bits()) - 1
 
     @property
     def center(self) -> float:
@@ -227,11 +271,11 @@ class NumberFormat:
     @property
     def lowest(self) -> float:
         """Value of the code 0, divided by the scale, in formats without zero points."""
-        return float(LEVELS[self._integer_bits()][0]) if self.table else -self.center
+        return float(self.level_values[0]) if self.table else -self.center
 
     def levels(self, like: Tensor) -> Levels | None:
         """Return the table of levels in the dtype and on the device of `like`, or None without a table."""
-        return _levels(self._integer_bits(), like.dtype, like.device) if self.table else None
+        return _levels(self.level_values, like.dtype, like.device) if self.table else None
 
     def check_real(self, weight: Tensor) -> None:
         """Check that a weight is real, unless this is the format `float`, which stores complex numbers too.
@@ -263,9 +307,10 @@ class NumberFormat:
         """
         self._integer_bits()
         if not self.fits(size):
+            other = f"int{self.bits}:g32" if self.codebook else replace(self, scale_bits=None).name
             raise FormatError(
                 f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, but {size} inputs are "
-                f"not a multiple of {SUPER_BLOCK}; use {replace(self, scale_bits=None).name!r}."
+                f"not a multiple of {SUPER_BLOCK}; use {other!r}."
             )
         return 1 if self.group is None else math.ceil(size / self.group)
 
@@ -313,49 +358,66 @@ class NumberFormat:
             scales, importance: see `storable`.
 
         Returns:
-            Integers as `torch.uint8`, shape `(..., groups)`, with an offset of half their range unless they
-            have 4 bits; and steps in `torch.float16`, shape `(..., groups * group / SUPER_BLOCK)`.
+            Integers as `torch.uint8`, shape `(..., groups)`, and steps in `torch.float16`, shape `(...,
+            groups * group / SUPER_BLOCK)`. Integers have an offset of half their range unless they have 4
+            bits. With a codebook, the odd integer `2 k + 1` is returned as `k`.
         """
         assert self.scale_bits is not None
         assert self.group is not None
-        zero, each = self._zero_scale(), SUPER_BLOCK // self.group
+        zero, each, odd = self._zero_scale(), SUPER_BLOCK // self.group, self.book is not None
         lowest, highest = -zero, 2**self.scale_bits - 1 - zero
         blocks = scales.reshape(*scales.shape[:-1], scales.shape[-1] // each, each)
-        blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+        blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32)) / self._scale_unit()
         blocks = blocks if zero else blocks.abs()
+
+        def rounded(x: Tensor) -> Tensor:
+            """Round to integers of the range, or to odd integers."""
+            if odd:
+                x = (x - 1) / 2
+            x = x.round().clamp_(lowest, highest)
+            return 2 * x + 1 if odd else x
+
         weights = (
             torch.ones_like(blocks) if importance is None else importance.to(blocks).reshape(blocks.shape)
         )
         place = blocks.abs().argmax(-1, keepdim=True)
         largest = blocks.gather(-1, place)[..., 0]
         limit = torch.finfo(torch.float16).max if zero else 2.0**15
-        step, integers = torch.zeros_like(largest, dtype=torch.float16), torch.zeros_like(blocks)
+        step, integers = torch.zeros_like(largest, dtype=torch.float16), rounded(torch.zeros_like(blocks))
         least = (weights * blocks.square()).sum(-1)
         farthest, smallest, toward = (lowest, -(2.0**-24), 1) if zero else (highest, 2.0**-22, -1)
+        if odd:
+            farthest, smallest, toward = 2 * highest + 1, 2.0**-24, -2
         steps = [(k * smallest * largest.sign()).half() for k in (1, 2, 3)]
         numbers = range(farthest, farthest * 3 // 4 + toward, toward)
         for number in numbers:
             tried = (largest / number).clamp(-limit, limit).half()
-            if not zero:  # round to 9 significant bits
+            if not zero and not odd:  # round to 9 significant bits
                 tried = ((tried.view(torch.int16) + 2) & ~3).view(torch.float16)
             steps.append(tried)
         for k, tried in enumerate(steps):
             divisor = torch.where(tried == 0, 1, tried.to(blocks))[..., None]
-            found = (blocks / divisor).round_().clamp_(lowest, highest)
+            found = rounded(blocks / divisor)
             error = (weights * (blocks - found * tried.to(blocks)[..., None]).square_()).sum(-1)
             better = error < least
             if k >= 3:
                 better &= found.gather(-1, place)[..., 0].abs() >= abs(numbers[-1])
             least, step = torch.where(better, error, least), torch.where(better, tried, step)
             integers = torch.where(better[..., None], found, integers)
-        return (integers + zero).to(torch.uint8).reshape(scales.shape), step
+        integers = (integers - 1) / 2 if odd else integers + zero
+        return integers.to(torch.uint8).reshape(scales.shape), step
 
     def scales_of(self, integers: Tensor, steps: Tensor) -> Tensor:
         """Compute scales in float32, shape `(..., groups)`, from the two results of `factored`."""
         assert self.scale_bits is not None
         blocks = integers.reshape(*steps.shape, -1) if steps.numel() else integers.unsqueeze(-1)
-        values = (blocks.float() - self._zero_scale()) * steps.float().unsqueeze(-1)
+        whole = blocks.float() - self._zero_scale() if self.book is None else 2 * blocks.float() + 1
+        values = whole * steps.float().unsqueeze(-1) * self._scale_unit()
         return values.reshape(integers.shape)
+
+    def _scale_unit(self) -> float:
+        """Return the factor of all scales that are integers times steps, a power of two."""
+        return 1.0 if self.book is None else self.book.unit
 
     def _zero_scale(self) -> int:
         """Return the stored integer of a scale of zero."""
@@ -383,6 +445,8 @@ class NumberFormat:
         spread = self.spread(scales.to(values.dtype), size)
         zero = self.center if zeros is None else self.spread(zeros.to(values.dtype), size)
         found = values / torch.where(spread == 0, torch.ones_like(spread), spread) + zero
+        if self.book is not None:
+            return self.to_codes(self.book.nearest(found.reshape(1, -1, RUN)).view(found.shape))
         return self.to_codes(nearest(found, self.top, self.levels(found)))
 
     def to_codes(self, found: Tensor) -> Tensor:
@@ -428,7 +492,7 @@ class NumberFormat:
             values = (self.grouped(whole) - zero) * scales.to(codes).unsqueeze(-1)
             return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
         if self.table:
-            table = torch.tensor(LEVELS[self._integer_bits()], dtype=torch.int8, device=codes.device)
+            table = torch.tensor(self.level_values, dtype=torch.int8, device=codes.device)
             points = table.index_select(0, codes.reshape(-1).long()).view(codes.shape)
             return _scaled(self.grouped(points), scales, dtype)[..., : codes.shape[-1]]
         grouped, halves = self.grouped(codes), False
@@ -446,7 +510,7 @@ class NumberFormat:
         return _scaled(points, scales, dtype, halves=halves)[..., : codes.shape[-1]]
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Pack codes `(..., in)` to bytes for storage, shape `(..., packed_bytes(in, bits))`.
+        """Pack codes `(..., in)` to bytes for storage, shape `(..., packed_bytes(in))`.
 
         8-bit codes are stored as signed integers `code - 128`, as torch's kernels need them.
 
@@ -457,11 +521,19 @@ class NumberFormat:
             >>> packed.shape, int4.unpack(packed, 3).tolist()
             (torch.Size([1, 2]), [[0, 8, 9]])
         """
+        if self.book is not None:
+            return self.book.pack(codes)
         packed = pack(codes, self._integer_bits())
         return packed ^ 128 if self.bits == 8 else packed
 
+    def packed_bytes(self, size: int) -> int:
+        """Compute the number of bytes of a packed row of `size` codes."""
+        return packed_bytes(size, self._integer_bits()) if self.book is None else self.book.packed_bytes(size)
+
     def unpack(self, packed: Tensor, size: int) -> Tensor:
         """Unpack rows of `size` codes; this is the inverse of `pack`."""
+        if self.book is not None:
+            return self.book.unpack(packed, size)
         codes = unpack(packed, self._integer_bits(), size)
         return codes ^ 128 if self.bits == 8 else codes
 
@@ -502,7 +574,7 @@ class NumberFormat:
         if self.bits is None:
             return rows * size * (self.dtype or dtype).itemsize
         groups = self.groups(size)
-        each = packed_bytes(size, self.bits)
+        each = self.packed_bytes(size)
         if self.scale_bits is None:
             each += groups * self.scale_dtype.itemsize
         else:
@@ -516,14 +588,20 @@ class NumberFormat:
     def _integer_bits(self) -> int:
         if self.bits is None:
             raise FormatError(
-                f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4."
+                f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4, iq2_xxs ... "
+                "iq3_s."
             )
         return self.bits
 
 
 def format_names() -> tuple[str, ...]:
-    """List all format names without suffixes: floating point, then integers, then tables of levels."""
-    return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS))
+    """List all format names without suffixes: floating point, integers, tables of levels, codebooks."""
+    return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS), *CODEBOOKS)
+
+
+def _code_bits(book: Codebook) -> int:
+    """Return the number of bits of the code of one weight before packing."""
+    return (len(book.levels) - 1).bit_length()
 
 
 def nearest(x: Tensor, top: int, levels: Levels | None, out: Tensor | None = None) -> Tensor:
@@ -536,10 +614,10 @@ def nearest(x: Tensor, top: int, levels: Levels | None, out: Tensor | None = Non
 
 
 @lru_cache(maxsize=64)
-def _levels(bits: int, dtype: torch.dtype, device: torch.device) -> Levels:
+def _levels(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Levels:
     with torch.inference_mode(False):
-        values = torch.tensor(LEVELS[bits], dtype=dtype, device=device)
-        inside = torch.arange(2 * LEVELS[bits][0], 2 * LEVELS[bits][-1] + 1, device=device) / 2 + 0.25
+        values = torch.tensor(levels, dtype=dtype, device=device)
+        inside = torch.arange(2 * levels[0], 2 * levels[-1] + 1, device=device) / 2 + 0.25
         return Levels(values, values[(inside[:, None] - values).abs().argmin(1)])
 
 

@@ -16,6 +16,7 @@ from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, largest_element
 from tensornet.linalg.weighted_svd import cholesky
+from tensornet.quantization.codebooks import RUN
 
 #: Rounding computes in float32 only if the binary exponents of squared weights, of moments, and of their
 #: products are at most this number. It is less than 127, the largest exponent of float32, since sums exceed
@@ -33,9 +34,11 @@ class Moment:
 
     Args:
         values: the moments, shape `(stack or 1, n, n)`, or their diagonal, shape `(1, n)`.
+        run: number of neighbouring rows or columns that stay together in the order of rounding.
     """
 
     values: Tensor
+    run: int = 1
 
     @property
     def diagonal(self) -> Tensor:
@@ -55,9 +58,17 @@ class Moment:
     def order(self) -> Tensor:
         """Order of rounding: indices by descending diagonal, shape `(stack or 1, n)`.
 
-        The last element compensates the errors of all others, so it should be the least sensitive one.
+        The last element compensates the errors of all others, so it should be the least sensitive one. Runs
+        are sorted by the sum of their diagonal.
         """
-        return self.diagonal.argsort(dim=1, descending=True, stable=True)
+        sums = self.diagonal.unflatten(1, (-1, self.run)).sum(2)
+        order = sums.argsort(dim=1, descending=True, stable=True)
+        return (order[..., None] * self.run + torch.arange(self.run, device=order.device)).flatten(1)
+
+    @cached_property
+    def in_runs(self) -> "Moment":
+        """Return the same moment with an order that keeps the runs of codebooks together."""
+        return Moment(self.values, RUN)
 
     @cached_property
     def feedback(self) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ _ESTIMATED_ROWS = 256
 #: Rounding to nearest is tried if its loss, estimated from this number of rows, is at most this multiple of
 #: the loss with feedback. Its exact loss takes more time than rounding with feedback.
 _COMPARED_ROWS, _COMPARED_LOSS = 64, 2.0
+#: With a codebook, scales are refitted to the final codes if a code has at most this number of bits.
+_REFITTED_BITS = 3
 #: Number of rows that coordinate descent processes at a time, in stacks of small matrices.
 _DESCENT_ROWS = 2048
 
@@ -157,14 +159,16 @@ def round_weight(
     r = damped_moment(rows, out, lead, row_damping, work, "rows")
     c = damped_moment(columns, size, lead, column_damping, work, "columns")
     ways = possible_roundings(rounding, r, c)
+    if number_format.book is not None:  # feedback between rows is left to coordinate descent
+        c = None if c is None else c.in_runs
+        ways = possible_roundings(rounding, None, c)
 
     # 2. Find the scale and zero point of each group.
     start, zeros = search_scales(work, number_format, importance(c, ways[-1]))
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
 
     def grid(scales: Tensor) -> Grid:
-        spread = number_format.spread(scales.to(dtype), size)
-        return Grid(spread, zero, number_format.top, number_format.levels(work))
+        return Grid.of(number_format, number_format.spread(scales.to(dtype), size), zero)
 
     def rounded(scales: Tensor, way: Rounding, seen: Moment | None = r) -> _Solution:
         along = fed_back(way, r, c)
@@ -196,18 +200,28 @@ def round_weight(
     best = _best([*(rounded(start, each, seen) for each in simpler), best])
 
     # 4. Refit the scales to the best codes by least squares under C, and round again with the new scales.
-    for k in range(refits):
+    # Codebooks of few levels gain even without rounding again, which takes the most time.
+    def refitted(solution: _Solution) -> Tensor:
         moment = None if c is None else c.values[0] if c.values.ndim == 2 else c.values
-        fitted = refit_scales(work, best.codes - zero, number_format, moment)
-        scales = number_format.storable(fitted)
+        return number_format.storable(refit_scales(work, solution.codes - zero, number_format, moment))
+
+    def keep_codes(solution: _Solution) -> _Solution:
+        scales = refitted(solution)
+        loss = loss_increase(work - grid(scales).points(solution.codes), seen, c)
+        return _best([solution, solution._replace(scales=scales, loss=loss)])
+
+    for k in range(refits):
+        scales = refitted(best)
         # Methods with less feedback are tried again only if they were the best for some matrix.
         before = [] if later and k == 0 else [w for w in ways[:-1] if ROUNDINGS.index(w) in best.way.tolist()]
         best = _best([best, *(rounded(scales, way) for way in (*before, ways[-1]))])
+    if number_format.book is not None and (number_format.bits or 0) <= _REFITTED_BITS:
+        best = keep_codes(best)
     if estimates and bool((best.way < ROUNDINGS.index("two_sided")).any()):
         best = best._replace(loss=loss_increase(work - grid(best.scales).points(best.codes), r, c))
 
     # 5. Lower the exact loss increase by coordinate descent.
-    if sweeps:
+    if sweeps and number_format.book is None:
         best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps)])
     groups = (*weight.shape[:-1], number_format.groups(size))
     return RoundedWeight(

@@ -16,13 +16,16 @@ from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, safe_scale
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.quantization.formats import NumberFormat, nearest
+from tensornet.quantization.codebooks import RUN
+from tensornet.quantization.formats import DEFAULT_GROUP, NumberFormat, nearest
 
 #: Largest range that is tried, as a multiple of the largest element.
 _WIDEST = 1.1
 #: Number of ranges that are tried, by number of bits. With few bits, further ranges hardly lower the error.
 #: With many bits, each of them is a new chance that large elements are close to the grid.
 _TRIED = {2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
+#: Smallest range, and number of ranges, for formats with a codebook, with which rounding takes more time.
+_CODEBOOK_NARROWEST, _CODEBOOK_TRIED = 0.76, 5
 #: Number of alternations of rounding and weighted least squares after the search.
 _POLISHED = 2
 #: Number of elements that are processed at a time in the search. On a CPU, it is small, so that they fit into
@@ -111,6 +114,9 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
     def points(scale: Tensor, zero: Tensor) -> Tensor:
         """Round each element to the grid, in units of the scale: to `code - zero`, or to a level."""
         found = torch.div(flat, torch.where(scale == 0, 1.0, scale), out=buffer)
+        if number_format.book is not None:  # approximately: the cost of comparing points would prevail
+            runs = found.T.reshape(1, -1, RUN)
+            return number_format.book.nearest(runs, compare=False).view(found.shape[::-1]).T
         if levels is not None:
             return nearest(found, top, levels)
         if number_format.zero_point:
@@ -161,9 +167,13 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
         others = [(1, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
     else:
         whole = torch.where(high > -low, high, low) / number_format.lowest
-        others = [(sign, torch.full_like(low, center)) for sign in ((1,) if center % 1 else (1, -1))]
+        symmetric = center % 1 != 0 or number_format.book is not None
+        others = [(sign, torch.full_like(low, center)) for sign in ((1,) if symmetric else (1, -1))]
     narrowest = 1 - 1.6 / top**0.7 if top > 3 else 0.3
-    shares = torch.linspace(narrowest, _WIDEST, _TRIED[number_format.bits or 0], device=flat.device)
+    tried = _TRIED[number_format.bits or 0]
+    if number_format.book is not None:
+        narrowest, tried = _CODEBOOK_NARROWEST, _CODEBOOK_TRIED
+    shares = torch.linspace(narrowest, _WIDEST, tried, device=flat.device)
     scales = _stored(shares.to(flat)[:, None] * whole, number_format)
     few = number_format.scale_dtype.itemsize == 1
     for scale in _distinct(scales) if few else scales:
@@ -251,6 +261,9 @@ def scale_fault(
     smallest, largest = 4 * limits.smallest_normal * limits.eps, limits.max
     if bits is not None:  # small multiples of the smallest step are inaccurate
         smallest, largest = {4: 8, 6: 4, 8: 16}[bits] * smallest, 2.0 ** (bits - 1) * largest
+    if number_format.book is not None:
+        unit = number_format.book.unit
+        smallest, largest = unit * smallest / 2, 31 * unit * limits.max
     ranges = group_ranges(weight, number_format.group, number_format.zero_point).double()
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
     small, large = steps < smallest, steps > largest
@@ -277,10 +290,13 @@ def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
     """Widen the scales of a format to 16 bits, and enlarge its groups to keep about the same number of bytes.
 
-    Groups become twice as large, or four times as large if scales had 4 bits, provided such sizes exist.
+    Groups become twice as large, or four times as large if scales had 4 bits, provided such sizes exist. A
+    format with a codebook becomes one of integers with about as many bits.
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
         return number_format
+    if number_format.book is not None:
+        return NumberFormat((number_format.bits or 0) - 1, DEFAULT_GROUP)
     group = number_format.group
     few = number_format.scale_dtype.itemsize == 1 or number_format.scale_bits is not None
     if few and group is not None:

@@ -119,7 +119,9 @@ def test_scales_and_inputs_have_gradients_and_integers_are_frozen(family: str, n
     assert all(torch.equal(x, before[key]) for key, x in cores_of(made).items())
 
 
-@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4"])
+@pytest.mark.parametrize(
+    "name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4", "iq3_xxs", "iq2_s"]
+)
 def test_integer_scales_under_steps(name: str) -> None:
     """Stored, moved, copied, described, compiled, exported, read by rows, loaded in place, and trained."""
     number_format, shape = NumberFormat.parse(name), (20, 512)
@@ -159,10 +161,8 @@ def test_integer_scales_under_steps(name: str) -> None:
         assert torch.equal(moved.to_matrix(), expected)
         assert moved.num_params == made.num_params
         moved(x.detach()).square().sum().backward()
-        assert sorted(key for key, _ in moved.named_parameters()) == [
-            "core_matrix.codes",
-            "core_matrix.steps",
-        ]
+        trained = {"core_matrix.steps"} if number_format.book else {"core_matrix.codes", "core_matrix.steps"}
+        assert {key for key, _ in moved.named_parameters()} == trained
         assert all(bool(p.grad.abs().sum() > 0) for p in moved.parameters())
     assert all(torch.equal(value, before[key]) for key, value in cores_of(moved).items())
     core = next(each for each in moved.modules() if isinstance(each, PackedCore))
@@ -447,7 +447,9 @@ def test_the_state_of_a_model_in_training_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [2e-3, 1e-4, 1e-5, 3e-6])
-@pytest.mark.parametrize("name", ["int8:g32:s8", "int6:g16:s8", "int3:g16:s6", "nl4:g32:s6", "int2:g16:s4"])
+@pytest.mark.parametrize(
+    "name", ["int8:g32:s8", "int6:g16:s8", "int3:g16:s6", "nl4:g32:s6", "int2:g16:s4", "iq3_s", "iq2_xxs"]
+)
 def test_a_layer_stores_what_was_rounded(name: str, size: float) -> None:
     """Integer scales, with steps that may be subnormal; bit for bit."""
     torch.manual_seed(0)

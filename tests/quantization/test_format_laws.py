@@ -24,7 +24,22 @@ class TestLevels(laws.FormatLaws):
     number_format = "nl4:g32:float16"
 
 
+WIDE = strategies.matrices(shape=(3, 512), dtype=torch.float32, spectrum="gaussian", scales=False)
+
+
 @pytest.mark.slow
 class TestSuperBlocks(laws.FormatLaws):
     number_format = "int3:g16:s6"
-    matrices = strategies.matrices(shape=(3, 512), dtype=torch.float32, spectrum="gaussian", scales=False)
+    matrices = WIDE
+
+
+@pytest.mark.slow
+class TestCodebook(laws.FormatLaws):
+    number_format = "iq2_s"
+    matrices = WIDE
+
+
+@pytest.mark.slow
+class TestCodebookWithEvenSigns(laws.FormatLaws):
+    number_format = "iq3_xxs"
+    matrices = WIDE

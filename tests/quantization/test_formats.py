@@ -34,6 +34,7 @@ SUPER_BLOCKS = st.sampled_from(
     [NumberFormat.parse(x) for x in ("nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4", "int8:s6")]
 )
 FORMATS = INTEGERS | SUPER_BLOCKS
+CODEBOOKS = st.sampled_from([NumberFormat.parse(f"iq{x}") for x in ("3_s", "3_xxs", "2_s", "2_xs", "2_xxs")])
 
 #: 16 levels as in IQ4_NL of llama.cpp, eight, and four.
 LEVELS = {
@@ -48,7 +49,7 @@ def fitting(number_format: NumberFormat, size: int) -> int:
     return size if number_format.scale_bits is None else 256 * (1 + size % 2)
 
 
-@given(st.one_of(FORMATS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
+@given(st.one_of(FORMATS, CODEBOOKS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
 def test_names_are_read_back(number_format: NumberFormat) -> None:
     assert NumberFormat.parse(number_format.name) == number_format
     assert NumberFormat.parse(number_format) is number_format
@@ -102,12 +103,12 @@ def test_combinations_that_do_not_exist() -> None:
         _ = NumberFormat(dtype=torch.bfloat16).top
 
 
-@given(FORMATS, st.integers(1, 5), st.integers(1, 200))
+@given(FORMATS | CODEBOOKS, st.integers(1, 5), st.integers(1, 200))
 def test_bytes_are_those_of_the_stored_tensors(number_format: NumberFormat, rows: int, size: int) -> None:
     size = fitting(number_format, size)
     rounded = round_weight(torch.randn(rows, size), number_format, refits=0)
     assert number_format.bits is not None
-    stored = [pack(rounded.codes, number_format.bits), rounded.scales]
+    stored = [number_format.pack(rounded.codes), rounded.scales]
     if number_format.scale_bits is not None:
         integers, steps = number_format.factored(rounded.scales)
         stored[1:] = [pack(integers, number_format.scale_bits), steps]
@@ -131,7 +132,7 @@ def test_bytes_of_the_usual_cases() -> None:
         assert NumberFormat.parse(name).bits_per_weight((128, 512)) == bits_per_weight
     int2 = NumberFormat.parse("int2:g16:s4")
     assert int2.bits_per_weight((128, 512)) == 2.3125
-    assert len(format_names()) == 12
+    assert len(format_names()) == 17
     with pytest.raises(TopologyError, match="sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
 

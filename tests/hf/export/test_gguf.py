@@ -132,6 +132,10 @@ def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
             {"Q2_K", "IQ4_XS", "Q3_K", "Q6_K"},
             ("int2:g16:s4", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"),
         ),
+        (
+            {"IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"},
+            ("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"),
+        ),
     ],
 )
 def test_tables_of_levels_and_integer_scales(

@@ -22,8 +22,30 @@ def decoded(kind: str, points: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
+def in_codebook(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """All points of a codebook in random order, with signs and scales that the type stores."""
+    import gguf
+
+    rng, quants = np.random.default_rng(seed), getattr(gguf.quants, kind)
+    quants.init_grid()
+    points = rng.permutation(quants.grid.reshape(-1, quants.grid_shape[1])).reshape(-1, 256)
+    signs = rng.choice([-1.0, 1.0], points.shape)
+    if kind in ("IQ2_XXS", "IQ2_XS", "IQ3_XXS"):  # the number of negative weights in a run is even
+        runs = signs.reshape(len(signs), -1, 8)
+        runs[..., 7] = runs[..., :7].prod(-1)
+    steps = rng.random((len(points), 1)).astype(np.float16).astype(np.float32)
+    steps[0] = 0
+    unit = {"IQ3_S": 1.0, "IQ3_XXS": 0.25}.get(kind, 0.125)
+    integers = rng.choice(np.arange(1, 32, 2), (len(points), 8))
+    integers[:, 3] = 31  # formats use most of the range
+    scales = steps * integers * unit
+    return points * signs, scales.astype(np.float32)
+
+
 def matrix(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Points that fill the range of a type, and scales that it stores."""
+    if TYPES[kind].codebook is not None:
+        return in_codebook(kind, seed)
     rng, found = np.random.default_rng(seed), TYPES[kind]
     shape = (6, 512)
     codes = rng.integers(0, 2**found.bits, shape)
@@ -73,6 +95,9 @@ def test_half_steps_are_odd_numbers_of_half_scales(kind: str) -> None:
         ("Q8_0", np.full((1, 256), 1), 1e-9, "float16"),
         ("Q8_0", np.full((1, 256), 1), 1 + 2.0**-12, "float16"),
         ("IQ4_NL", np.full((1, 256), 2), 1.0, "levels"),
+        ("IQ2_S", np.full((1, 256), 9), 1.0, "levels"),
+        ("IQ3_S", np.full((1, 256), 15), 1.0, "codebook"),
+        ("IQ3_S", np.full((1, 256), 1), 1 / 3, "float16"),
     ],
 )
 def test_what_a_type_cannot_hold_is_refused(kind: str, points: np.ndarray, scale: float, word: str) -> None:

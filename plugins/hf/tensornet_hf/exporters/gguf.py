@@ -74,7 +74,7 @@ def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.d
 
     This format becomes the type Q2_K, which also stores the lowest value of every group.
     """
-    if number_format.scale_bits == 4:
+    if number_format.scale_bits == 4 and number_format.book is None:
         return math.prod(shape) // _Q2_K_BLOCK[0] * _Q2_K_BLOCK[1]
     return number_format.nbytes(shape, dtype)
 

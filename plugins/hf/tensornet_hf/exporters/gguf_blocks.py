@@ -6,9 +6,10 @@ A block has one of two sizes:
 - 256 weights with a small integer scale for each 16 or 32 weights, and one 16-bit factor for all of these
   scales (K types, `IQ4_XS`)
 
-Codes have one of three meanings. The code of the value zero is half the range; or the block stores a minimum
-(`Q4_1`, `Q4_K`, ...); or codes are indices into a table of 16 levels (`IQ4_NL`, `IQ4_XS`). Whether a type can
-store a matrix exactly depends on the matrix; `write_blocks` raises an error if it cannot.
+Codes have one of four meanings. The code of the value zero is half the range; or the block stores a minimum
+(`Q4_1`, `Q4_K`, ...); or codes are indices into a table of 16 levels (`IQ4_NL`, `IQ4_XS`); or they are
+replaced by indices of the points of a codebook, and signs (`IQ2_XXS` to `IQ3_S`). Whether a type can store a
+matrix exactly depends on the matrix; `write_blocks` raises an error if it cannot.
 
 Reference: the layout of `ggml-common.h` of llama.cpp; the package `gguf` has a decoder of every type.
 """
@@ -17,10 +18,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tensornet.errors import FormatError
-from tensornet.quantization import formats
+from tensornet.quantization import NumberFormat, formats
 
 Array = NDArray[Any]
 #: Number of weights in a block, in the smallest group that has its own scale, and in a super-block.
@@ -39,6 +41,8 @@ class BlockType(NamedTuple):
         sub: only for super-blocks: number of weights with the same integer scale, and the least and largest
             integer scale.
         table: True if codes are indices into `LEVELS`.
+        codebook: name of the codebook that the type uses. Then `write` takes the indices of points, signs as
+            for `Codebook.split`, integer scales `k` for `2 k + 1`, and their 16-bit steps.
     """
 
     bits: int
@@ -46,6 +50,7 @@ class BlockType(NamedTuple):
     write: Callable[..., list[Array]]
     sub: tuple[int, int, int] | None = None
     table: bool = False
+    codebook: str | None = None
 
     @property
     def block(self) -> int:
@@ -81,6 +86,9 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     points = points.reshape(-1, width)
     steps: Array = equal[:, :1]
     minima = None
+    if found.codebook is not None:
+        steps = steps.reshape(rows, -1)
+        return _with_codebook(kind, points.reshape(rows, -1), steps).reshape(rows, -1)
     if found.table:
         codes = np.searchsorted(LEVELS, points).clip(0, len(LEVELS) - 1)
         if not np.array_equal(LEVELS[codes], points):
@@ -110,6 +118,27 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
             step, integers = _common_step(kind, values.reshape(-1, SUPER_BLOCK // width), least, most)
             parts += [integers, _half(kind, step)]
     return np.concatenate(found.write(*parts), axis=-1).reshape(rows, -1)
+
+
+def _with_codebook(kind: str, points: Array, scales: Array) -> Array:
+    """Encode a matrix in a type with a codebook; see `write_blocks`. Return shape `(super-blocks, bytes)`."""
+    found = TYPES[kind]
+    number_format = NumberFormat.parse(found.codebook or "")
+    book, levels = number_format.book, np.array(number_format.level_values)
+    assert book is not None
+    codes = np.searchsorted(levels, points).clip(0, len(levels) - 1)
+    if not np.array_equal(levels[codes], points):
+        raise FormatError(f"{kind} has {len(levels)} levels, but these weights have other values.")
+    indices, signs = book.split(torch.from_numpy(codes.astype(np.uint8)))
+    whole, steps = number_format.factored(torch.from_numpy(scales))
+    if not np.array_equal(number_format.scales_of(whole, steps).numpy(), scales):
+        raise FormatError(
+            f"{kind} needs scales that are odd integers from 1 to 31 times a common step in float16 within "
+            f"{SUPER_BLOCK} weights, but some of these scales are not."
+        )
+    count = steps.numel()
+    parts = [x.numpy().reshape(count, -1) for x in (indices, signs, whole)]
+    return np.concatenate(found.write(*parts, steps.numpy().reshape(-1, 1).view(np.uint8)), axis=-1)
 
 
 def _half(kind: str, values: Array) -> Array:
@@ -236,10 +265,60 @@ def _iq4_xs(codes: Array, scales: Array, step: Array) -> list[Array]:
     return [step, high.reshape(-1, 1).view(np.uint8), low, _nibbles(codes, 16)]
 
 
+def _pairs(integers: Array) -> Array:
+    """Pack pairs of 4-bit integers into bytes, with the first of a pair in the low four bits."""
+    return (integers[:, ::2] | (integers[:, 1::2] << 4)).astype(np.uint8)
+
+
+def _signs_and_scales(signs: Array, scales: Array) -> Array:
+    """Pack the 7 signs of four runs and a 4-bit scale into 32 bits, shape `(super-blocks, 8)`."""
+    runs = (signs & 127).astype(np.uint32).reshape(len(signs), -1, 4)
+    packed = (runs << (7 * np.arange(4, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32)
+    return packed | (scales.astype(np.uint32) << 28)
+
+
+def _high_bits(indices: Array, bits: int) -> Array:
+    """Pack the bits above the lowest eight of neighbouring indices into bytes, the first in the low bits."""
+    return _planes((indices >> 8).astype(np.uint8), 8 // bits, 1, bits)
+
+
+def _low(indices: Array) -> Array:
+    return indices.astype(np.uint8)
+
+
+def _iq2_xxs(indices: Array, signs: Array, scales: Array, step: Array) -> list[Array]:
+    points = np.ascontiguousarray(_low(indices)).view(np.uint32)
+    return [
+        step,
+        np.stack([points, _signs_and_scales(signs, scales)], -1).view(np.uint8).reshape(len(step), -1),
+    ]
+
+
+def _iq2_xs(indices: Array, signs: Array, scales: Array, step: Array) -> list[Array]:
+    return [step, (indices | ((signs & 127) << 9)).astype(np.uint16).view(np.uint8), _pairs(scales)]
+
+
+def _iq2_s(indices: Array, signs: Array, scales: Array, step: Array) -> list[Array]:
+    return [step, _low(indices), _low(signs), _high_bits(indices, 2), _pairs(scales)]
+
+
+def _iq3_xxs(indices: Array, signs: Array, scales: Array, step: Array) -> list[Array]:
+    return [step, _low(indices), _signs_and_scales(signs, scales).view(np.uint8)]
+
+
+def _iq3_s(indices: Array, signs: Array, scales: Array, step: Array) -> list[Array]:
+    return [step, _low(indices), _high_bits(indices, 1), _low(signs), _pairs(scales)]
+
+
 #: All types, by increasing size.
 TYPES: dict[str, BlockType] = {
+    "IQ2_XXS": BlockType(3, None, _iq2_xxs, (32, 1, 31), codebook="iq2_xxs"),
+    "IQ2_XS": BlockType(3, None, _iq2_xs, (16, 1, 31), codebook="iq2_xs"),
+    "IQ2_S": BlockType(3, None, _iq2_s, (16, 1, 31), codebook="iq2_s"),
     "Q2_K": BlockType(2, None, _q2_k, (16, 0, 15)),
+    "IQ3_XXS": BlockType(4, None, _iq3_xxs, (32, 1, 31), codebook="iq3_xxs"),
     "Q3_K": BlockType(3, 4, _q3_k, (16, -32, 31)),
+    "IQ3_S": BlockType(4, None, _iq3_s, (32, 1, 31), codebook="iq3_s"),
     "IQ4_XS": BlockType(4, None, _iq4_xs, (32, -32, 31), table=True),
     "Q4_0": BlockType(4, 8, _q4),
     "IQ4_NL": BlockType(4, None, _q4, table=True),

@@ -1,0 +1,341 @@
+"""Codebooks: vectors to which formats such as `iq3_s` restrict the codes of neighbouring weights.
+
+The absolute values of 4 or 8 neighbouring weights, divided by their scale, are together one point of a
+codebook. The index of a point takes 8 to 10 bits, which is less than one code for each weight, since unlikely
+combinations are left out. Every weight also has a sign. In some formats the number of negative weights among
+8 is even, so that only 7 signs are stored. These formats are types of GGUF files.
+
+Codes are positions in a table of levels, as in other formats with a table: first the negative levels, then
+the positive ones. A codebook restricts which codes may occur together. So only rounding and packing differ
+from formats without a codebook.
+
+Reference:
+    `ggml-common.h` (the points) and `ggml-quants.c` (the types IQ2 and IQ3) of llama.cpp.
+"""
+
+import base64
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensornet.errors import FormatError
+from tensornet.quantization.packing import pack, packed_bytes, unpack
+
+#: Number of weights whose indices and signs are packed together.
+RUN = 8
+#: Number of points that are compared for each element of a vector (see `Codebook.nearest`).
+_COMPARED = 2
+
+
+class _Tables(NamedTuple):
+    """Tables of a codebook on one device.
+
+    A cell is a combination of magnitudes. Its number has their positions as digits, the least significant
+    first.
+
+    Args:
+        points: digits of every point, uint8, shape `(points, length)`.
+        inverse: index of the point in each cell; -1 for cells without a point, shape `(cells,)`.
+        near: the points that are nearest to each cell, the nearest one first, shape `(cells, compared)`.
+        values: magnitudes of every point, float32, shape `(points, length)`.
+    """
+
+    points: Tensor
+    inverse: Tensor
+    near: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Set of points for the absolute values of neighbouring weights.
+
+    Args:
+        magnitudes: absolute values that one weight may have, as multiples of its scale, ascending.
+        length: number of weights in a vector.
+        even: True if the number of negative weights of each `RUN` weights is even.
+        group: number of weights with the same scale.
+        unit: unit of scales, which are `unit * step * (2 k + 1)` for integers `k` of 4 bits.
+        cells: which cells are points, one bit for each, compressed by zlib, in base 85.
+    """
+
+    magnitudes: tuple[int, ...]
+    length: int
+    even: bool
+    group: int
+    unit: float
+    cells: str
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Values of all codes as multiples of the scale, ascending."""
+        return (*(-x for x in reversed(self.magnitudes)), *self.magnitudes)
+
+    @property
+    def index_bits(self) -> int:
+        """Number of bits of the index of a point."""
+        return (len(self.tables(torch.device("cpu")).points) - 1).bit_length()
+
+    @property
+    def sign_bits(self) -> int:
+        """Number of bits for the signs of `RUN` weights."""
+        return RUN - 1 if self.even else RUN
+
+    def tables(self, device: torch.device) -> _Tables:
+        """Return the tables on a device."""
+        return _tables(self, device)
+
+    # --- rounding --------------------------------------------------------------------------------
+
+    def nearest(self, target: Tensor, factor: Tensor | None = None, compare: bool = True) -> Tensor:
+        """Choose the points and signs of runs `t` such that the cost `|(t - q) F|^2` is small.
+
+        Weights keep their signs, except for one weight of each run in which the number of negative weights
+        must be changed. Of all points, those that are nearest to the cell of the target are compared.
+
+        Args:
+            target: runs as multiples of their scale, shape `(stack, n, RUN)`.
+            factor: upper triangular factors `F` of the cost, shape `(stack, RUN, RUN)`; the identity if
+                absent.
+            compare: whether points are compared. If not, the point that is nearest to the cell is taken, and
+                `factor` has no effect.
+
+        Returns:
+            Levels in the dtype of the target, in its shape.
+        """
+        if not compare:
+            tables, vectors = self.tables(target.device), target.abs().unflatten(-1, (-1, self.length))
+            points = tables.values.to(target.dtype)[tables.near[self._cells(vectors), 0]].flatten(-2)
+            found = torch.copysign(points, target)
+            return _with_even_signs(found, points * target.abs()) if self.even else found
+        if self.length == RUN:
+            return self._closest(target, factor, False if self.even else None)[0]
+        # The errors of the first vector change the targets of the second one.
+        half = self.length
+        first, second = target[..., :half], target[..., half:]
+        if factor is None:
+            own = after = coupling = None
+        else:
+            own, after = factor[..., :half, :half], factor[..., half:, half:]
+            coupling = torch.linalg.solve_triangular(after, factor[..., :half, half:], upper=True, left=False)
+
+        def both(odd: bool | None) -> tuple[Tensor, Tensor]:
+            """Choose both vectors, both with an odd number of negative weights, or both with an even one."""
+            before, cost = self._closest(first, own, odd)
+            aim = second if coupling is None else second + (first - before) @ coupling
+            behind, more = self._closest(aim, after, odd)
+            return torch.cat([before, behind], -1), cost + more
+
+        if not self.even:
+            return both(None)[0]
+        (even, cost), (odd, other) = both(False), both(True)
+        return torch.where((other < cost).unsqueeze(-1), odd, even)
+
+    def _closest(self, target: Tensor, factor: Tensor | None, odd: bool | None) -> tuple[Tensor, Tensor]:
+        """Choose a point and signs for each vector, and return the levels and their cost; see `nearest`.
+
+        Args:
+            target, factor: as for `nearest`, but for single vectors.
+            odd: whether the number of negative weights must be odd, or even; None without a restriction.
+        """
+        tables, size = self.tables(target.device), target.abs()
+        points = tables.values.to(target.dtype)[tables.near[self._cells(size)]]
+        tried = torch.copysign(points, target.unsqueeze(-2))  # shape: (stack, n, compared, length)
+        if odd is not None:
+            gap = size if factor is None else size * factor.square().sum(-1).unsqueeze(-2)
+            tried = _with_even_signs(tried, points * gap.unsqueeze(-2), odd)
+        error = tried - target.unsqueeze(-2)
+        if factor is not None:
+            error = (error.flatten(1, 2) @ factor).view(error.shape)
+        cost, best = error.square_().sum(-1).min(-1)
+        place = best[..., None, None].expand(*best.shape, 1, self.length)
+        return tried.gather(-2, place).squeeze(-2), cost
+
+    def _cells(self, size: Tensor) -> Tensor:
+        """Compute the cell of each vector of absolute values, shape `(..., length)`."""
+        count = len(self.magnitudes)
+        # All magnitudes but the largest are equally spaced, up to rounding.
+        pitch = self.magnitudes[1] - self.magnitudes[0]
+        digits = (size / pitch).floor_().clamp_(max=count - 1)
+        return (digits @ _bases(count, self.length, size)).long()
+
+    # --- bytes -----------------------------------------------------------------------------------
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """Number of bits in each byte of a run: all 8 except for the last."""
+        total = RUN // self.length * self.index_bits + self.sign_bits
+        return (8,) * (total // 8) + ((total % 8,) if total % 8 else ())
+
+    def packed_bytes(self, size: int) -> int:
+        """Compute the number of bytes of a packed row of `size` codes, a multiple of `RUN`."""
+        return sum(packed_bytes(size // RUN, width) for width in self._widths)
+
+    def split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Split codes into indices of points and signs.
+
+        Args:
+            codes: codes in `torch.uint8`, shape `(..., in)`.
+
+        Returns:
+            Indices, shape `(..., in / length)`, and for each run the signs of its weights as the bits of a
+            number, the first weight in the lowest bit, shape `(..., in / RUN)`, both as `torch.int32`.
+
+        Raises:
+            FormatError: the codes are not in the codebook.
+        """
+        half = len(self.magnitudes)
+        negative = codes < half
+        digits = torch.where(negative, half - 1 - codes, codes - half).unflatten(-1, (-1, self.length))
+        cells = (digits.float() @ _bases(half, self.length, digits.float())).long()
+        found = self.tables(codes.device).inverse[cells]
+        runs = negative.unflatten(-1, (-1, RUN)).to(torch.int32)
+        signs = (runs << torch.arange(RUN, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
+        if bool((found < 0).any()) or (self.even and bool((runs.sum(-1) % 2).any())):
+            raise FormatError(
+                "These codes are not points of the codebook; round the weight by round_weight, or encode it."
+            )
+        return found, signs
+
+    def join(self, indices: Tensor, signs: Tensor) -> Tensor:
+        """Compute codes from indices and signs: the inverse of `split`; the sign bit 7 may be absent."""
+        half = len(self.magnitudes)
+        digits = self.tables(indices.device).points.index_select(0, indices.reshape(-1))
+        digits = digits.view(*signs.shape, RUN)
+        bits = signs.unsqueeze(-1) >> torch.arange(RUN, dtype=torch.int32, device=signs.device) & 1
+        if self.even:
+            bits = torch.cat([bits[..., :-1], bits[..., :-1].sum(-1, keepdim=True) % 2], -1)
+        codes = torch.where(bits == 1, half - 1 - digits, half + digits)
+        return codes.flatten(-2).to(torch.uint8)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Pack codes `(..., in)` to bytes, shape `(..., packed_bytes(in))`."""
+        indices, signs = self.split(codes)
+        each = indices.unflatten(-1, (-1, RUN // self.length))
+        number = (signs & (2**self.sign_bits - 1)) << each.shape[-1] * self.index_bits
+        for k in range(each.shape[-1]):
+            number = number | each[..., k] << k * self.index_bits
+        planes = []
+        for k, width in enumerate(self._widths):
+            planes.append(pack((number >> 8 * k & 2**width - 1).to(torch.uint8), width))
+        return torch.cat(planes, -1)
+
+    def unpack(self, packed: Tensor, size: int) -> Tensor:
+        """Unpack rows of `size` codes: the inverse of `pack`."""
+        number: Tensor | None = None
+        start = 0
+        for k, width in enumerate(self._widths):
+            length = packed_bytes(size // RUN, width)
+            plane = unpack(packed[..., start : start + length], width, size // RUN).to(torch.int32) << 8 * k
+            number = plane if number is None else number | plane
+            start += length
+        assert number is not None
+        count = RUN // self.length
+        each = [number >> k * self.index_bits & 2**self.index_bits - 1 for k in range(count)]
+        signs = number >> count * self.index_bits & 2**self.sign_bits - 1
+        return self.join(torch.stack(each, -1).flatten(-2), signs)
+
+
+@lru_cache(maxsize=64)
+def _tables(codebook: Codebook, device: torch.device) -> _Tables:
+    with torch.inference_mode(False):
+        count, length = len(codebook.magnitudes), codebook.length
+        bits = np.frombuffer(zlib.decompress(base64.b85decode(codebook.cells)), np.uint8)
+        cells = torch.from_numpy(np.unpackbits(bits)[: count**length].nonzero()[0])
+        powers = count ** torch.arange(length)
+        digits = torch.arange(count**length)[:, None] // powers % count
+        inverse = torch.full((count**length,), -1, dtype=torch.int32)
+        inverse[cells] = torch.arange(len(cells), dtype=torch.int32)
+        magnitudes = torch.tensor(codebook.magnitudes, dtype=torch.float32)
+        every = magnitudes[digits]
+        near = torch.cdist(every, every[cells]).topk(_COMPARED * length, largest=False).indices
+        points = digits[cells].to(torch.uint8)
+        tables = (points, inverse, near, every[cells])
+        return _Tables(*(x.to(device) for x in tables))
+
+
+def _bases(count: int, length: int, like: Tensor) -> Tensor:
+    """Return the powers of `count` that belong to the digits of a cell, in the dtype of `like`."""
+    return torch.tensor([count**k for k in range(length)], dtype=like.dtype, device=like.device)
+
+
+def _with_even_signs(levels: Tensor, gaps: Tensor, odd: bool = False) -> Tensor:
+    """Change the sign of one element of each vector in which the number of negative elements is not even.
+
+    Args:
+        levels: vectors, shape `(..., n)`.
+        gaps: increase of the cost if the sign of an element changes, up to a factor, in the same shape.
+        odd: whether the number of negative elements must be odd instead.
+    """
+    wrong = ((levels < 0).sum(-1, keepdim=True) % 2 == 1) != odd
+    place = gaps.argmin(-1, keepdim=True)
+    value = levels.gather(-1, place)
+    return levels.scatter(-1, place, torch.where(wrong, -value, value))
+
+
+#: Codebooks by the names of their formats, in order of decreasing size.
+CODEBOOKS = {
+    "iq3_s": Codebook(
+        tuple(range(1, 16, 2)),
+        4,
+        False,
+        32,
+        1.0,
+        "c-k#dK}rKb5Ud?m7(7iN59ovqtiR~U2pdlmS^v`sIn3TR;sZue5Z@6$Amj-`@D=vV+J}a&>aMEU{rNq)_mDQ1)6rXa`g-zl6)-"
+        "xV9&D<-%sLtw(&E+K!8jAZAn=FIh`{BX?s3iZ9eL!0y{saQwa{i<M_rV8i?Gza!ZNf5Tx$=B>&%}&x2aFnb2>I1DZfG3@eJJ?w"
+        "}Hf9jj>U<u}qaX$V(Q{%bJZi0qBwX8+P2=0D&xpG^*kpx3aC_+^woo1gDy;frCMb5s>PfCelExhl@Z5=M_J&lZwQK<TIaOt1Nd"
+        "_t_Z4Nkqr(Irw~QLK*sjOloy2EUU#sN3YKfvLC9pG+yhGG#kO><KBF1{I~{B$E!8AqIlE}-BNQAl`R33C|JNFjj93D(#a!oZud"
+        "m_a(c~OHe<Yb)Y4R?AVbTWv01QA~hX",
+    ),
+    "iq3_xxs": Codebook(
+        (4, 12, 20, 28, 36, 44, 52, 62),
+        4,
+        True,
+        32,
+        0.25,
+        "c-l=-K?=h#3{ye}VW$qZd!FLL9+1HvWO^EVh1sdkoaHp#R7#szmgHo6m{j1}>~2z^o7e*jro|>W6f;suxGq5ThwwrH-tdy3S=*"
+        "8VCKknJ;ww~xN=C-Lt2kc1f`n?I#<sN&{qc;xi`rsIog^>xCi>0vO72GEj+P?`#G30*;dkafo0(MD70~26E5oy)Fh-PS2J_iYx"
+        "E!Gh>5A3e2Aw8l#Lz*UZ2xyz&!sE!Xy7=t?heopubnm$;UMyR4j1Wf!f;*xLWT6+u!rw*Hy!tqyDZ17JdzPtf@!~_J7yrh&WtZ"
+        "i",
+    ),
+    "iq2_s": Codebook(
+        (8, 25, 43),
+        8,
+        False,
+        16,
+        0.125,
+        "c-n1JOKt@r42!agI0c#&;*=39#3>LflvCCTO#7-9jpk=;Y=fB%TefG%OIlXuE_Fz<Ougf=%xu>+l3Bq8hyjg~lMrunmZ<Wy`~Y"
+        "GiEi#3On5vBd<vmKZSi%aW(psKWGWlAsphF>8rUC+;ZDfa(=s@_F#i0yss$-8fvv#Vf@jNV{kuiVLgA~66J1A2@4RVJKUxH}IH"
+        "-$JpaZ^g})pmKjjd>lmojtPqGOJ!xqXVV(I)s3f1HneH&<4|id_Zsqi~d9|fZw$~1nHWO$bgs-@JBFei6qb36Asxo<#s4;BRhd"
+        "~d<sfnbhG0<$t^)oE$@gK%zO1xyELVB%s1k`FAKZeJ@WjCtPZ6s4%XC=!ChZ<C{I5t%jB|RQ$q0^0H^%ZVVCdNfJ9HPfzZdmWS"
+        "rg_I({bPgptf%^rJMcpz`hTS7u<>s9rVvW-WSa`T|j+oGk",
+    ),
+    "iq2_xs": Codebook(
+        (8, 25, 43),
+        8,
+        True,
+        16,
+        0.125,
+        "c-mc2ORj`4470L|dWwh@;*?QWh*MOoP)|Aew9xme83;|{*iP^L>UVu^J$f&9<)%0;rYcZH@zkTcz*1-`0#F4vd)cqIa~EY0S(m"
+        "36us~sl4e+uqnt+xnD5p1ifdk&k2^cqyDKl&hVwLuN#<u{Y#82-D2r2AS*#~B;6>b%zZ?$An2Qav5OyP;?IjC1*OUa>YNXBOJs"
+        "!l*N%2M9ag1pZ#qbS<pDODX)Ys@FiGwcn?g7z}ZUJ85J?WuXe7)kq!xj_MC=sehbo`f6hw91-EjVApg;SBK(#S-ctqy5bslAAu"
+        "_xaBeODLPcR%XL4jpOCvsj1dP@iIwgyVBr<uBI!nKMuUZZ1qQNNP<bV}FGN4KvRv{ky>(2~*Gt;x6q$P={6Cb#@3Dfxx_wWh`v"
+        "Wo0U*P",
+    ),
+    "iq2_xxs": Codebook(
+        (8, 25, 43),
+        8,
+        True,
+        32,
+        0.125,
+        "c-nPRORj`4470MbdWwiuj~R8vF<3s$DPNNQV8mEdDvh1mfzMz4@MsNM4-kL~Dg?0u3Z<Q}s#5&i%a^YL7=qILyw)W4Cso8iRnl"
+        "pCLd`c4Du;C<RlH?aajd+e<FY7)k8>WSTt@47wX1jPqB41q=2e+&9hy;#r#nzQ(d`wV2I-N(E<X_7hks$x7)Do8!;TEvZcdv+$"
+        ";Bf*s-;99+U-&7)=?KnsoS&M%ZZjW8ztGaG<oin^)>q~!#84@<5Q?C;cAe-jqH$lW6s<jvF<nQc*Z$~yKl@H%B$)D{-`Y{-_v~"
+        "Aze0c0{sHUUCpi",
+    ),
+}

@@ -1,0 +1,216 @@
+"""Codebooks against a search of all points and signs, and rounding with them against slow computations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantization.rounding_cases import moment, price, unit_upper, weight
+from torch import Tensor
+
+from tensornet.errors import FormatError
+from tensornet.quantization import NumberFormat, round_weight
+from tensornet.quantization.codebooks import CODEBOOKS, RUN, Codebook
+from tensornet.quantization.feedback import round_with_feedback
+from tensornet.quantization.moments import Moment
+from tensornet.quantization.scales import search_scales
+
+NAMES = st.sampled_from(sorted(CODEBOOKS))
+
+#: Bytes of 256 weights, number of points, and their length, of the types in `ggml-common.h` of llama.cpp.
+FACTS = {
+    "iq3_s": (110, 512, 4),
+    "iq3_xxs": (98, 256, 4),
+    "iq2_s": (82, 1024, 8),
+    "iq2_xs": (74, 512, 8),
+    "iq2_xxs": (66, 256, 8),
+}
+
+
+def points_of(book: Codebook) -> Tensor:
+    return book.tables(torch.device("cpu")).values.double()
+
+
+def signed_vectors(book: Codebook, odd: bool | None) -> Tensor:
+    """All points with all signs or, if `odd` is given, with an odd or even number of negative elements."""
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=book.length)), dtype=torch.float64)
+    if odd is not None:
+        signs = signs[(signs < 0).sum(1) % 2 == int(odd)]
+    return (signs[:, None] * points_of(book)).flatten(0, 1)
+
+
+def least_cost(book: Codebook, target: Tensor, factor: Tensor) -> float:
+    """Smallest `|(t - q) F|^2` of a run, by trying everything; `factor` is diagonal for vectors of 4."""
+    costs = []
+    for odd in (False, True) if book.even and book.length < RUN else (False if book.even else None,):
+        cost = 0.0
+        for k in range(0, RUN, book.length):
+            part = slice(k, k + book.length)
+            error = (target[part] - signed_vectors(book, odd)) @ factor[part, part]
+            cost += float(error.square().sum(1).min())
+        costs.append(cost)
+    return min(costs)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_bytes_and_points(name: str) -> None:
+    block, count, length = FACTS[name]
+    number_format, book = NumberFormat.parse(name), CODEBOOKS[name]
+    assert number_format.nbytes((3, 512)) == 6 * block
+    assert points_of(book).shape == (count, length)
+    assert len(points_of(book).unique(dim=0)) == count
+    assert set(points_of(book).flatten().tolist()) == set(book.magnitudes)
+
+
+@given(NAMES, st.integers(0, 1000))
+def test_codes_are_in_the_codebook_and_packing_keeps_them(name: str, seed: int) -> None:
+    number_format, book = NumberFormat.parse(name), CODEBOOKS[name]
+    matrix = weight(3, 256, seed)
+    scales, _ = search_scales(matrix, number_format)
+    codes = number_format.encode(matrix, scales)
+    levels = torch.tensor(book.levels, dtype=torch.float64)[codes.long()]
+    vectors = levels.abs().reshape(-1, 1, book.length)
+    assert bool((vectors == points_of(book)).all(2).any(1).all())
+    if book.even:
+        assert not bool(((levels < 0).reshape(-1, RUN).sum(1) % 2).any())
+    packed = number_format.pack(codes)
+    assert packed.shape == (3, number_format.packed_bytes(256))
+    assert torch.equal(number_format.unpack(packed, 256), codes)
+    torch.testing.assert_close(
+        number_format.decode(codes, scales, dtype=torch.float64),
+        levels * scales.repeat_interleave(book.group, 1),
+    )
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_no_vector_is_much_closer(name: str) -> None:
+    """Only some points are compared, so the best one is not always found."""
+    book, generator = CODEBOOKS[name], torch.Generator().manual_seed(0)
+    target = torch.randn(1, 40, RUN, generator=generator, dtype=torch.float64) * book.magnitudes[-1] / 2
+    factor = torch.diag(0.5 + torch.rand(RUN, generator=generator, dtype=torch.float64))
+    error = (target - book.nearest(target, factor[None])) @ factor
+    least = torch.tensor([least_cost(book, t, factor) for t in target[0]], dtype=torch.float64)
+    found = error.square().sum(2)[0]
+    assert bool((found >= least * (1 - 1e-9)).all())
+    assert float(found.mean()) <= 1.02 * float(least.mean())
+    exact = book.nearest(target)
+    assert torch.equal(book.nearest(exact, factor[None]), exact)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_correlated_elements(name: str) -> None:
+    """Comparing points under the factor costs less than the nearest points do."""
+    book, generator = CODEBOOKS[name], torch.Generator().manual_seed(0)
+    target = torch.randn(1, 200, RUN, generator=generator, dtype=torch.float64) * book.magnitudes[-1] / 2
+    lower = torch.linalg.cholesky(moment(RUN, 0).flip(0, 1))
+    factor = lower.flip(0, 1)[None]  # upper triangular
+    costs = [
+        ((target - x) @ factor).square().sum() for x in (book.nearest(target, factor), book.nearest(target))
+    ]
+    assert float(costs[0]) < 0.95 * float(costs[1])
+
+
+@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("seed", range(2))
+def test_feedback_run_by_run(name: str, seed: int) -> None:
+    """Every run is close to its target, which contains the errors of all previous runs."""
+    number_format, book = NumberFormat.parse(name), CODEBOOKS[name]
+    matrix, inputs = weight(5, 512, seed), moment(512, seed)
+    scales, _ = search_scales(matrix, number_format)
+    columns = Moment(inputs[None]).in_runs
+    levels, losses = round_with_feedback(matrix[None], scales[None], None, number_format, None, columns)
+    spread = number_format.spread(scales.double(), 512)
+    error = matrix - levels[0] * spread
+    assert losses is not None
+    torch.testing.assert_close(losses[0], (error @ inputs * error).sum(1))
+    order = columns.order[0]
+    assert torch.equal(order.reshape(-1, RUN) % RUN, torch.arange(RUN).expand(64, -1))
+    upper, lower = (
+        unit_upper(inputs[order][:, order]),
+        torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)),
+    )
+    sizes, error, levels = lower.diagonal().flip(0), error[:, order], levels[0][:, order]
+    found, nearest = 0.0, 0.0
+    for k in range(0, 512, RUN):
+        part = slice(k, k + RUN)
+        block = upper[part, part]
+        feedback = torch.linalg.solve_triangular(
+            block, error[:, :k] @ upper[:k, part], upper=True, left=False
+        )
+        scale = spread[:, order][:, k : k + 1]
+        target = (matrix[:, order][:, part] + feedback) / scale
+        factor = block * sizes[part]
+        weighed = scale.square().sum(1)
+        found += float((((target - levels[:, part]) @ factor).square().sum(1) * weighed).sum())
+        simple = book.nearest(target[None])[0]
+        nearest += float((((target - simple) @ factor).square().sum(1) * weighed).sum())
+    assert found == pytest.approx(float(losses.sum()), rel=1e-9)
+    assert found <= nearest
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_feedback_lowers_the_loss(name: str) -> None:
+    matrix, inputs, outputs = weight(12, 256, 0), moment(256, 0), moment(12, 1)
+    moments = {"rows": outputs, "columns": inputs}
+    rounded = round_weight(matrix, name, **moments, row_damping=0, column_damping=0.01)
+    nearest = round_weight(matrix, name, **moments, rounding="nearest")
+    found, other = (price(matrix - x.dequantize(torch.float64), outputs, inputs) for x in (rounded, nearest))
+    assert rounded.rounding == ("one_sided",)
+    assert found < 0.7 * other
+    assert rounded.nbytes == rounded.number_format.nbytes(matrix.shape)
+
+
+def test_stacks_are_rounded_matrix_by_matrix() -> None:
+    matrices = torch.stack([weight(4, 256, k) for k in range(2)])
+    inputs = torch.stack([moment(256, k) for k in range(2)])
+    stacked = round_weight(matrices, "iq2_xs", columns=inputs)
+    for k in range(2):
+        alone = round_weight(matrices[k], "iq2_xs", columns=inputs[k])
+        torch.testing.assert_close(stacked.loss_increase[k], alone.loss_increase)
+
+
+@given(NAMES, st.integers(0, 1000), st.integers(-24, 8))
+def test_scales_are_odd_integers_times_a_step(name: str, seed: int, power: int) -> None:
+    number_format, book = NumberFormat.parse(name), CODEBOOKS[name]
+    scales = torch.rand(3, 512 // book.group, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    scales[1] = 0
+    integers, steps = number_format.factored(scales)
+    stored = number_format.storable(scales)
+    assert steps.dtype == torch.float16
+    assert int(integers.max()) <= 15
+    odd = (2 * integers + 1).reshape(3, 2, -1).double()
+    assert torch.equal(stored.double(), (odd * steps.double()[..., None] * book.unit).reshape(scales.shape))
+    assert torch.equal(number_format.storable(stored), stored)
+    largest = scales.reshape(3, 2, -1).amax(-1, keepdim=True)
+    room = largest / 23 + 2.0**-11 * largest + 32 * 2.0**-24 * book.unit
+    assert bool(((stored - scales).reshape(3, 2, -1).abs() <= room).all())
+    assert not stored[1].any()
+
+
+def test_codes_outside_the_codebook_are_refused() -> None:
+    number_format = NumberFormat.parse("iq2_xxs")
+    codes = number_format.encode(weight(1, 256, 0), torch.full((1, 8), 0.05))
+    codes[0, 0] = number_format.top - codes[0, 0]  # an odd number of negative weights
+    with pytest.raises(FormatError, match="codebook"):
+        number_format.pack(codes)
+    with pytest.raises(FormatError, match="codebook"):
+        NumberFormat.parse("iq3_s").pack(
+            torch.full((1, 256), 15, dtype=torch.uint8) * (torch.arange(256) % 2 == 0).byte()
+        )
+
+
+def test_rows_that_are_no_multiple_of_256_are_refused() -> None:
+    with pytest.raises(FormatError, match="multiple of 256"):
+        round_weight(weight(2, 96, 0), "iq3_s")
+    with pytest.raises(FormatError, match="multiple of 256"):
+        NumberFormat.parse("iq2_s").nbytes((2, 384))
+
+
+def test_a_codebook_determines_the_format() -> None:
+    with pytest.raises(FormatError, match="iq3_s"):
+        NumberFormat(4, 64, codebook="iq3_s")
+    with pytest.raises(FormatError, match="iq3_s"):
+        NumberFormat.parse("iq3_m")
