@@ -75,6 +75,7 @@ class PricedLayer:
         candidates: ways to store the weight, with their sizes and predicted losses.
         sample: four elements of the weight, from `weight_samples`, to recognize the model.
         spectrum: singular values of the weight, to compare with a truncated SVD; empty if unknown.
+        stack: name of the parameter that contains the weight and others; empty if there is none.
     """
 
     names: tuple[str, ...]
@@ -83,6 +84,7 @@ class PricedLayer:
     candidates: tuple[Candidate, ...]
     sample: tuple[float, ...] = ()
     spectrum: tuple[float, ...] = ()
+    stack: str = ""
 
     @classmethod
     def of(
@@ -91,7 +93,7 @@ class PricedLayer:
         """Combine a weight and its candidates; the weight itself is not kept."""
         shape, dtype = (target.matrix.shape[0], target.matrix.shape[1]), target.matrix.dtype
         sample = weight_samples([target])[target.name]
-        return cls(target.names, shape, dtype, tuple(candidates), sample, tuple(spectrum))
+        return cls(target.names, shape, dtype, tuple(candidates), sample, tuple(spectrum), target.stack)
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ A price list contains no weights, so it is a small file. A plan for any budget i
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,13 @@ class PriceList:
         alone = self.config.formats is not None and config.one_format_keeps
         if config.needs_curvature and objective != "curvature" and not alone:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
-        # Layers that a kernel of the export target fuses get one number format, so they are planned as one.
+        # Layers that need the same number format in the export target are planned as one.
         names = [layer.name for layer in self.layers]
-        groups = group_fused_layers(names, () if config.menu is None else MENUS[config.menu].fused)
+        keys: dict[Hashable, list[int]] = {}
+        for k, layer in enumerate(self.layers):
+            key = k if config.menu is None else MENUS[config.menu].group(layer.name, layer.stack)
+            keys.setdefault(key, []).append(k)
+        groups = list(keys.values())
         joined = [_joined([self.layers[k].candidates for k in group]) for group in groups]
         found, bound_by = choose_candidates(
             self.layers,
@@ -193,7 +197,8 @@ class PriceList:
                 for x in layer.candidates
             ]
             facts = {"names": layer.names, "shape": layer.shape, "dtype": str(layer.dtype).split(".")[1]}
-            facts |= {"sample": layer.sample, "spectrum": layer.spectrum, "candidates": rows}
+            facts |= {"sample": layer.sample, "spectrum": layer.spectrum, "stack": layer.stack}
+            facts["candidates"] = rows
             layers.append(facts)
         data = {
             "version": PRICES_VERSION,
@@ -237,6 +242,7 @@ class PriceList:
                     ),
                     _listed(x["sample"], float),
                     _listed(x["spectrum"], float),
+                    str(x["stack"]),
                 )
                 for x in data["layers"]
             )
@@ -317,18 +323,8 @@ def _check(prices: PriceList) -> None:
             raise ValueError(f"the factor of layer {name!r} does not fit, or is not finite")
 
 
-def group_fused_layers(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Group the layers that an export target fuses: siblings with names in the same set of `Menu.fused`."""
-    groups: dict[tuple[str, Any], list[int]] = {}
-    for k, name in enumerate(names):
-        parent, _, child = name.rpartition(".")
-        fused = next((x for x in sets if child in x), child)
-        groups.setdefault((parent, fused), []).append(k)
-    return list(groups.values())
-
-
 def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:
-    """Make a joint candidate of fused layers in each format; its size and loss are sums over the layers.
+    """Make a joint candidate of several layers in each format; its size and loss are sums over the layers.
 
     Args:
         group: the candidates of each layer; a single layer keeps its candidates.

@@ -97,6 +97,15 @@ class Target:
         return (*self.names, *self.owners)
 
     @property
+    def stack(self) -> str:
+        """Name of the parameter of the model that contains this weight and others; empty if there is none."""
+        for owner, compound in self.owners.items():
+            for stack in compound.stacks:
+                if any(f"{owner}.{name}" == self.name for name in stack.names):
+                    return f"{owner}.{stack.parameter}"
+        return ""
+
+    @property
     def weight(self) -> Tensor:
         """The parameter itself, not transposed; `matrix` always has the shape `(out, in)`."""
         weight = self.modules[0].weight if self.parameter is None else self.parameter

@@ -189,9 +189,14 @@ class Compound(nn.Module):
         return None
 
     @property
+    def stock(self) -> nn.Module:
+        """The replaced module."""
+        return self._stock[0]
+
+    @property
     def type_name(self) -> str:
         """Name of the stock module's type, for reports."""
-        return type(self._stock[0]).__name__
+        return type(self.stock).__name__
 
     @property
     def layer_names(self) -> tuple[str, ...]:

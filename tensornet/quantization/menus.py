@@ -4,7 +4,7 @@ A library that exports models registers a menu for each of its export targets. P
 only formats that the target can store, and predict the size of the target's files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,16 @@ import torch
 from tensornet.errors import FormatError
 from tensornet.quantization.formats import NumberFormat
 from tensornet.registry import Registry
+
+
+def by_stack(name: str, stack: str) -> Hashable:
+    """Return a key that is equal for all matrices of one stack, and different for all other matrices.
+
+    Args:
+        name: name of the layer.
+        stack: name of the parameter that contains its matrix and others; empty if there is none.
+    """
+    return stack or name
 
 
 @dataclass(frozen=True)
@@ -23,14 +33,14 @@ class Menu:
         num_bytes: function that computes how many bytes a matrix takes in a file of the target. Its arguments
             are the format and the shape `(out, in)` of the matrix, and the dtype of the model.
         whole_model: True if the target stores embeddings and heads in these formats too.
-        fused: sets of layer names. The target's software fuses layers of one set that have the same parent
-            module, so they need the same format.
+        group: function of the name of a layer and of its stack (see `by_stack`). Layers with equal keys need
+            the same format in this target.
     """
 
     formats: tuple[str, ...]
     num_bytes: Callable[[NumberFormat, Sequence[int], torch.dtype], int] = NumberFormat.nbytes
     whole_model: bool = False
-    fused: tuple[tuple[str, ...], ...] = ()
+    group: Callable[[str, str], Hashable] = by_stack
 
 
 #: Maps names of export targets to menus.

@@ -30,7 +30,11 @@ def test_a_target_without_a_menu(formats: str | tuple[str, ...]) -> None:
 
 
 def test_a_menu_of_ones_own() -> None:
-    menu = Menu(("int8", "int4:g32"), lambda *_: 1000, whole_model=True, fused=(("left", "right"),))
+    def group(name: str, stack: str) -> str:
+        assert not stack
+        return "both" if name in ("left", "right") else name
+
+    menu = Menu(("int8", "int4:g32"), lambda *_: 1000, whole_model=True, group=group)
     MENUS.add("other", menu)
     torch.manual_seed(0)
     model = Block()

@@ -47,6 +47,7 @@ from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
 from tensornet_hf.exporters.export import TARGETS, export, find_target
+from tensornet_hf.exporters.folder import list_stacks
 from tensornet_hf.exporters.gguf import check_files
 from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_model
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
@@ -353,6 +354,9 @@ def compress_folder(
             if options.workers is not None and (text is not None or target is not None):
                 raise
             alone = False
+    if alone and lazy is not None and target is not None and target != "gguf":
+        with unfused(lazy.model):
+            alone = not list_stacks(lazy.model)  # tensors of several matrices are packed in memory
     if not options.resume and options.workers is None and not options.heal and not alone:
         raise OptionError("This run loads the whole model, so it cannot be resumed; leave out {resume}.")
     if options.workers is not None or alone:

@@ -578,6 +578,8 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     elif isinstance(before, TensorNetworkQuantizer):
         before.remove_quantization_config(model)
         restore_dense_ties(model)
+        if getattr(model, "_weight_conversions", None) == []:  # see `get_state_dict_and_metadata`
+            model._weight_conversions = None  # type: ignore[assignment]  # those of the architecture
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,9 +20,13 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import tensornet as tn
@@ -57,6 +62,7 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8,
@@ -124,10 +130,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "tied": lambda: llama(tie_word_embeddings=True),
     "llama3": lambda: llama(rope_parameters=LLAMA3),
     "qwen2": lambda: compressed(Qwen2ForCausalLM(Qwen2Config(**SIZES))),
+    "phi3": lambda: compressed(Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0, eos_token_id=0))),
+    "mixtral": lambda: compressed(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))),
+    "qwen3_moe": lambda: compressed(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS))),
 }
 OF_MLX: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": lambda: compressed(th.load(gpt2_path())),
-    "mixtral": lambda: compressed(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))),
 }
 
 
@@ -246,12 +254,69 @@ def test_models_without_layers_to_pack_are_refused(target: str, tmp_path: Path) 
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
 
 
-def test_experts_cannot_go_to_compressed_tensors(tmp_path: Path) -> None:
-    model = OF_MLX["mixtral"]()
-    with pytest.raises(TargetError, match="experts"):
-        th.export(model, tmp_path / "out", target="compressed-tensors")
-    with pytest.raises(TargetError, match="experts"):  # before a plan for this target is made
-        REGISTERED["compressed-tensors"].constraints(tn.decompress(model), tmp_path)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_saved_mixture_is_packed_like_the_original(target: str, tmp_path: Path) -> None:
+    if target == "mlx":
+        pytest.importorskip("mlx", reason="needs the extra `export`")
+    model = MODELS["mixtral"]()
+    th.save(model, tmp_path / "saved")
+    expected = th.export(model, tmp_path / "out", target=target)
+    found = th.export(tmp_path / "saved", tmp_path / "again", target=target)
+    assert (found.packed, found.dense) == (expected.packed, expected.dense)
+    assert len(expected.packed) == 8 + {"mlx": 8, "compressed-tensors": 24}[target]
+    states = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+def mixture_with(formats: dict[str, str]) -> PreTrainedModel:
+    """Make a Mixtral in which the layers of these patterns have these number formats."""
+    model = random(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)))
+    for pattern, number_format in formats.items():
+        config = tn.CompressionConfig(pattern, formats=(number_format,), objective="weight")
+        tn.compress(model, config, progress=False)
+    return model
+
+
+def test_a_stack_of_several_formats_is_dense(tmp_path: Path) -> None:
+    model = mixture_with({"*experts.[012].*": "int4:g32", "*experts.3.*": "int8:g32", "*q_proj": "int4:g32"})
+    report = th.export(model, tmp_path / "out", target="compressed-tensors")
+    assert sorted(set(report.packed.values())) == ["int4:g32"]
+    assert not [name for name in report.packed if "experts" in name]
+    assert "several number formats" in report.dense["model.layers.0.mlp.experts.0.down_proj"]
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    down = model.get_submodule("model.layers.0.mlp.experts.3.down_proj").to_matrix()
+    assert torch.equal(state["model.layers.0.block_sparse_moe.experts.3.w2.weight"], down)
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [{"*layers.0*experts*": "int4:g32"}, {"*experts*gate*": "int4:g32", "*experts*down*": "int8:g32"}],
+)
+def test_transformers_needs_one_format_for_all_experts(formats: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="exclude_modules"):
+        th.export(mixture_with(formats), tmp_path / "out", target="compressed-tensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", REGISTERED)
+def test_plans_give_matrices_of_a_stack_one_format(target: str) -> None:
+    model = random(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)))
+    ids = torch.randint(48, (16, 32))
+    batches = [{"input_ids": ids, "labels": ids}]
+    config = tn.CompressionConfig("all", bits_per_weight=5.5, formats=target)
+    plan = tn.survey(model, batches, config).plan()
+    formats: dict[str, set[str]] = {}
+    for layer in plan:
+        stack = re.sub(r"experts\.\d+", "experts", layer.name)
+        formats.setdefault(stack, set()).add(
+            "float" if layer.topology is None else layer.storage.number_format.name
+        )
+    assert all(len(found) == 1 for found in formats.values())
+    of_experts = [found for name, found in formats.items() if "experts" in name]
+    assert len(of_experts) == 4
+    if target == "compressed-tensors":
+        assert len(set.union(*of_experts)) == 1
 
 
 def test_mlx_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the entries that transformers 5 renamed, under the old names that other packages expect."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}
+    found["num_experts"] = getattr(config, "num_experts", None)
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -190,8 +191,7 @@ def refuse_mixtures(model: PreTrainedModel) -> None:
             raise TargetError(
                 f"{name} is a {spec['type']!r}, which no other runtime has. Convert a Llama, Mistral or Qwen "
                 "3 by stock = tensornet_hf.stock_mixture(model) before it is compressed, then compress and "
-                "export stock: gguf packs its experts, mlx writes them dense. Other models can only be "
-                "saved: tensornet_hf.save(model, folder)."
+                "export stock. Other models can only be saved: tensornet_hf.save(model, folder)."
             )
 
 

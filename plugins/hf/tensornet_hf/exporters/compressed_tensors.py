@@ -9,7 +9,7 @@ In exported layers, the middle code always means zero. The format supports zero 
 shifted, which may take more bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Ne
 from tensornet_hf.exporters.folder import (
     Packed,
     PackedModel,
-    folder_constraints,
     folder_report,
     model_folder,
     pack_rows,
@@ -40,12 +39,28 @@ from tensornet_hf.folder_writer import Contents
 from tensornet_hf.lazy_model import LazyModel
 
 #: Layer types that are packed (see `tensornet.nn.layer_kinds`).
-KINDS = ("linear",)
-#: Number formats that can be packed. vLLM fuses layers that read the same input, so these must have the same
-#: format.
+KINDS = ("linear", "part")
+#: Sets of layers that vLLM fuses if they have the same parent module, so these need the same number format.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: Regular expression for the names of experts' layers.
+EXPERTS = r"re:.*\.experts\..*"
+
+
+def _group(name: str, stack: str) -> Hashable:
+    """Return a key that is equal for layers that need the same number format (see `Menu`).
+
+    transformers unpacks all experts of a model in one number format.
+    """
+    if ".experts." in stack:
+        return EXPERTS
+    parent, _, child = name.rpartition(".")
+    return stack or (parent, next((x for x in _FUSED if child in x), child))
+
+
+#: Number formats that can be packed.
 COMPRESSED_TENSORS_MENU = Menu(
     ("float", "int8", "int8:g128", "int6", "int5", "int4:g32", "int4", "int4:g128", "int3:g32"),
-    fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    group=_group,
 )
 
 
@@ -71,10 +86,11 @@ def export_compressed_tensors(
 
     Raises:
         DestinationError: see `tensornet_hf.export`.
-        TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or the model has experts.
+        TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or only some experts can be
+            packed, or in several number formats.
     """
     found = packed_model(model, _pack, networks=networks, kinds=KINDS, packs_tied=False)
-    _refuse_experts(found.stock)
+    _check_experts(found)
     found.stock.config.quantization_config = quantization_entry(found.packed)
     with model_folder(found, destination, source=source, force=force) as folder:
         if found.low_ranks:
@@ -89,7 +105,6 @@ def compressed_tensors_contents(
     source: Checkpoint, lazy: LazyModel, plan: CompressionPlan
 ) -> tuple[Contents, PackedModel]:
     """Find out what the folder of a planned model will contain; see `packed_contents`."""
-    _refuse_experts(lazy.model)
 
     def finish(found: PackedModel, folder: Path) -> None:
         found.stock.config.quantization_config = quantization_entry(found.packed)
@@ -98,17 +113,18 @@ def compressed_tensors_contents(
     return packed_contents(source, lazy, plan, _pack, kinds=KINDS, packs_tied=False, finish=finish)
 
 
-def compressed_tensors_constraints(model: PreTrainedModel) -> tuple[int, tuple[str, ...]]:
-    """Return the constraints on plans (see `folder_constraints`); raise TargetError for stacked experts."""
-    _refuse_experts(model)
-    return folder_constraints(model, KINDS)
-
-
-def _refuse_experts(model: PreTrainedModel) -> None:
-    if stacks := [name for name, x in model.named_parameters() if x.ndim == 3 and "experts" in name]:
+def _check_experts(found: PackedModel) -> None:
+    """Raise TargetError if some experts are packed, but not all of them in one number format."""
+    packed = {name: kind for name, kind in found.packed.items() if ".experts." in name}
+    formats = sorted(set(packed.values()))
+    dense = [name for name, x in found.state.items() if ".experts." in name and x.ndim == 3]
+    if packed and (len(formats) > 1 or dense):
+        others = [*formats[1:], *(f"{name} (dense: {why})" for name, why in list(found.dense.items())[:1])]
         raise TargetError(
-            f"{stacks[0]} contains the matrices of all experts. In this format, transformers only loads "
-            "packed experts, which this exporter cannot write. Export to mlx or gguf."
+            "transformers loads packed experts only if all matrices of all experts have one number format, "
+            f"but this model has {formats[0]} and {', '.join(others) or dense[0]}. Plan it for this target "
+            "(CompressionConfig(formats='compressed-tensors')), leave all experts dense "
+            "(exclude_modules='*experts*'), or export to gguf."
         )
 
 
@@ -145,15 +161,19 @@ def peft_adapter(
 
 def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
     """Build the `quantization_config` of a checkpoint; `packed` maps packed layers to number formats."""
+    # transformers recognizes the group of the experts by a regular expression.
+    targets: dict[tuple[str, bool], list[str]] = {}
+    for layer, used in sorted(packed.items()):
+        targets.setdefault((used, ".experts." in layer), []).append(layer)
     groups = {}
-    for number, name in enumerate(sorted(set(packed.values()))):
+    for number, (name, experts) in enumerate(sorted(targets)):
         found = NumberFormat.parse(name)
         weights: dict[str, Any] = {"num_bits": found.bits, "type": "int", "symmetric": True}
         weights["strategy"] = "channel" if found.group is None else "group"
         if found.group is not None:
             weights["group_size"] = found.group
         groups[f"group_{number}"] = {
-            "targets": [layer for layer, used in packed.items() if used == name],
+            "targets": [EXPERTS] if experts else targets[name, experts],
             "weights": weights,
             "format": "pack-quantized",
         }

@@ -14,7 +14,7 @@ from tensornet_hf.checkpoint import check_free, load, resolve_folder
 from tensornet_hf.exporters.base import GGUF, ExportReport, Networks, refuse_mixtures
 from tensornet_hf.exporters.compressed_tensors import (
     COMPRESSED_TENSORS_MENU,
-    compressed_tensors_constraints,
+    KINDS,
     export_compressed_tensors,
 )
 from tensornet_hf.exporters.folder import folder_constraints
@@ -59,7 +59,7 @@ register_target(
     "compressed-tensors",
     Target(
         export_compressed_tensors,
-        lambda model, _: compressed_tensors_constraints(model),
+        lambda model, _: folder_constraints(model, KINDS),
         COMPRESSED_TENSORS_MENU,
     ),
 )

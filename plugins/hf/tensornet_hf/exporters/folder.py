@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from tensornet.compression.apply import decompress, with_cores
 from tensornet.compression.loss_increase import light_copy
@@ -29,7 +30,7 @@ from tensornet.nn.linear import TensorNetworkLinear, linear_from_stored
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage, stored_core
 from tensornet.nn.targets import list_weights
-from tensornet.nn.unfuse import unfused
+from tensornet.nn.unfuse import Compound, StackedMatrices, unfused
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.packing import pack, unpack
 from tensornet.quantization.rounding import RoundedWeight
@@ -88,7 +89,8 @@ def packed_model(
         pack_matrix: function of a matrix and the dtype of its layer; it returns the packed tensors, or the
             reason why the matrix cannot be packed.
         networks: how to write layers that are not a single matrix of integers (see `split_layers`).
-        kinds: layer types that can be packed (see `tensornet.nn.layer_kinds`).
+        kinds: layer types that can be packed (see `tensornet.nn.layer_kinds`). With "part", a stack of
+            matrices is packed as the linear layers of `stack_rows`.
         packs_tied: True if the runtime can tie a head to a packed embedding; if not, both are written dense.
 
     Raises:
@@ -107,14 +109,32 @@ def packed_model(
         )
     integers, low_ranks, dense = split_layers(model, networks)
     tied = tied_layers(model)
-    tensors, packed = {}, {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    packed: dict[str, str] = {}
+    stacks = list_stacks(model) if "part" in kinds else {}
+    stacked = {name for names, _, _ in stacks.values() for name in names if name in integers}
+    inside: dict[str, str] = {}  # maps matrices of packed stacks to the names of their stacks
+    for stack, (names, compound, place) in stacks.items():
+        if stacked.isdisjoint(names):
+            continue
+        parts = _pack_stack(
+            model, stack, names, compound, place, integers, lambda x: pack_matrix(x, model.dtype)
+        )
+        if isinstance(parts, str):
+            dense |= {name: parts for name in names if name in stacked}
+        else:
+            packed |= {name: x[0].name for name, x in parts.items()}
+            tensors |= {name: x[1] for name, x in parts.items()}
+            inside |= dict.fromkeys(names, stack)
     for name, matrix in integers.items():
         layer = layers[name]
         found: Packed | str
+        if name in stacked:
+            continue
         if layer.source == "part":
             found = "one of several matrices that the model stores as one tensor, such as stacked experts"
         elif layer.source not in kinds:
-            found = f"a layer of type {layer.source!r}; this target packs {' and '.join(kinds)}"
+            found = f"a layer of type {layer.source!r}; this target packs {' and '.join(x for x in kinds if x != 'part')}"
         elif name in tied and not packs_tied:  # loading would tie the other layer to a missing weight
             found = f"its tensors are tied to those of {tied[name]}"
         else:
@@ -134,18 +154,99 @@ def packed_model(
     assert isinstance(stock, PreTrainedModel)
     stock.config = copy.deepcopy(model.config)
     # Dense weights of packed layers are not written, so build them on the meta device, without memory.
-    shapes = {name: layers[name].topology.shape for name in packed}
+    shapes = {name: x.topology.shape for name, x in layers.items() if name in packed or name in inside}
     decompress(stock, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     state: dict[str, Tensor] = stock.state_dict()
-    for name, parts in tensors.items():
-        del state[f"{name}.weight"]
+    for name in set(inside.values()):
+        del state[name]
+    for name, made in tensors.items():
+        if name in layers and name not in inside:
+            del state[f"{name}.weight"]
         if f"{name}.weight" in stock.all_tied_weights_keys:
             del packed[name]
         else:
-            state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            state |= {f"{name}.{part}": tensor for part, tensor in made.items()}
     return PackedModel(
         stock, state, packed, dense, {name: x for name, x in low_ranks.items() if name in packed}
     )
+
+
+def list_stacks(model: nn.Module) -> dict[str, tuple[list[str], Compound, StackedMatrices]]:
+    """Find the parameters of a model that consist of several matrices (see `tensornet.nn.unfuse`).
+
+    Args:
+        model: an unfused model, or one in which matrices of these parameters were replaced.
+
+    Returns:
+        For each parameter by name: the names of its matrices, the module that replaces its module, and the
+        location of the matrices.
+    """
+    return {
+        f"{owner}.{stack.parameter}": ([f"{owner}.{name}" for name in stack.names], compound, stack)
+        for owner, compound in model.named_modules()
+        if isinstance(compound, Compound)
+        for stack in compound.stacks
+    }
+
+
+def stack_rows(
+    model: PreTrainedModel, stack: str, compound: Compound, place: StackedMatrices
+) -> dict[str, Tensor]:
+    """Find out as which linear layers a checkpoint of this architecture stores a stack of matrices.
+
+    Args:
+        model: model of the architecture.
+        stack, compound, place: name and location of the stack (see `list_stacks`).
+
+    Returns:
+        For each layer by name, the indices of its rows among the rows of all matrices. The result is empty if
+        checkpoints store the stack in another way, such as the experts of gpt-oss as one tensor.
+    """
+    shape = compound.stock.get_parameter(place.parameter).shape
+    if place.transposed or shape[-1] != place.columns:
+        return {}
+    if len(shape) == 2 and not isinstance(compound.stock, nn.Linear):
+        return {}
+    # A compressed model that was loaded has no conversions (see `get_state_dict_and_metadata`).
+    model = copy.copy(model)
+    model._weight_conversions = getattr(model, "_weight_conversions", None) or None  # type: ignore[assignment]
+    numbers = torch.arange(math.prod(shape[:-1])).view(*shape[:-1], 1)
+    found = revert_weight_conversion(model, {stack: numbers})
+    if any(x.ndim != 2 or not name.endswith(".weight") for name, x in found.items()):
+        return {}
+    return {name.removesuffix(".weight"): x.flatten() for name, x in found.items()}
+
+
+def _pack_stack(
+    model: PreTrainedModel,
+    stack: str,
+    names: list[str],
+    compound: Compound,
+    place: StackedMatrices,
+    integers: Mapping[str, IntegerMatrix],
+    pack_matrix: Callable[[IntegerMatrix], Packed | str],
+) -> dict[str, Packed] | str:
+    """Pack a stack of matrices as the linear layers of `stack_rows`, or return why this is impossible."""
+    rows = stack_rows(model, stack, compound, place)
+    if not rows:
+        return f"{stack} is one tensor in checkpoints of this architecture, which this target does not pack"
+    formats = {integers[name].number_format if name in integers else None for name in names}
+    (number_format, *others) = formats
+    if number_format is None or others:
+        return f"the matrices of {stack} have several number formats, but this target needs one for all"
+    cores = [integers[name].core for name in names]
+    parts = {part: torch.cat([core.tensors[part] for core in cores]) for part in cores[0].names}
+    shape = (sum(len(core.codes) for core in cores), place.columns)
+    whole = IntegerMatrix(PackedCore(number_format, shape, place.columns, parts))
+    made: dict[str, Packed] = {}
+    for name, index in rows.items():
+        found = pack_matrix(whole.rows(index))
+        if isinstance(found, str):
+            return found
+        made[name] = found
+    if len({found[0] for found in made.values()}) > 1:
+        return f"the codes of {stack} need several numbers of bits, but this target needs one for all"
+    return made
 
 
 def packed_contents(
@@ -177,8 +278,9 @@ def packed_contents(
     model, targets = planned_model(lazy.model, plan)
     if inside := [name for name, target in targets.items() if target.owners]:
         raise TargetError(
-            f"{inside[0]} is one of several matrices that the model stores as one tensor. Leave it dense "
-            f"(exclude_modules=[{inside[0]!r}]), or load the model, compress it and export it."
+            f"{inside[0]} is one of several matrices that the model stores as one tensor, which can only be "
+            "packed in memory. Leave out workers (--workers), or leave the layer dense "
+            f"(exclude_modules=[{inside[0]!r}])."
         )
     structure_changed(model)
     layout = partial(_layout, pack_matrix)
@@ -311,12 +413,17 @@ def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[
 
     Returns:
         The bytes that the names and shapes of tensors take in the weight files; and the names of the layers
-        that cannot be packed, because their type is not in `kinds` or because their matrix is one of several
-        in one tensor.
+        that cannot be packed, because of their type or because `stack_rows` does not find their layers.
     """
     with unfused(model):
         layers = [x for x in list_weights(model) if x.kinds]
-    others = [x.name for x in layers if x.owners or any(kind.name not in kinds for kind in x.kinds)]
+        inside = {
+            name: bool(stack_rows(model, stack, compound, place))
+            for stack, (names, compound, place) in list_stacks(model).items()
+            for name in names
+            if "part" in kinds
+        }
+    others = [x.name for x in layers if not inside.get(x.name, all(kind.name in kinds for kind in x.kinds))]
     names = [*model.state_dict(), *(f"{x.name}.weight_scale {x.name}.biases" for x in layers)]
     return sum(ENTRY + len(name) for name in names), tuple(others)
 
@@ -333,16 +440,28 @@ def write_config(model: PackedModel, source: Path, folder: Path) -> None:
 
 @contextmanager
 def model_folder(
-    model: PackedModel, destination: Path, *, source: Path | None, force: bool
+    model: PackedModel,
+    destination: Path,
+    *,
+    source: Path | None,
+    force: bool,
+    arrange: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Iterator[Path]:
     """Context manager: yield a temporary folder with a packed model, then rename it to `destination`.
 
     The `with` block may add files. If it raises an error, the temporary folder is removed, and `destination`
     is unchanged. Small files of the folder `source`, such as its tokenizer, are copied.
+
+    Args:
+        model: the model.
+        destination, source, force: see `export`.
+        arrange: function of the tensors by their names in checkpoints of this architecture; it returns the
+            tensors to write.
     """
     sources = () if source is None else (source,)
     with write_folder(destination, force=force, sources=sources) as folder:
-        model.stock.save_pretrained(folder, state_dict=dict(model.state))
+        tensors = arrange(revert_weight_conversion(model.stock, dict(model.state)))
+        model.stock.save_pretrained(folder, state_dict=tensors, save_original_format=False)
         for each in sources:
             copy_small_files(each, folder)
         yield folder

@@ -11,6 +11,7 @@ Low-rank matrices that are added to integers become a LoRA adapter in the subfol
 import importlib.metadata
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ MLX_MENU = Menu(
 
 def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the layer types that can be packed in this model (see `tensornet.nn.layer_kinds`)."""
-    return ("linear", "embedding", *(["conv1d"] if isinstance(model, GPT2LMHeadModel) else []))
+    return ("linear", "embedding", "part", *(["conv1d"] if isinstance(model, GPT2LMHeadModel) else []))
 
 
 @torch.no_grad()
@@ -129,7 +130,10 @@ def export_mlx(
             if isinstance(module, Conv1D) and name not in found.packed:
                 found.state[f"{name}.weight"] = found.state[f"{name}.weight"].T.contiguous()
         found = _renamed(found)
-    with model_folder(found, destination, source=source, force=force) as folder:
+    packed = {_name_in_stack(name): kind for name, kind in found.packed.items()}
+    arrange = dict if packed == found.packed else _joined_experts
+    found = found._replace(packed=packed)
+    with model_folder(found, destination, source=source, force=force, arrange=arrange) as folder:
         if found.low_ranks:
             write_adapter(folder, "adapters.safetensors", *mlx_adapter(found.low_ranks))
         _finish(found, folder)
@@ -189,6 +193,35 @@ def _renamed(found: PackedModel) -> PackedModel:
     """Give the tensors and layers of a GPT-2 their names in mlx-lm."""
     renamed: list[dict[str, Any]] = [{_new_name(x): y for x, y in names.items()} for names in found[1:]]
     return PackedModel(found.stock, *renamed)
+
+
+#: Checkpoint name of a layer of an expert, or of one of its tensors.
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)(\.\w+)?")
+#: Names of the layers of Mixtral's experts in MLX.
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def _name_in_stack(name: str) -> str:
+    """Return the name that a layer of an expert, or one of its tensors, has in MLX's stack `switch_mlp`.
+
+    Other names are returned unchanged.
+    """
+    if (match := _EXPERT.fullmatch(name)) is None:
+        return name
+    parent, _, layer, tensor = match.groups()
+    return f"{parent}.switch_mlp.{_PROJECTIONS.get(layer, layer)}{tensor or ''}"
+
+
+def _joined_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the tensors of experts to the stacks of MLX; mlx-lm itself joins dense experts only."""
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, x in tensors.items():
+        match = _EXPERT.fullmatch(name)
+        stacks.setdefault(_name_in_stack(name), {})[0 if match is None else int(match[2])] = x
+    return {
+        name: torch.stack([found[k] for k in sorted(found)]) if name not in tensors else found[0]
+        for name, found in stacks.items()
+    }
 
 
 def _transposed(origin: Origin, shape: tuple[int, ...]) -> Iterator[bytes]:
