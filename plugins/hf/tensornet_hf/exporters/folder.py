@@ -134,7 +134,8 @@ def packed_model(
         if layer.source == "part":
             found = "one of several matrices that the model stores as one tensor, such as stacked experts"
         elif layer.source not in kinds:
-            found = f"a layer of type {layer.source!r}; this target packs {' and '.join(x for x in kinds if x != 'part')}"
+            others = " and ".join(kind for kind in kinds if kind != "part")
+            found = f"a layer of type {layer.source!r}; this target packs {others}"
         elif name in tied and not packs_tied:  # loading would tie the other layer to a missing weight
             found = f"its tensors are tied to those of {tied[name]}"
         else:
