@@ -242,7 +242,7 @@ class PriceList:
                     ),
                     _listed(x["sample"], float),
                     _listed(x["spectrum"], float),
-                    str(x["stack"]),
+                    *_listed([x["stack"]], str),
                 )
                 for x in data["layers"]
             )
