@@ -1,6 +1,6 @@
 """Compression of whole models: find candidates for every layer, plan, check the loss, replace layers."""
 
-from tensornet.compression.loss_check import check_loss, correct_by_measuring
+from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses
 from tensornet.compression.plan import LayerPlan
 from tensornet.compression.planning import price
@@ -11,7 +11,6 @@ __all__ = [
     "LossIncrease",
     "PriceList",
     "check_loss",
-    "correct_by_measuring",
     "measure",
     "price",
     "record_losses",

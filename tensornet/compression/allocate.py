@@ -22,7 +22,6 @@ from torch import Tensor
 
 from tensornet.calibration.stats import weight_samples
 from tensornet.compression.config import BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig
-from tensornet.compression.loss_increase import UNMEASURED, Forecast
 from tensornet.errors import BudgetError
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target
@@ -345,7 +344,6 @@ def choose_candidates(
     config: CompressionConfig,
     objective: str,
     *,
-    forecast: Forecast = UNMEASURED,
     untargeted: tuple[int, int, int] = (0, 0, 0),
     names: Sequence[str] | None = None,
 ) -> tuple[list[int], str]:
@@ -356,7 +354,6 @@ def choose_candidates(
         candidates: the candidates of each layer, or of each group of fused layers.
         config: the configuration.
         objective: objective for which the candidates were made.
-        forecast: corrects predicted losses by measured losses.
         untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
             other bytes of the model's file; they count in budgets of the whole model.
         names: name of each layer or group, for error messages; by default, the names of the layers.
@@ -386,7 +383,7 @@ def choose_candidates(
         assert config.loss_increase is not None
         curves = [curve_of(found, "num_bytes" if config.formats else "params") for found in candidates]
         losses = [torch.tensor([x.predicted_loss for x in found]).double() for found in candidates]
-        return spend_cost(curves, forecast.uncorrected(config.loss_increase), losses), "loss_increase"
+        return spend_cost(curves, config.loss_increase, losses), "loss_increase"
     try:
         chosen, bound_by = choose_within(caps, names)
     except BudgetError as error:
@@ -397,8 +394,8 @@ def choose_candidates(
         if cheaper and all(cap.use(same) <= 1 for cap in caps):
             chosen, bound_by = same, max(caps, key=lambda cap: cap.use(same)).name
     if config.loss_increase is not None:
-        loss = sum(found[k].predicted_loss for found, k in zip(candidates, chosen, strict=True))
-        if (predicted := forecast.corrected(loss)) > config.loss_increase:
+        predicted = sum(found[k].predicted_loss for found, k in zip(candidates, chosen, strict=True))
+        if predicted > config.loss_increase:
             raise BudgetError(
                 f"{bound_by} and loss_increase={config.loss_increase} contradict each other: the best plan "
                 f"of this size increases the loss by {predicted:.4g}. Leave out one of them, or raise it."

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from tensornet.calibration.losses import PROJECTIONS, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import LayerCache, apply_plan, run_once
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.loss_check import check_loss, correct_by_measuring
+from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan as plan_model
@@ -47,7 +47,6 @@ def compress(
     config: CompressionConfig | CompressionPlan,
     *,
     calibration: Calibration | None = None,
-    validation: Collection[BatchLike] | ProvidedData | None = None,
     prices: PriceList | None = None,
     progress: bool = True,
 ) -> CompressionReport:
@@ -68,10 +67,6 @@ def compress(
             possibly a loss function or saved statistics; or only statistics. If absent, an installed plugin
             may provide text; without any data, plans minimize the error of the weights. A
             `CalibrationWarning` reports both cases.
-        validation: batches like those of `calibration`, preferably from another source, or `ProvidedData`.
-            Before anything is replaced, the loss is measured on them at a few sizes of the model, to correct
-            predicted losses. A budget of `loss_increase` then uses the corrected predictions. Validation
-            needs calibrated gradients.
         prices: price list of this model, from `survey`; the model is then not surveyed again. A finished plan
             needs it for feedback along the outputs; otherwise it is rounded with feedback along the inputs.
         progress: whether to show progress bars.
@@ -97,15 +92,11 @@ def compress(
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     check_config(options)
     options.check_says_how_far()
-    held_out = None if validation is None else _measurable(_named(validation, "validation data"))
-    if held_out is not None and iter(held_out.batches) is held_out.batches:
-        raise TargetError("validation is iterated over several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
 
     # Plan: survey the model block by block or, with more effort, collect the statistics of all layers first.
-    by_blocks = config.by_blocks and held_out is None
-    data = gather(model, options, calibration, by_blocks=by_blocks, progress=progress)
-    by_blocks = by_blocks and data.statistics is None and bool(data.batches)
+    data = gather(model, options, calibration, by_blocks=config.by_blocks, progress=progress)
+    by_blocks = config.by_blocks and data.statistics is None and bool(data.batches)
     if prices is not None and not by_blocks:
         raise TargetError(
             "prices are only for plans of number formats with effort='fast', and need calibration=batches; "
@@ -114,11 +105,6 @@ def compress(
     cache: LayerCache = {}
     if isinstance(config, CompressionPlan):
         plan = config
-        if held_out is not None:
-            raise TargetError(
-                "validation corrects predictions during planning, but a finished plan was given: leave it "
-                "out."
-            )
         source = None if data.statistics is None else data.statistics.source
         if config.objective != "weight" and not by_blocks and source != config.calibration:
             raise BudgetError(
@@ -135,13 +121,12 @@ def compress(
         )
         plan = prices.plan()
     else:
-        plan = plan_thoroughly(model, config, data, held_out, cache=cache, progress=progress)
+        plan = plan_thoroughly(model, config, data, cache=cache, progress=progress)
     with unfused(model):
         weights = list_weights(model)
 
     # Apply the plan.
-    seen = held_out or data
-    before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
+    before = record_losses(model, data.batches, loss_fn=data.loss_fn, source=data.source)
     if by_blocks:
         schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
         for _, layers in compress_blocks(
@@ -257,49 +242,30 @@ def plan_thoroughly(
     model: nn.Module,
     config: CompressionConfig,
     data: ProvidedData,
-    validation: ProvidedData | None = None,
     *,
     cache: LayerCache | None = None,
     progress: bool = False,
 ) -> CompressionPlan:
-    """Plan with the statistics of all layers, and correct predicted losses by measuring.
+    """Plan with the statistics of all layers, and check predicted losses by measuring.
 
     Args:
         model: the dense model; it is not changed.
         config: the options.
-        data: calibration data from `gather`; if it has no batches, the loss check uses `validation`.
-        validation: validation data (see `compress`).
+        data: calibration data from `gather`.
         cache: receives layers that are rounded for measurements (see `apply_plan`).
         progress: whether to show progress bars.
 
     Raises:
-        TargetError: validation data is given, but there are no predicted losses to correct.
         BudgetError: the budget cannot be met (see `PriceList.plan`).
     """
     stats = data.statistics
-    if validation is not None and stats is None:
-        raise TargetError(
-            "validation corrects the losses that calibration predicts: pass calibration=batches too, and not "
-            "objective='weight'."
-        )
     if planned_alone(config, resolve_objective(config, stats)):
         return plan_model(model, config, stats, progress=progress)
     prices = price(model, config, stats, progress=progress)
     if config.verify and stats is not None:
-        measured = data if data.batches or validation is None else replace(validation, loss_fn=data.loss_fn)
-        batches = list(measured.batches)
+        batches = list(data.batches)
         prices = check_loss(
-            prices, model, batches, stats, loss_fn=measured.loss_fn, cache=cache, progress=progress
-        )
-    if validation is not None:
-        prices = correct_by_measuring(
-            prices,
-            model,
-            list(validation.batches),
-            stats,
-            loss_fn=validation.loss_fn,
-            source=validation.source,
-            progress=progress,
+            prices, model, batches, stats, loss_fn=data.loss_fn, cache=cache, progress=progress
         )
     return prices.plan()
 

@@ -115,7 +115,7 @@ class CompressionConfig(LayerSelection):
         effort: how much time to spend on a plan of number formats. fast prices the formats of every layer on
             few tokens and rounds block by block, on the inputs that each block will really get. thorough
             collects full moments of inputs and gradients of the whole model, also plans low-rank parts,
-            rounds with feedback along inputs and outputs, and corrects predictions by measuring. All other
+            rounds with feedback along inputs and outputs, and checks predictions by measuring. All other
             plans are thorough.
         rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as in GPTQ),
             or along inputs and outputs. Two configurations are usual baselines.

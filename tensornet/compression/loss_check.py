@@ -9,9 +9,6 @@ dense weights do not show this.
 block together. If the measured loss is far above the sum of the predictions, each half of this set of layers
 is measured, and so on. This finds the layers that cause the loss. The predictions for these layers are
 multiplied by the ratio of measured to predicted loss, and the plan is made again.
-
-`correct_by_measuring` measures the loss of the whole model at a few sizes, and corrects all predictions by a
-factor that depends on the size.
 """
 
 import math
@@ -33,24 +30,16 @@ from tensornet.compression.allocate import Candidate
 from tensornet.compression.apply import LayerCache, apply_plan
 from tensornet.compression.layer_names import layer_names
 from tensornet.compression.loss_increase import (
-    UNMEASURED,
-    Forecast,
     LossIncrease,
     light_copy,
-    measure,
     opposite_errors,
 )
 from tensornet.compression.plan import CompressionPlan, LayerPlan, LossCheck, RaisedLoss
 from tensornet.compression.prices import PriceList
-from tensornet.errors import BudgetError, CalibrationWarning
+from tensornet.errors import CalibrationWarning
 from tensornet.nn.targets import Target, list_weights
 from tensornet.nn.unfuse import unfused
 
-#: Sizes of the model at which `correct_by_measuring` measures the loss. If number formats are planned, they
-#: are bits per weight, and sizes that are too small for these formats are skipped. Otherwise they are
-#: fractions of the number of parameters.
-MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
-MEASURED_SHARES = (0.9, 0.75, 0.6)
 #: Number of tokens on which the loss of layers is measured.
 CHECK_TOKENS = 1024
 #: Three limits. The number of rounds of planning and measuring. The number of groups of layers that are
@@ -158,84 +147,6 @@ def check_loss(
         if not factors:
             break
     return replace(prices, template=replace(prices.template, loss_check=check), measured=measured)
-
-
-def correct_by_measuring(
-    prices: PriceList,
-    model: nn.Module,
-    validation: Sequence[BatchLike],
-    stats: CalibrationStats | None,
-    *,
-    loss_fn: TokenLosses | None = None,
-    budgets: Sequence[Mapping[str, float]] | None = None,
-    source: str = "validation data",
-    progress: bool = False,
-) -> PriceList:
-    """Measure loss increases at a few sizes of the model, and correct all predicted losses by them.
-
-    At each size, a copy of the model that shares its weights is compressed and run on the validation data.
-    Nothing is trained, and the model is not changed. Each size takes one compression and three forward passes
-    over the data. Loss increases below twice their standard error are ignored.
-
-    Args:
-        prices: the candidates of this model, from `price`.
-        model: the dense model.
-        validation: batches as for `calibrate`, with at least ten thousand tokens, preferably from a
-            different source than the calibration text.
-        stats: the statistics with which the model was priced.
-        loss_fn: loss function without random numbers (see `tensornet.calibration.losses`);
-            `losses_against(model)` if absent.
-        budgets: sizes to measure, as budgets of `PriceList.plan`; by default, `MEASURED_BITS` with number
-            formats, else `MEASURED_SHARES`.
-        source: name of the text, for reports.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The candidates, with a forecast that corrects their predicted losses.
-
-    Raises:
-        BudgetError: the objective does not predict losses, or no measured loss is above the dense loss.
-
-    Example:
-        >>> from tensornet.compression import correct_by_measuring, price
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
-        >>> inputs = [torch.randn(256, 64) for _ in range(2)]
-        >>> batches = [(x, model(x).argmax(-1)) for x in inputs]  # compression can only make it worse
-        >>> stats = tn.calibrate(model, batches[:1])
-        >>> prices = price(model, tn.CompressionConfig(bits_per_weight=3), stats)
-        >>> prices = correct_by_measuring(prices, model, batches[1:], stats)
-        >>> prices.plan().forecast.source
-        'validation data'
-    """
-    if prices.template.objective != "curvature":
-        raise BudgetError(
-            f"Measurements correct predicted losses, but only objective='curvature' predicts losses; got "
-            f"{prices.template.objective!r}."
-        )
-    if budgets is None and prices.config.formats:
-        least = 8 * sum(min(x.num_bytes for x in layer.candidates) for layer in prices.layers)
-        smallest = least / sum(layer.numel for layer in prices.layers) * (1 + 1e-9)
-        bits = [x for x in MEASURED_BITS if x >= smallest] or [smallest]
-        budgets = [{"bits_per_weight": x} for x in bits]
-    elif budgets is None:
-        budgets = [{"param_ratio": share} for share in MEASURED_SHARES]
-    alone = replace(
-        prices,
-        config=replace(prices.config, whole_model=False),
-        template=replace(prices.template, forecast=UNMEASURED),
-    )
-    found, divergences = [], []
-    for budget in tqdm(budgets, desc="measuring the loss", disable=not progress, unit="size"):
-        plan, copied = alone.plan(**budget), light_copy(model)
-        apply_plan(copied, plan, stats)
-        increase = measure(copied, model, validation, loss_fn=loss_fn, source=source)
-        assert plan.predicted_loss_increase is not None
-        if increase.significant:
-            found.append((plan.predicted_loss_increase, increase.mean))
-        if increase.kl_mean is not None:
-            divergences.append((plan.predicted_loss_increase, increase.kl_mean))
-    forecast = Forecast.through(found, source, divergences)
-    return replace(prices, template=replace(prices.template, forecast=forecast))
 
 
 def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:

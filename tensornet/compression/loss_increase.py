@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, some_rows
 from tensornet.calibration.losses import TokenLosses, field, losses_against
-from tensornet.errors import BudgetError, CalibrationWarning, TargetError
+from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.softmax_losses import kl_divergences
 
@@ -329,108 +328,8 @@ def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float
     if far and measured.dense_loss and measured.source == "calibration data":
         text += (
             ": the model was probably trained on these data and fits them, so that their gradients are too "
-            "small to predict the loss. Calibrate with other data, pass validation= batches of other data, "
-            f"or {larger}."
+            f"small to predict the loss. Calibrate with other data, or {larger}."
         )
     else:
-        text += (
-            ": predictions are too low for errors this large. Pass validation=, which corrects them by "
-            f"measuring, or {larger}."
-        )
+        text += f": predictions are too low for errors this large. To allow smaller errors, {larger}."
     warnings.warn(text, CalibrationWarning, stacklevel=2)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Correction of predicted loss increases and divergences by measurements at a few sizes of the model.
-
-    Predictions are of second order, treat layers as independent, and use only the calibration text. So they
-    are wrong by a factor that depends on the size of the model. Between the measured points, logarithms of
-    predicted and measured values are interpolated linearly; beyond the first and the last point, the factor
-    is constant. Without points, predictions are not corrected.
-
-    Args:
-        points: pairs `(predicted, measured)` of loss increases, positive and increasing.
-        source: name of the data.
-        kl_points: pairs of predicted loss increases and measured Kullback-Leibler divergences between
-            predicted distributions of tokens, positive and increasing.
-
-    Raises:
-        BudgetError: the points are not positive and increasing.
-    """
-
-    points: tuple[tuple[float, float], ...] = ()
-    source: str | None = None
-    kl_points: tuple[tuple[float, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        for points in (self.points, self.kl_points):
-            if not all(
-                a[0] < b[0] < math.inf and a[1] < b[1] < math.inf for a, b in pairwise([(0, 0), *points])
-            ):
-                raise BudgetError(f"The points of a forecast must be positive and increase, got {points}.")
-
-    @classmethod
-    def through(
-        cls,
-        measured: Iterable[tuple[float, float]],
-        source: str | None = None,
-        divergences: Iterable[tuple[float, float]] = (),
-    ) -> "Forecast":
-        """Make a `Forecast` from measurements.
-
-        A measured loss is ignored unless it exceeds all losses measured at smaller predictions.
-
-        Args:
-            measured: pairs of predicted and measured loss increase.
-            source: name of the data.
-            divergences: pairs of predicted loss increase and measured divergence.
-
-        Raises:
-            BudgetError: no pair of loss increases is positive.
-        """
-        points, kl_points = _increasing(measured), _increasing(divergences)
-        if not points:
-            raise BudgetError(
-                "No compressed model had a higher loss than the dense one, so predictions cannot be "
-                "corrected by measuring; use more validation text, or smaller sizes."
-            )
-        return cls(points, source, kl_points)
-
-    def corrected(self, predicted: float) -> float:
-        """Return the corrected value of a predicted loss increase."""
-        return _along(self.points, predicted)
-
-    def kl(self, predicted: float) -> float:
-        """Convert a predicted loss increase to a divergence; without measurements, the two are equal."""
-        return _along(self.kl_points, predicted)
-
-    def uncorrected(self, measured: float) -> float:
-        """Return the prediction for which `corrected` returns the given loss increase."""
-        return _along([(b, a) for a, b in self.points], measured)
-
-
-#: Forecast without measurements; it does not change predictions.
-UNMEASURED = Forecast()
-
-
-def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Sort pairs, and keep each pair whose entries both exceed those of the last pair kept."""
-    points: list[tuple[float, float]] = [(0.0, 0.0)]
-    for a, b in sorted(pairs):
-        if a > points[-1][0] and b > points[-1][1]:
-            points.append((a, b))
-    return tuple(points[1:])
-
-
-def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate points `(x, y)` linearly on logarithmic axes; `y / x` is constant beyond the end points."""
-    if not points or x <= 0:
-        return x
-    below = [point for point in points if point[0] <= x]
-    above = [point for point in points if point[0] > x]
-    if not below or not above:
-        near = below[-1] if below else above[0]
-        return x * near[1] / near[0]
-    (x0, y0), (x1, y1) = below[-1], above[0]
-    return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))

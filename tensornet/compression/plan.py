@@ -13,7 +13,6 @@ import torch
 from tensornet._util import check_number, check_size, html_table
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import EFFORTS, OBJECTIVES, ROUNDINGS, Effort
-from tensornet.compression.loss_increase import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
 from tensornet.nn.storage import PLAIN, Storage
@@ -46,9 +45,9 @@ class LayerPlan:
         baseline_error: relative error of a plain truncated SVD of the same size, for comparison; None if the
             plan was edited.
         storage: how the cores are stored.
-        loss_increase: predicted loss increase per token due to errors in this layer alone, not corrected by
-            measurements of the whole model; None without calibrated gradients.
-        curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
+        loss_increase: predicted loss increase per token due to errors in this layer alone; None without
+            calibrated gradients.
+        curve: `(bytes, predicted loss increase)` of the candidates on the convex hull.
         dtype: dtype of the weight.
         sample: four elements of the weight, from `weight_samples`, to recognize the model; if empty, the
             weight is not checked.
@@ -234,7 +233,6 @@ class CompressionPlan:
         effort: whether `survey` found the predicted losses, or statistics of all layers.
         dense_loss: mean loss of a token during calibration.
         calibration: name of the data on which the statistics were collected.
-        forecast: corrects the sum of the predicted losses by loss increases measured on validation data.
         topology_options: options with which the family built the topologies.
         of_tokens: True if `dense_loss` is the cross entropy of tokens, whose exponential is the perplexity.
         unseen: names of targeted layers that stay dense because they never ran in calibration.
@@ -259,7 +257,6 @@ class CompressionPlan:
     damping: float = 0.0
     dense_loss: float | None = None
     calibration: str | None = None
-    forecast: Forecast = UNMEASURED
     topology_options: Mapping[str, Any] | None = None
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
@@ -317,10 +314,10 @@ class CompressionPlan:
         """Predicted loss increase per token due to errors in all layers, or None if gradients are missing.
 
         The prediction is of second order in the errors and neglects interactions between layers. It is
-        accurate for small loss increases and too low for large ones, unless measurements have corrected it.
+        accurate for small loss increases and too low for large ones.
         """
-        total = _sum([layer.loss_increase for layer in self.layers])
-        return None if total is None else self.forecast.corrected(total)
+        known = [x.loss_increase for x in self.layers if x.loss_increase is not None]
+        return sum(known) if known and len(known) == len(self.layers) else None
 
     @property
     def predicted_kl(self) -> float | None:
@@ -328,11 +325,10 @@ class CompressionPlan:
 
         To second order this is the predicted loss increase. The reason: gradients for the labels of a text
         have about the same second moments as gradients for labels drawn from the model, and the latter
-        moments are the Fisher information. Measurements correct the divergence and the loss increase
-        separately. The result is None if no loss was predicted, or if the loss is not that of tokens.
+        moments are the Fisher information. The result is None if no loss was predicted, or if the loss is not
+        that of tokens.
         """
-        total = _sum([layer.loss_increase for layer in self.layers])
-        return self.forecast.kl(total) if total is not None and self.of_tokens else None
+        return self.predicted_loss_increase if self.of_tokens else None
 
     @property
     def predicted_perplexity(self) -> float | None:
@@ -376,7 +372,7 @@ class CompressionPlan:
             return []
         hulls = [torch.tensor(layer.curve, dtype=torch.float64) for layer in self.layers]
         pairs = frontier([CostCurve(hull[:, 0], hull[:, 1]) for hull in hulls], points)
-        return [(int(size), self.forecast.corrected(cost)) for size, cost in pairs]
+        return [(int(size), cost) for size, cost in pairs]
 
     def replace_layer(
         self, name: str, topology: Topology | None, storage: Storage | str | None = None
@@ -451,12 +447,10 @@ class CompressionPlan:
             "parameters"
         )
         if self.predicted_loss_increase is not None:
-            source = self.forecast.source
-            where = f"on {self.calibration}" if source is None else f"corrected by measuring on {source}"
             kl = "" if self.predicted_kl is None else f", KL divergence {self.predicted_kl:.4f}"
             lines.append(
                 f"predicted loss increase{' per token' if self.of_tokens else ''}: "
-                f"{self.predicted_loss_increase:.4f}{self.predicted_change()}{kl}, {where}"
+                f"{self.predicted_loss_increase:.4f}{self.predicted_change()}{kl}, on {self.calibration}"
             )
         if self.unrouted:
             lines.append(
@@ -519,7 +513,6 @@ class CompressionPlan:
         return {
             "version": PLAN_VERSION,
             **{field.name: getattr(self, field.name) for field in fields(self)},
-            "forecast": asdict(self.forecast),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
             "unseen": list(self.unseen),
             "unrouted": list(self.unrouted),
@@ -545,18 +538,11 @@ class CompressionPlan:
                 "the output of `tensornet compress ... --dry-run --json`."
             )
         try:
-            options, check, forecast = (data[x] for x in ("topology_options", "loss_check", "forecast"))
+            options, check = (data[x] for x in ("topology_options", "loss_check"))
             if not isinstance(options, Mapping | None):
                 raise TypeError(f"topology_options must be a mapping, got {options!r}")
             known = {field.name: data[field.name] for field in fields(cls)}
             known |= {
-                "forecast": Forecast(
-                    source=forecast["source"],
-                    **{
-                        x: tuple((float(a), float(b)) for a, b in forecast[x])
-                        for x in ("points", "kl_points")
-                    },
-                ),
                 "unseen": tuple(data["unseen"]),
                 "unrouted": tuple(data["unrouted"]),
                 "unfit": {name: tuple(layers) for name, layers in data["unfit"].items()},
@@ -648,8 +634,3 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
         if layer.topology is not None:
             _check_topology(layer, layer.topology)
             layer.storage.num_params(layer.topology)
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known and len(known) == len(values) else None

@@ -106,7 +106,6 @@ class PriceList:
             [candidates for candidates, _ in joined],
             config,
             objective,
-            forecast=self.template.forecast,
             untargeted=self.untargeted,
             names=[", ".join(names[k] for k in group) for group in groups],
         )

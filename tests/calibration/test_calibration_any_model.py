@@ -292,7 +292,7 @@ def test_outputs_without_labels_are_judged_by_their_distance(form: str) -> None:
     assert predicted == pytest.approx(measured, rel=0.5)  # K-FAC takes inputs and gradients as independent
     assert math.isnan(stats.loss or 0)
     config = tn.CompressionConfig(target_modules="all", param_ratio=0.7)
-    report = tn.compress(twin, config, calibration=[X], validation=[X], progress=False)
+    report = tn.compress(twin, config, calibration=[X], progress=False)
     assert report.plan.predicted_loss_increase > 0  # type: ignore[operator]
     before = losses_against(model)(twin, {"x": X}).mean().item()
     tn.heal(twin, model, [X], steps=40, lr=1e-2)
@@ -340,11 +340,6 @@ def test_models_that_map_a_mapping_to_a_mapping() -> None:
     torch.testing.assert_close(stats.rows["table"].nonzero().flatten(), torch.tensor([5, 6, 7, 8, 9]))
     teacher = copy.deepcopy(model)
     config = tn.CompressionConfig(target_modules=["first", "second"], param_ratio=0.6)
-    # The distances of only two sentences would be smaller than their standard error with some seeds.
-    held_out = {
-        "input_ids": torch.randint(20, (64, 3)),
-        "attention_mask": torch.ones(64, 3, dtype=torch.long),
-    }
-    report = tn.compress(model, config, calibration=[batch] * 4, validation=[held_out], progress=False)
+    report = tn.compress(model, config, calibration=[batch] * 4, progress=False)
     assert report.plan.predicted_loss_increase > 0  # type: ignore[operator]
     tn.heal(model, teacher, [batch], steps=2)

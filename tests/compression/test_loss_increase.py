@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tensornet as tn
 from tensornet.calibration.losses import label_losses
 from tensornet.compression import LossIncrease, measure, record_losses
-from tensornet.compression.loss_increase import REPORT_TOKENS, Forecast, warn_of_loss
+from tensornet.compression.loss_increase import REPORT_TOKENS, warn_of_loss
 
 X = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(256) % 4
@@ -178,16 +177,6 @@ def test_the_report_says_what_was_measured_and_where() -> None:
     assert f"measured loss increase: {found.mean:.4f}" in str(report)
     assert f"measured {found.mean:.4f} on calibration data" in report._repr_html_()
     assert json.loads(report.to_json())["measured"]["mean"] == found.mean
-    half = [(X[:128], Y[:128])]
-    report = tn.compress(
-        classifier(20),
-        tn.CompressionConfig(param_ratio=0.5),
-        calibration=loader(),
-        validation=half,
-        progress=False,
-    )
-    assert report.measured is not None
-    assert (report.measured.tokens, report.measured.source) == (128, "validation data")
     model = classifier(20)
     stats = tn.calibrate(model, loader())
     report = tn.compress(model, tn.CompressionConfig(param_ratio=0.7), calibration=stats, progress=False)
@@ -228,38 +217,3 @@ def test_when_a_warning_is_given() -> None:
     assert "fits them" in said(increase(math.nan, tokens=4), 0.01)
     assert "predictions are too low" in said(increase(0.05), 0.03, allowed=0.04)
     assert not said(increase(0.05, stderr=0.01), 0.03, allowed=0.04)
-
-
-# --- correction of predictions ----------------------------------------------------------------------
-
-
-@st.composite
-def forecasts(draw: st.DrawFn) -> Forecast:
-    count = draw(st.integers(1, 4))
-    predicted, measured = (
-        sorted(draw(st.lists(numbers, min_size=count, max_size=count, unique=True))) for _ in range(2)
-    )
-    return Forecast(tuple(zip(predicted, measured, strict=True)))
-
-
-@given(forecasts(), numbers, numbers)
-def test_the_curve_rises_through_its_points(forecast: Forecast, a: float, b: float) -> None:
-    for predicted, measured in forecast.points:
-        assert forecast.corrected(predicted) == pytest.approx(measured)
-    low, high = sorted((a, b))
-    assert forecast.corrected(low) <= forecast.corrected(high) * (1 + 1e-9)
-    assert forecast.uncorrected(forecast.corrected(a)) == pytest.approx(a, rel=1e-5)
-    for (predicted, measured), factor in ((forecast.points[0], 1 / 7), (forecast.points[-1], 7)):
-        assert forecast.corrected(predicted * factor) == pytest.approx(measured * factor)
-    assert forecast.corrected(0.0) == 0.0
-    assert Forecast().corrected(a) == a == Forecast().uncorrected(a)
-
-
-def test_noise_is_left_out() -> None:
-    measured = [(0.1, -0.01), (0.2, 0.3), (0.4, 0.25), (0.8, 0.9)]
-    assert Forecast.through(reversed(measured)).points == ((0.2, 0.3), (0.8, 0.9))
-    with pytest.raises(tn.errors.BudgetError, match="higher loss"):
-        Forecast.through([(0.1, -0.01), (0.2, math.nan)])
-    for points in (((0.2, 0.1), (0.1, 0.2)), ((0.0, 0.1),), ((0.1, math.nan),)):
-        with pytest.raises(tn.errors.BudgetError, match="increase"):
-            Forecast(points)

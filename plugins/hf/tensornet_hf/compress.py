@@ -59,8 +59,6 @@ from tensornet_moe import ExpertsReport, compress_experts
 
 #: Name that stands for the package's calibration text, as in `--calibration default`.
 DEFAULT = "default"
-#: Largest number of tokens read from a validation text.
-VALIDATION_TOKENS = 10_240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,8 +88,6 @@ class CompressOptions:
             otherwise. With it, a plan for another budget takes seconds. Only with effort fast.
         weights: floating-point GGUF file with the weights of the model; the folder then only needs the
             configuration and the tokenizer.
-        validation: text from another source than the calibration text; the model is compressed to a few
-            sizes, and their losses on this text correct the predictions. Not for classifiers.
         held_out: text that the model has not seen; the losses of the original, of the result and of simple
             baselines of equal size are measured on it. Only for language models; needs memory for two models.
         refine: after compression, refit each layer to the dense model's outputs on unused calibration text.
@@ -131,7 +127,6 @@ class CompressOptions:
     calibration_tokens: int | None = option(None, "advanced", "integer")
     prices: str | Path | None = option(None, "data", "path")
     weights: str | Path | None = option(None, "data", "path")
-    validation: str | Path | None = option(None, "data", "path")
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")
     heal: int = option(0, "after", "integer")
@@ -155,18 +150,16 @@ class CompressOptions:
         for name, what in (("refine", "refits layers on"), ("heal", "trains on")):
             if getattr(self, name) and not texts:
                 raise OptionError(f"{{{name}}} {what} the calibration text; add {{calibration}}.")
-        used = {Path(x).resolve(): "calibration" for x in texts}
-        for name in ("validation", "held_out"):
-            file = getattr(self, name)
-            if file is not None and (other := used.setdefault(Path(file).resolve(), name)) != name:
-                raise OptionError(f"{{{name}}} is the file of {{{other}}}; give a text from another source.")
+        used = {Path(x).resolve() for x in texts}
+        if self.held_out is not None and Path(self.held_out).resolve() in used:
+            raise OptionError("{held_out} is the file of {calibration}; give a text from another source.")
         dtype_of(self.dtype)
         for what, place in (("The report", self.report), ("The price list", self.prices)):
             if place is not None:
                 check_place(what, Path(place))
         if not texts and self.calibration_tokens is not None:
             raise OptionError("{calibration_tokens} counts tokens of a text; add {calibration}.")
-        layerwise = ("refine", "report", "validation", "held_out")
+        layerwise = ("refine", "report", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
                 f"{{share_experts}} cannot be combined with {' and '.join(asked)}: layers that share a core "
@@ -181,7 +174,7 @@ class CompressOptions:
     @property
     def needing_model(self) -> list[str]:
         """Names of the given options that need the whole model in memory."""
-        names = ("dtype", "report", "refine", "heal", "validation", "held_out", "share_experts", "rotate")
+        names = ("dtype", "report", "refine", "heal", "held_out", "share_experts", "rotate")
         return [name for name in names if getattr(self, name)]
 
     @property
@@ -276,10 +269,9 @@ class FolderReport:
             f"coverage    {str(done.coverage).removeprefix('covers ')}",
         ]
         if (predicted := plan.predicted_loss_increase) is not None:
-            seen = plan.forecast.source
-            where = f"measured on {seen}" if seen else f"on {plan.calibration}"
             kl = "" if plan.predicted_kl is None else f", KL {plan.predicted_kl:.4f}"
-            lines.append(f"predicted   loss increase {predicted:.4f}{plan.predicted_change()}{kl} ({where})")
+            what = f"{predicted:.4f}{plan.predicted_change()}{kl}"
+            lines.append(f"predicted   loss increase {what} (on {plan.calibration})")
         if done.measured is not None:
             lines.append(f"measured    loss increase {done.measured}")
         for model in self.models:
@@ -375,7 +367,6 @@ def compress_folder(
     if held_out is not None:
         record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
     calibration = _calibration(model, folder, config, options, text)
-    validation = _validation(model, folder, options)
     stats = None if calibration is None else calibration.statistics
     teacher = None
     if options.refine or options.heal or options.report is not None or held_out is not None:
@@ -398,7 +389,6 @@ def compress_folder(
             model,
             config,
             calibration=calibration,
-            validation=validation,
             prices=prices,
             progress=options.progress,
         )
@@ -542,9 +532,8 @@ def plan_folder(
     if priced(checked, options):
         plan = _prices(model, checked, options, calibration).plan()
     else:
-        validation = _validation(model, folder, options)
         data = gather(model, checked, calibration, progress=options.progress)
-        plan = plan_thoroughly(model, checked, data, validation, progress=options.progress)
+        plan = plan_thoroughly(model, checked, data, progress=options.progress)
     with unfused(model):
         weights = list_weights(model)
 
@@ -624,20 +613,17 @@ def _check_data(
 
     Raises:
         BudgetError: the budget needs calibration data.
-        OptionError: a finished plan is given with an option that would change it, or a validation text with
-            an objective that predicts no loss.
+        OptionError: a finished plan is given with an option that would change it.
     """
     has_data = bool(options.calibration)
     if options.prices is not None and (isinstance(config, CompressionPlan) or not priced(config, options)):
         raise OptionError(
             "{prices} contains the prices of number formats, which {effort} fast finds on a {calibration} "
-            "text. Leave out {prices}, or the options that need more: networks, {validation}, {plan}."
+            "text. Leave out {prices}, or the options that need more: networks, {plan}."
         )
     if isinstance(config, CompressionPlan):
         if options.share_experts:
             raise OptionError("{plan} already fixes the scheme of every layer; leave out {share_experts}.")
-        if options.validation is not None:
-            raise OptionError("{plan} already contains its predictions; leave out {validation}.")
         if config.objective != "weight" and not has_data:
             raise BudgetError(
                 f"The plan was made with {config.calibration}, which the cores depend on too. Give the same "
@@ -645,11 +631,6 @@ def _check_data(
             )
         return config
     config.check_says_how_far()
-    if options.validation is not None and (config.objective in ("weight", "activation") or not has_data):
-        raise OptionError(
-            "{validation} corrects the predicted loss increase. A prediction needs {calibration}, and the "
-            "objective curvature or auto."
-        )
     if config.whole_model is not None and all(getattr(config, name) is None for name in BYTE_BUDGETS):
         budgets = ", ".join(f"{{{name}}}" for name in BYTE_BUDGETS)
         raise OptionError(
@@ -674,9 +655,7 @@ def _check_data(
 
 def priced(config: CompressionConfig | CompressionPlan, options: CompressOptions) -> bool:
     """Return True if blocks are surveyed and rounded one by one, from batches of the calibration text."""
-    return (
-        bool(options.calibration) and config.by_blocks and not (options.validation or options.share_experts)
-    )
+    return bool(options.calibration) and config.by_blocks and not options.share_experts
 
 
 def _calibration(
@@ -746,20 +725,6 @@ def _calibration(
         )
         known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
     return ProvidedData(batches, known.source, loss_fn=data.loss_fn, statistics=known)
-
-
-def _validation(model: PreTrainedModel, folder: Path, options: CompressOptions) -> ProvidedData | None:
-    """Make batches of the validation text if it is given; raise TargetError if no loss can be measured."""
-    if options.validation is None:
-        return None
-    file = Path(options.validation)
-    data = calibration_data(model, folder, read_text(file), tokens=VALIDATION_TOKENS)
-    if not data.labelled:
-        raise TargetError(
-            f"{type(model).__name__} is neither a language model nor an encoder, so no loss can be measured "
-            "on the validation text. Leave out the text."
-        )
-    return ProvidedData(data.batches, f"{data.tokens:,} tokens of {file.name}")
 
 
 def _compress_streamed(

@@ -173,7 +173,7 @@ def compare_methods(
     losses = {}
     configs = baseline_configs(plan, stats)
     for method in tqdm(list(configs), desc="measuring baselines", unit="baseline", disable=not progress):
-        made, quality = replace(tn.plan(dense, configs[method], stats), forecast=plan.forecast), None
+        made, quality = tn.plan(dense, configs[method], stats), None
         if recorded is not None:
             copied = copy.deepcopy(dense)
             tn.apply_plan(copied, made, stats)

@@ -263,7 +263,7 @@ def compress_experts(
 
     # Measure and report.
     params_after, bytes_after = model_size(model)
-    predicted = prices.template.forecast.corrected(totals_of(chosen, prices)[1])
+    predicted = totals_of(chosen, prices)[1]
     measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, predicted, config.loss_increase)
@@ -459,7 +459,6 @@ def choose_sharing(
         [*(layers[place].candidates for place in single), *([each for each, _ in some] for some in options)],
         prices.config,
         "curvature",
-        forecast=prices.template.forecast,
         untargeted=prices.untargeted,
         names=[layers[place].name for place in (*single, *(stack[0].members[0] for stack in stacks))],
     )
