@@ -44,8 +44,7 @@ from subjects import Batches, Subject, tokens_of
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against, pooled
-from tensornet.compression import PriceList, check_loss, measure, price, record_losses
-from tensornet.compression.apply import LayerCache
+from tensornet.compression import PriceList, measure, price, record_losses
 from tensornet.compression.loss_increase import RecordedLosses
 from tensornet.nn.targets import LayerSelection, find_targets
 
@@ -149,7 +148,6 @@ class Bench:
     def ours(self, method: str, seed: int, sizes: Sequence[float]) -> None:
         """Measure a method of this library at every size; plans are also measured on validation text."""
         stats, calibrated = (None, 0.0) if method == "nearest" else self.statistics(seed)
-        batches = self.subject.calibration(seed)
         known: tuple[PriceList, float] | None = None
         for bits in sizes:
             options = dict(OURS[method])
@@ -160,15 +158,10 @@ class Bench:
             if known is None or method != "plan":  # the candidates of plans are the same for all sizes
                 start = processor_seconds()
                 known = price(self.dense, config, stats), processor_seconds() - start
-            prices, start = known[0], processor_seconds()
-            cache: LayerCache = {}
-            if method == "plan" and stats is not None:
-                prices = check_loss(prices, self.dense, batches, stats, cache=cache, bits_per_weight=bits)
-            verified = processor_seconds() - start
-            plan, small = prices.plan(bits_per_weight=bits), self.subject.load()
+            plan, small = known[0].plan(bits_per_weight=bits), self.subject.load()
             start = processor_seconds()
-            tn.apply_plan(small, plan, stats, cache=cache)
-            seconds = {"calibrate": calibrated, "plan": known[1], "verify": verified}
+            tn.apply_plan(small, plan, stats)
+            seconds = {"calibrate": calibrated, "plan": known[1]}
             row: Row = {"seconds": seconds | {"round": processor_seconds() - start}, "peak_mib": peak_mib()}
             if method == "plan":
                 row |= self.forecast(plan, small)
@@ -190,7 +183,6 @@ class Bench:
                 for name, data in self.subject.validation.items()
             },
             "formats": dict(formats),
-            "loss_check": None if plan.loss_check is None else asdict(plan.loss_check),
         }
 
     def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:

@@ -48,8 +48,7 @@ from subjects import Subject, tokens_of
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression import PriceList, check_loss, price
-from tensornet.compression.apply import LayerCache
+from tensornet.compression import PriceList, price
 from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
@@ -167,7 +166,7 @@ class Bench:
 
     def plan(self, name: str, size: int) -> None:
         """Write the file of the plan for one size, and measure its loss."""
-        subject, batches = self.subject, self.subject.calibration(0)
+        subject = self.subject
         formats = "gguf-fast" if self.given.fast else "gguf"
         asked = tn.CompressionConfig(max_bytes=size, formats=formats, effort="thorough")
         config = for_target("gguf", asked, self.dense, subject.folder)
@@ -178,13 +177,9 @@ class Bench:
             seconds["calibrate"], start = processor_seconds() - start, processor_seconds()
             self.prices = price(self.dense, config, stats)
             seconds["prepare"] = processor_seconds() - start
-        start = processor_seconds()
-        cache: LayerCache = {}
-        checked = check_loss(self.prices, self.dense, batches, stats, cache=cache, max_bytes=config.max_bytes)
-        plan = checked.plan(max_bytes=config.max_bytes)
-        seconds["check"], start = processor_seconds() - start, processor_seconds()
-        small = subject.load()
-        tn.apply_plan(small, plan, stats, cache=cache)
+        plan = self.prices.plan(max_bytes=config.max_bytes)
+        small, start = subject.load(), processor_seconds()
+        tn.apply_plan(small, plan, stats)
         seconds["round"], start = processor_seconds() - start, processor_seconds()
         file = self.work / f"{name.replace(' ', '-')}.gguf"
         report = th.export(small, file, source=subject.folder, force=True)

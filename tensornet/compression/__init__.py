@@ -1,6 +1,5 @@
 """Compression of whole models: find candidates for every layer, plan, check the loss, replace layers."""
 
-from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses
 from tensornet.compression.plan import LayerPlan
 from tensornet.compression.planning import price
@@ -10,7 +9,6 @@ __all__ = [
     "LayerPlan",
     "LossIncrease",
     "PriceList",
-    "check_loss",
     "measure",
     "price",
     "record_losses",

@@ -1,4 +1,4 @@
-"""Compression in one call: calibrate, plan, check the predicted losses, replace layers, report."""
+"""Compression in one call: calibrate or survey, plan, replace layers, report."""
 
 import time
 import warnings
@@ -22,14 +22,11 @@ from tensornet.calibration.losses import PROJECTIONS, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import LayerCache, apply_plan, run_once
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan as plan_model
-from tensornet.compression.planning import planned_alone, price
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
-from tensornet.compression.sensitivity import resolve_objective
 from tensornet.compression.survey import survey
 from tensornet.compression.write import WRITE_TOKENS, compress_blocks
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
@@ -52,8 +49,7 @@ def compress(
 ) -> CompressionReport:
     """Compress a model in place: replace the targeted layers by tensor-network layers.
 
-    If there are batches, predicted losses of number formats are checked by measuring (see `verify` of
-    `CompressionConfig`). The loss is also measured before and after compression, on at most 2,048 tokens. A
+    If there are batches, the loss is measured before and after compression, on at most 2,048 tokens. A
     `CalibrationWarning` is given if the measured loss increase is far above the predicted one, or above the
     allowed one.
 
@@ -121,7 +117,7 @@ def compress(
         )
         plan = prices.plan()
     else:
-        plan = plan_thoroughly(model, config, data, cache=cache, progress=progress)
+        plan = plan_model(model, config, data.statistics, progress=progress)
     with unfused(model):
         weights = list_weights(model)
 
@@ -236,38 +232,6 @@ def gather(
         for _ in sample:  # `sample` stores a few batches, since some loaders can be iterated over only once
             pass
     return _measurable(replace(data, batches=sample.kept, statistics=stats))
-
-
-def plan_thoroughly(
-    model: nn.Module,
-    config: CompressionConfig,
-    data: ProvidedData,
-    *,
-    cache: LayerCache | None = None,
-    progress: bool = False,
-) -> CompressionPlan:
-    """Plan with the statistics of all layers, and check predicted losses by measuring.
-
-    Args:
-        model: the dense model; it is not changed.
-        config: the options.
-        data: calibration data from `gather`.
-        cache: receives layers that are rounded for measurements (see `apply_plan`).
-        progress: whether to show progress bars.
-
-    Raises:
-        BudgetError: the budget cannot be met (see `PriceList.plan`).
-    """
-    stats = data.statistics
-    if planned_alone(config, resolve_objective(config, stats)):
-        return plan_model(model, config, stats, progress=progress)
-    prices = price(model, config, stats, progress=progress)
-    if config.verify and stats is not None:
-        batches = list(data.batches)
-        prices = check_loss(
-            prices, model, batches, stats, loss_fn=data.loss_fn, cache=cache, progress=progress
-        )
-    return prices.plan()
 
 
 def calibration_config(plan: CompressionPlan) -> CompressionConfig:

@@ -115,8 +115,7 @@ class CompressionConfig(LayerSelection):
         effort: how much time to spend on a plan of number formats. fast prices the formats of every layer on
             few tokens and rounds block by block, on the inputs that each block will really get. thorough
             collects full moments of inputs and gradients of the whole model, also plans low-rank parts,
-            rounds with feedback along inputs and outputs, and checks predictions by measuring. All other
-            plans are thorough.
+            and rounds with feedback along inputs and outputs. All other plans are thorough.
         rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as in GPTQ),
             or along inputs and outputs. Two configurations are usual baselines.
             Round to nearest is `(objective="weight", formats=("int4",), rounding="nearest")`. The truncated
@@ -128,9 +127,6 @@ class CompressionConfig(LayerSelection):
         require_calibrated: whether to raise an error for layers that never ran in calibration, instead of
             leaving them dense. Such a layer is in the vision tower of a model calibrated on text. Layers
             left dense do not count in budgets of the targeted layers, and a warning names them.
-        verify: whether to measure the loss of layers with large errors before anything is replaced. If a
-            prediction was far too low, the layers are planned again (see `check_loss`). This needs number
-            formats and batches; statistics alone are not enough.
 
     Raises:
         BudgetError: a limit is not a number, out of range, or in conflict with the objective.
@@ -165,7 +161,6 @@ class CompressionConfig(LayerSelection):
     damping: float = option(0.1, "advanced", "number")
     pivoted: bool | None = option(None, "advanced", "flag")
     require_calibrated: bool = option(False, "advanced", "flag")
-    verify: bool = option(True, "advanced", "flag")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +180,7 @@ class CompressionConfig(LayerSelection):
         for name in ("max_bond", "sites"):
             if (value := getattr(self, name)) is not None:  # NumPy integers become Python integers
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
-        for name in ("pivoted", "whole_model", "require_calibrated", "verify"):
+        for name in ("pivoted", "whole_model", "require_calibrated"):
             value, maybe = getattr(self, name), name in ("pivoted", "whole_model")
             if not isinstance(value, bool) and not (maybe and value is None):
                 allowed = "True, False or None" if maybe else "True or False"

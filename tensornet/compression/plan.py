@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,42 +182,6 @@ def scheme_name(topology: Topology | None, storage: Storage = PLAIN) -> str:
 
 
 @dataclass(frozen=True)
-class RaisedLoss:
-    """Record of a predicted loss increase that was raised because the measured loss increase was far higher.
-
-    Args:
-        layer: name of the layer.
-        scheme: number format and topology of the layer, as printed in plans.
-        factor: ratio of measured to predicted loss increase; the prediction was multiplied by it.
-    """
-
-    layer: str
-    scheme: str
-    factor: float
-
-
-@dataclass(frozen=True)
-class LossCheck:
-    """Result of `check_loss`, which measures the loss of layers with large errors during planning.
-
-    Args:
-        layers: number of layers of the plan that were measured in their planned scheme.
-        raised: predicted losses that were too low and were raised; the final plan may use other schemes for
-            these layers.
-    """
-
-    layers: int
-    raised: tuple[RaisedLoss, ...] = ()
-
-    def __str__(self) -> str:
-        text = f"{self.layers} layers checked by measuring"
-        if self.raised:
-            each = (f"{x.layer} in {x.scheme} ({x.factor:.2g}x)" for x in self.raised)
-            text += f", predicted loss raised of {', '.join(each)}"
-        return text
-
-
-@dataclass(frozen=True)
 class CompressionPlan:
     """Plans of all targeted layers, in model order.
 
@@ -240,7 +204,6 @@ class CompressionPlan:
             moments of the other experts of their layer.
         unfit: for each number format that does not fit some layers, because its groups do not divide their
             number of inputs, the names of these layers.
-        loss_check: result of `check_loss`; None if it did not measure anything, as without batches.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
@@ -262,7 +225,6 @@ class CompressionPlan:
     unseen: tuple[str, ...] = ()
     unrouted: tuple[str, ...] = ()
     unfit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    loss_check: LossCheck | None = None
     rounding: Rounding = "two_sided"
     effort: Effort = "thorough"
 
@@ -460,12 +422,10 @@ class CompressionPlan:
         for layers in dict.fromkeys(self.unfit.values()):
             names = [name for name, others in self.unfit.items() if others == layers]
             lines.append(f"{', '.join(names)} not planned, since they do not fit: {shortened(layers)}")
-        uncertain = [x for x in self.layers if x.has_large_error and x.loss_increase and x.storage.own_dtypes]
-        if self.loss_check is not None:
-            lines.append(str(self.loss_check))
-        elif uncertain:
+        if uncertain := sum(x.has_large_error and bool(x.loss_increase) for x in self.layers):
             lines.append(
-                f"not checked by measuring: {len(uncertain)} layers whose predicted loss is uncertain"
+                f"the prediction is uncertain, and more often too low than too high: {uncertain} layers have "
+                f"errors above {LARGE_ERROR:.0%}"
             )
         return "\n".join(lines)
 
@@ -517,7 +477,6 @@ class CompressionPlan:
             "unseen": list(self.unseen),
             "unrouted": list(self.unrouted),
             "unfit": {name: list(layers) for name, layers in self.unfit.items()},
-            "loss_check": None if self.loss_check is None else asdict(self.loss_check),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -538,7 +497,7 @@ class CompressionPlan:
                 "the output of `tensornet compress ... --dry-run --json`."
             )
         try:
-            options, check = (data[x] for x in ("topology_options", "loss_check"))
+            options = data["topology_options"]
             if not isinstance(options, Mapping | None):
                 raise TypeError(f"topology_options must be a mapping, got {options!r}")
             known = {field.name: data[field.name] for field in fields(cls)}
@@ -546,8 +505,6 @@ class CompressionPlan:
                 "unseen": tuple(data["unseen"]),
                 "unrouted": tuple(data["unrouted"]),
                 "unfit": {name: tuple(layers) for name, layers in data["unfit"].items()},
-                "loss_check": check
-                and LossCheck(int(check["layers"]), tuple(RaisedLoss(**x) for x in check["raised"])),
                 "layers": tuple(LayerPlan.from_dict(layer) for layer in data["layers"]),
             }
             made = cls(**known)

@@ -43,10 +43,9 @@ class PriceList:
     Args:
         config: the configuration.
         layers: the weights to compress and their candidates, in model order.
-        template: a plan without layers, which contains all that is known from calibration and measurements.
+        template: a plan without layers, which contains all that is known from calibration.
         untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
             other bytes of the model's file; they count in budgets of the whole model.
-        measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
         key: everything else that the prices depend on, such as the text, by name.
         losses: losses of the dense model on the tokens that were read, to compare with the compressed model.
         factors: low-rank factors of the moments of gradients (see `CalibrationStats`), with which rounding
@@ -65,7 +64,6 @@ class PriceList:
     layers: tuple[PricedLayer, ...]
     template: CompressionPlan
     untargeted: tuple[int, int, int] = (0, 0, 0)
-    measured: frozenset[tuple[str, str]] | None = None
     key: Mapping[str, str] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     factors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -140,10 +138,7 @@ class PriceList:
                 target=self.config.menu,
             )
             layers.append(layer.with_baseline(priced.spectrum) if priced.spectrum else layer)
-        check = self.template.loss_check
-        if check is not None and self.measured is not None:
-            check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
-        return replace(self.template, layers=tuple(layers), loss_check=check)
+        return replace(self.template, layers=tuple(layers))
 
     def with_config(self, config: CompressionConfig) -> "PriceList":
         """Return the prices for a configuration that differs from the first only in its budgets.
@@ -151,7 +146,7 @@ class PriceList:
         Raises:
             BudgetError: the prices depend on an option that differs; the message names it.
         """
-        budgets = (*BUDGETS, "whole_model", "rounding", "verify", "effort")
+        budgets = (*BUDGETS, "whole_model", "rounding", "effort")
         for x in fields(config):
             if x.name not in budgets and getattr(config, x.name) != getattr(self.config, x.name):
                 raise BudgetError(
@@ -205,7 +200,6 @@ class PriceList:
             "key": dict(self.key),
             "losses": self.losses,
             "untargeted": self.untargeted,
-            "measured": None if self.measured is None else sorted(self.measured),
             "template": self.template.to_dict(),
             "schemes": [[t and t.to_dict(), storage.to_dict()] for t, storage in schemes],
             "layers": layers,
@@ -245,13 +239,11 @@ class PriceList:
                 )
                 for x in data["layers"]
             )
-            measured = data["measured"]
             found = cls(
                 CompressionConfig.from_dict(data["config"]),
                 layers,
                 CompressionPlan.from_dict(data["template"], complete=False),
                 _listed(data["untargeted"], int),
-                None if measured is None else frozenset((a, b) for a, b in measured),
                 data["key"],
                 _listed(data["losses"], float),
                 factors,

@@ -229,7 +229,6 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready dict."""
-        check = self.plan.loss_check
         return {
             "layers": [layer.summary() for layer in self.layers],
             **{name: value for name, value in vars(self).items() if name != "plan"},
@@ -241,7 +240,6 @@ class CompressionReport:
             "measured_layers": None if self.measured_layers is None else asdict(self.measured_layers),
             "rounded": dict(self.rounded),
             "unrouted": list(self.plan.unrouted),
-            "loss_check": None if check is None else asdict(check),
             **self.plan.predictions(),
         }
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
 import tensornet as tn
-from tensornet.calibration.batches import as_batch
+from tensornet.calibration.batches import as_batch, some_rows
 from tensornet.calibration.losses import label_losses, sampled_losses
 from tensornet.errors import TargetError
 from tensornet.healing import refine
@@ -144,3 +144,20 @@ def test_other_batches_are_refused(given: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         tn.compress(model, tn.CompressionConfig(param_ratio=0.5), calibration=[given], progress=False)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_rows_are_cut_only_where_all_arguments_have_them() -> None:
+    model = nn.Linear(2, 2)
+    ids, mask = torch.ones(8, 4096).long(), torch.ones(8, 4096).long()
+    (long,) = some_rows([{"input_ids": ids, "attention_mask": mask}], model, 1024)
+    assert long["input_ids"].shape == long["attention_mask"].shape == (1, 1024)
+    padded = mask.clone()
+    padded[:, :100] = 0
+    (left,) = some_rows([{"input_ids": ids, "attention_mask": padded}], model, 1024)
+    assert left["input_ids"].shape == (1, 4096)
+    graph = {"x": torch.ones(10, 4), "edges": torch.ones(2, 30), "scale": 2.0}
+    assert some_rows([graph], model, 4) == [graph]
+    (images,) = some_rows([(torch.ones(64, 3, 8, 8), torch.ones(64).long())], model, 784)
+    assert images["input"].shape == (4, 3, 8, 8)
+    assert images["labels"].shape == (4,)
+    assert some_rows([], model, 4) == []

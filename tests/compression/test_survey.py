@@ -269,7 +269,7 @@ def test_more_bits_never_cost_more() -> None:
 
 def test_a_file_of_prices_is_as_good_as_they_are(tmp_path: Path) -> None:
     model, prices = surveyed()
-    for k, given in enumerate((prices, price_of_networks(), checked())):
+    for k, given in enumerate((prices, price_of_networks())):
         given.save(tmp_path / f"{k}.safetensors")
         loaded = PriceList.load(tmp_path / f"{k}.safetensors")
         assert loaded == given
@@ -293,11 +293,6 @@ def price_of_networks() -> PriceList:
     return price(model, tn.CompressionConfig(param_ratio=0.5), tn.calibrate(model, batches))
 
 
-def checked() -> PriceList:
-    _, prices = surveyed()
-    return replace(prices, measured=frozenset({("lm_head", "int4 dense"), ("lm_head", "int2 dense")}))
-
-
 def test_a_file_replaces_another_as_a_whole(tmp_path: Path) -> None:
     _, prices = surveyed()
     file = tmp_path / "prices.safetensors"
@@ -318,8 +313,6 @@ def damaged() -> Iterator[tuple[str, str]]:
     yield "a bomb", "[" * 100_000
     for key in data:
         for bad in (MISSING, None, -1, "x", [3], {"x": 1}):
-            if key == "measured" and bad is None:
-                continue  # None says that nothing was measured
             yield f"{key}={bad!r}", changed(data, [key], bad)
     for key in data["layers"][0]:
         for bad in (MISSING, None, -1, "x", [], {"x": 1}):

@@ -405,7 +405,7 @@ def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-def test_a_budget_below_the_smallest_separate_networks_is_kept_and_checked() -> None:
+def test_a_budget_below_the_smallest_separate_networks_is_kept() -> None:
     formats = ("int8", "int4")
     prepared, _ = candidates(0, formats)
     size = sum(min(x.num_bytes for x in layer.candidates) for layer in prepared.layers)
@@ -418,7 +418,6 @@ def test_a_budget_below_the_smallest_separate_networks_is_kept_and_checked() -> 
         progress=False,
     )
     assert report.bits_per_weight <= bits
-    assert report.plan.loss_check is not None
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_compress_reaches_banks(tmp_path: Path) -> None:
     model = gpt2().eval()
     th.upcycle(model, share="center", experts=3, pool="all", top_k=1)
     dense, numbers = logits(model), sum(m.num_params for m in banks_of(model).values())
-    config = tn.CompressionConfig(bits_per_weight=6.0, formats=("int8", "int4:g32"), verify=False)
+    config = tn.CompressionConfig(bits_per_weight=6.0, formats=("int8", "int4:g32"))
     report = tn.compress(model, config, calibration=[{"input_ids": IDS, "labels": IDS}], progress=False)
     assert {x.partition(".core_")[0] for x in report.rounded} == set(banks_of(model))
     assert report.coverage.covered > report.plan.params_before + numbers - 1
@@ -236,7 +236,7 @@ def test_compress_reaches_banks(tmp_path: Path) -> None:
 def test_the_loss_of_rounding_experts_is_not_taken_for_predicted() -> None:
     model, batches = gpt2().eval(), [{"input_ids": IDS, "labels": IDS}]
     th.upcycle(model, share="none", experts=3, top_k=1)
-    config = tn.CompressionConfig(formats=("int4",), verify=False, effort="thorough")
+    config = tn.CompressionConfig(formats=("int4",), effort="thorough")
     layers_alone, unmeasured = copy.deepcopy(model), copy.deepcopy(model)
     stats = tn.calibrate(model, batches, config=config)
     report = tn.compress(model, config, calibration=batches, progress=False)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.compress import calibration_config, gather, plan_thoroughly
+from tensornet.compression.compress import calibration_config, gather
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import CompressionPlan
@@ -533,7 +533,7 @@ def plan_folder(
         plan = _prices(model, checked, options, calibration).plan()
     else:
         data = gather(model, checked, calibration, progress=options.progress)
-        plan = plan_thoroughly(model, checked, data, progress=options.progress)
+        plan = tn.plan(model, checked, data.statistics, progress=options.progress)
     with unfused(model):
         weights = list_weights(model)
 

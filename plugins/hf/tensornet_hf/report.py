@@ -82,7 +82,7 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
     sizes = {x: sum(x.nbytes(layer.shape) for layer in plan) for x in formats}
     fitting = [x for x in formats if sizes[x] <= 1.01 * plan.bytes_after]
     largest = max(fitting, key=sizes.__getitem__) if fitting else min(formats, key=sizes.__getitem__)
-    integers = CompressionConfig(target_modules=names, formats=(largest.name,), verify=False)
+    integers = CompressionConfig(target_modules=names, formats=(largest.name,))
     low_rank = CompressionConfig(
         target_modules=names,
         topology="low_rank",

@@ -29,7 +29,6 @@ from tensornet.compression.apply import apply_plan, replaced
 from tensornet.compression.candidates import layer_formats, relative_gap
 from tensornet.compression.compress import Calibration, gather
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan, LayerPlan, scheme_name
 from tensornet.compression.planning import price
@@ -211,7 +210,7 @@ def compress_experts(
     _check_options(config)
     params_before, bytes_before = model_size(model)
 
-    # Calibrate, find the candidates of all layers, and compare their predicted losses with measured ones.
+    # Calibrate, and find the candidates of all layers.
     with torch.enable_grad():
         data = gather(model, config, calibration, progress=progress)
     stats = data.statistics
@@ -221,17 +220,6 @@ def compress_experts(
             "calibrated gradients: pass calibration=batches, or use tensornet.compress."
         )
     prices = price(model, replace(config, objective="curvature"), stats, progress=progress)
-    if config.verify:
-        batches = list(data.batches)
-        try:
-            prices = check_loss(prices, model, batches, stats, progress=progress)
-        except BudgetError:
-            # Separate networks do not fit the budget, but networks that share a core may fit it. So check the
-            # predictions for the smallest separate networks instead.
-            size = sum(min(x.num_bytes for x in layer.candidates) for layer in prices.layers)
-            bits = 8 * size / sum(layer.numel for layer in prices.layers) * (1 + 1e-9)
-            prices = check_loss(prices, model, batches, stats, progress=progress, bits_per_weight=bits)
-
     # Add the shared candidates of every stack, choose among all candidates, and plan the separate layers.
     with unfused(model):
         targets = {target.name: target for target in all_targets(model)}

@@ -127,7 +127,6 @@ WRONG = [
     ("compress GPT2 out HALF --whole-model", "--whole-model.*--max-bytes"),
     ("compress GPT2 out HALF --no-resume", "leave out --no-resume"),
     ("compress GPT2 out HALF --damping 0.2", "--damping.*--calibration"),
-    ("compress GPT2 out --plan p.json --no-verify", "leave out --no-verify"),
     ("eval GPT2 --text text.txt --limit 3 --shots 0", "--tasks NAMES, or leave out --shots and --limit"),
     ("eval GPT2 --tasks x --context 9", "--text FILE, or leave out --context"),
     ("compress GPT2 out --plan p.json --topology mpo --target c_fc", "leave out --target and --topology"),
@@ -205,7 +204,6 @@ def test_messages_name_options(text: str, translated: str) -> None:
 
 def test_negated_options_say_what_is_left_out(tensornet: Run) -> None:
     shown = " ".join(re.sub(r"[│\s]+", " ", tensornet("compress", "--help-all")[1]).split())
-    assert "--no-verify Do not measure" in shown
     assert "--no-resume Do not continue" in shown
     assert "Do not whether" not in shown
 

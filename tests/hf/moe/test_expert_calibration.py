@@ -156,7 +156,7 @@ def test_experts_without_tokens_are_named(family: str) -> None:
         if not counts[number]
     }
     assert expected
-    config = tn.CompressionConfig(bits_per_weight=8.5, formats=("int4:g16", "int8:g16"), verify=False)
+    config = tn.CompressionConfig(bits_per_weight=8.5, formats=("int4:g16", "int8:g16"))
     report = tn.compress(model, config, calibration=[batch], progress=False)
     assert set(report.plan.unrouted) == expected
     assert report.to_dict()["unrouted"] == list(report.plan.unrouted)
@@ -212,7 +212,7 @@ def test_the_forecast_of_a_trained_mixture() -> None:
     windows = known[: 64 * 32].view(32, 64)
     calibration = [{"input_ids": x, "labels": x} for x in windows.split(8)]
     config = tn.CompressionConfig(
-        bits_per_weight=3.25, formats=("int2:g16", "int3:g16", "int4:g16", "int8:g16"), verify=False
+        bits_per_weight=3.25, formats=("int2:g16", "int3:g16", "int4:g16", "int8:g16")
     )
     stats = tn.calibrate(model, calibration, config=config, tokens=2048)
     judged, outputs = held[: 64 * 64].view(64, 64), []
