@@ -6,7 +6,7 @@
 Each model is compressed with `effort="fast"` and `effort="thorough"` to the same sizes. Loss increases are
 those on held-out text of another source than the calibration text; for language models, the divergence from
 the dense model has the smaller standard error. `seconds` are processor seconds of this process: `plan` is
-the time until the first plan is known (calibration or survey, prices, checks), `write` that of one further
+the time until the first plan is known (calibration or survey, and prices), `write` that of one further
 size. The peak memory is that of a process that measures one effort alone.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import tensornet as tn
-from tensornet.compression import check_loss, measure, price, record_losses
+from tensornet.compression import measure, price, record_losses
 from tensornet.compression.write import compress_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -76,13 +76,8 @@ def measure_effort(
     rows = []
     for size in bits:
         start = processor_seconds()
-        if stats is not None:
-            checked = check_loss(
-                prices, dense, batches, stats, loss_fn=subject.losses, cache=cache, bits_per_weight=size
-            )
-            plan = checked.plan(bits_per_weight=size)
-        else:
-            plan = prices.plan(bits_per_weight=size)
+        plan = prices.plan(bits_per_weight=size)
+        if stats is None:
             schemes = {x.name: (x.name, x.topology, x.storage) for x in plan}
             for _, new in compress_blocks(dense, plan, batches, factors=prices.factors):
                 cache |= {schemes[name]: made for name, made in new.items()}

@@ -70,7 +70,7 @@ def plan(
     if planned_alone(config, template.objective):
         layers = _plan_by_weight(targets, config, stats, progress=progress)
         return replace(template, layers=tuple(layers))
-    return price(model, config, stats, progress=progress).plan()
+    return _priced(model, targets, template, config, stats, progress=progress).plan()
 
 
 @torch.no_grad()
@@ -104,6 +104,18 @@ def price(
             "Without number formats and calibration data, each layer is planned alone by the error of its "
             "weight, so there are no prices: call tensornet.plan."
         )
+    return _priced(model, targets, template, config, stats, progress=progress)
+
+
+def _priced(
+    model: nn.Module,
+    targets: Sequence[Target],
+    template: CompressionPlan,
+    config: CompressionConfig,
+    stats: CalibrationStats | None,
+    *,
+    progress: bool,
+) -> PriceList:
     found = find_candidates(targets, config, template.objective, stats)
     layers = []
     for target, candidates in zip(
