@@ -318,6 +318,8 @@ def damaged() -> Iterator[tuple[str, str]]:
         for bad in (MISSING, None, -1, "x", [], {"x": 1}):
             if key in ("sample", "spectrum") and bad == []:
                 continue  # unknown
+            if key == "stack" and bad == "x":
+                continue  # any name
             yield f"layers.0.{key}={bad!r}", changed(data, ["layers", 0, key], bad)
     row = data["layers"][0]["candidates"][1]
     for place in range(len(row)):
