@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_models import TwoReaders, perceptron
 from hf_models import bert, gpt2, llama, qwen2, t5_relu
 from mixture_models import mixture
 from torch import Tensor, nn
@@ -50,21 +51,6 @@ class Gated(nn.Module):
         return x + torch.sigmoid(condition) * self.down(torch.relu(self.up(x)))
 
 
-class TwoReaders(nn.Module):
-    """Layers of two blocks use one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
-        self.blocks[2][0].weight = self.blocks[0][0].weight
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, input: Tensor) -> Tensor:
-        for block in self.blocks:
-            input = block(input)
-        return self.head(input)
-
-
 class Counting(nn.Module):
     """Looks like a chain, but what a block gets beside the hidden state depends on the blocks before."""
 
@@ -99,7 +85,7 @@ def masked() -> Batch:
     return {**batch, "labels": batch["labels"].masked_fill(torch.rand(3, 9) < 0.5, -100)}
 
 
-def numbers(*shape: int) -> Callable[[], Any]:
+def vectors(*shape: int) -> Callable[[], Any]:
     return lambda: (torch.randn(5, *shape), torch.randint(4, (5,)))
 
 
@@ -111,10 +97,6 @@ def written() -> Batch:
     start = int(torch.randint(10_000, ()))
     ids = torch.tensor([list(calibration_text()[start : start + 24].encode())]) % 90 + 1
     return {"input_ids": ids, "labels": ids}
-
-
-def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
 def convolutional() -> nn.Module:
@@ -133,12 +115,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int]] = {
     "BERT, padded": (bert, masked, 2),
     "mixture": (lambda: mixture("mixtral"), padded, 2),
     "encoder and decoder": (t5_relu, text, 0),
-    "a second argument of the blocks": (Conditioned, numbers(6), 0),
-    "a second argument that depends on blocks": (Counting, numbers(6), 0),
-    "one weight in two blocks": (TwoReaders, numbers(6), 3),
-    "convolutional": (convolutional, numbers(2, 6, 6), 5),
-    "sequence of layers": (perceptron, numbers(6), 5),
-    "layer": (lambda: nn.Linear(6, 4), numbers(6), 0),
+    "a second argument of the blocks": (Conditioned, vectors(6), 0),
+    "a second argument that depends on blocks": (Counting, vectors(6), 0),
+    "one weight in two blocks": (TwoReaders, vectors(8), 3),
+    "convolutional": (convolutional, vectors(2, 6, 6), 5),
+    "sequence of layers": (perceptron, vectors(8), 5),
+    "layer": (lambda: nn.Linear(6, 4), vectors(6), 0),
 }
 
 
@@ -250,7 +232,7 @@ def test_states_may_be_in_another_mapping() -> None:
 def test_moments_of_inputs_alone_come_from_the_first_block_to_the_last(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().eval()
-    batches = [numbers(6)() if make is perceptron else padded() for _ in range(2)]
+    batches = [vectors(8)() if make is perceptron else padded() for _ in range(2)]
     recorder = MomentRecorder()
     expected = tn.calibrate(model, batches, tokens=10_000, gradients=False)
     with observed(model, recorder, None):

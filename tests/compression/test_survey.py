@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from block_models import TwoReaders, numbers, perceptron, text
 from hf_models import bert, gpt2, llama, qwen2, t5_relu
 from mixture_models import mixture
 from safetensors.torch import load as load_bytes
@@ -34,41 +35,9 @@ FORMATS = ("float", "int8:g16:float16", "int4:g16:float16", "int3:g16:float16", 
 CONFIG = tn.CompressionConfig(bits_per_weight=9, formats=FORMATS, target_modules="all")
 
 
-def text(seed: int, rows: int = 3) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 101, (rows, 9), generator=generator)
-    mask = torch.ones(rows, 9, dtype=torch.long)
-    mask[1, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
 def window(seed: int) -> dict[str, Tensor]:
     ids = torch.randint(3, 101, (1, 20), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
-
-
-def numbers(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(20, 8, generator=generator), torch.randint(4, (20,), generator=generator)
-
-
-class TwoReaders(nn.Module):
-    """Layers of two blocks use one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
-        self.blocks[2][0].weight = self.blocks[0][0].weight
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, input: Tensor) -> Tensor:
-        for block in self.blocks:
-            input = block(input)
-        return self.head(input)
-
-
-def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
 MODELS: dict[Callable[[], nn.Module], Callable[[int], Any]] = {
@@ -154,7 +123,9 @@ def test_weights_of_two_blocks_are_priced() -> None:
     prices = tn.survey(TwoReaders(), [numbers(0)], CONFIG)
     assert [layer.names for layer in prices.layers] == [
         ("blocks.0.0", "blocks.2.0"),
-        ("blocks.1.0",),
+        ("blocks.0.2",),
+        ("blocks.1.0", "blocks.1.2"),
+        ("blocks.2.2",),
         ("head",),
     ]
     assert prices.template.unseen == ()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_models import TwoReaders, numbers, perceptron, text
 from hf_models import bert, gpt2, llama, qwen2, t5_relu
 from mixture_models import mixture
 from torch import Tensor, nn
@@ -27,42 +28,6 @@ from tensornet.nn.unfuse import unfused
 
 FORMATS = ("int8:g16:float16", "int3:g16:float16", "int2:g16:float16")
 CONFIG = tn.CompressionConfig(bits_per_weight=5.5, formats=FORMATS, target_modules="all")
-
-
-def text(seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 101, (3, 9), generator=generator)
-    mask = torch.ones(3, 9, dtype=torch.long)
-    mask[1, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def numbers(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(20, 8, generator=generator), torch.randint(4, (20,), generator=generator)
-
-
-def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-class TwoReaders(nn.Module):
-    """Two layers of one block use one weight, and so do layers of two blocks if `apart`."""
-
-    def __init__(self, apart: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3)
-        )
-        self.blocks[1][2].weight = self.blocks[1][0].weight
-        if apart:
-            self.blocks[2][0].weight = self.blocks[0][0].weight
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, input: Tensor) -> Tensor:
-        for block in self.blocks:
-            input = block(input)
-        return self.head(input)
 
 
 #: Models, one of their batches, and the names under which their layers come.

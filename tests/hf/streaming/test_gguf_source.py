@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from gguf_models import MODELS
 from sharded_folders import contents
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -15,28 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import FormatError
+from tensornet_hf.gguf_source import ARCHITECTURES
 from tensornet_hf.lazy_model import open_model
 
 pytestmark = pytest.mark.slow  # needs the extra `gguf`
-SIZES: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-HEADS = {**SIZES, "head_dim": 16}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": SIZES,
-    "mistral": SIZES,
-    "qwen2": SIZES,
-    "qwen3": HEADS,
-    "gemma2": {**HEADS, "query_pre_attn_scalar": 16},
-    "phi3": SIZES,
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, **SIZES},
-    "starcoder2": SIZES,
-    "stablelm": SIZES,
-    "bloom": {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4},
-    "nemotron": SIZES,
-}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIG = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
 
@@ -86,7 +68,7 @@ def folders(name: str, kind: str, path: Path) -> tuple[Path, Path, Path]:
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() & ARCHITECTURES))
 def test_every_weight(name: str, kind: str, tmp_path: Path) -> None:
     dense, bare, file = folders(name, kind, tmp_path)
     lazy, expected = open_model(bare, file), th.load(dense)
