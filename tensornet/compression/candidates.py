@@ -1,9 +1,9 @@
 """Candidates of every layer: networks and number formats, with their sizes and predicted loss increases.
 
 The first candidates are the dense matrix in each number format. With 4 or more bits the loss is predicted
-from the moments alone. With 2 and 3 bits, clamping and scales matter most. For one-sided rounding, a sample
-of rows is rounded. Otherwise, a part of the matrix is rounded, and the prediction is corrected by the
-measured loss of this part.
+from the moments alone. With 2 and 3 bits and with codebooks, clamping and scales matter most. For one-sided
+rounding, a sample of rows is rounded. Otherwise, a part of the matrix is rounded, and the prediction is
+corrected by the measured loss of this part.
 
 The other candidates are the networks of each topology family (`TopologyFamily.ladder`) with each number
 format of their cores. Their bonds increase until a network is as large as the matrix in the same format.
@@ -524,8 +524,8 @@ def format_fits(number_format: NumberFormat, matrix: Tensor, config: Compression
 
 
 def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
-    """List the integer formats with fewer than 4 bits; see `losses_of_parts`."""
-    return [x for x in formats if x.is_integer and (x.bits or 0) < PREDICTED_BITS]
+    """List the integer formats with fewer than 4 bits, and those with a codebook; see `losses_of_parts`."""
+    return [x for x in formats if x.book is not None or (x.is_integer and (x.bits or 0) < PREDICTED_BITS)]
 
 
 def part_of(

