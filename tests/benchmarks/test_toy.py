@@ -22,6 +22,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
         1,
         {"loss_increase", "kl", "bytes", "asked_bytes", "predicted", "types", "seconds", "peak_mib"},
     ),
+    "codebooks": (2, {"type", "method", "loss_increase", "kl", "bits_per_weight", "seconds", "commit"}),
     "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
     "generation": (13, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
     "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),
@@ -87,6 +88,12 @@ def test_files_of_llama_cpp_have_the_size_that_was_asked_for(
     preset = {**row, "name": "Q4_0", "method": "llama-quantize"}
     load_benchmark("gguf_files").picture([row, preset], ["gpt2"], tmp_path / "x.svg")
     assert "Q4_0" in (tmp_path / "x.svg").read_text()
+
+
+def test_feedback_into_codebooks_beats_llama_cpp(records: Any) -> None:
+    theirs, ours = records("codebooks")["rows"]
+    assert theirs["type"] == ours["type"]
+    assert ours["kl"][0] < theirs["kl"][0]
 
 
 def test_methods_of_quality_keep_their_budget_and_their_order(records: Any) -> None:
