@@ -1,21 +1,20 @@
 """Compare specialists that share cores with LoRA adapters: nine domains, one small trunk.
 
-The trunk is the package's GPT-2, trained further on general documentation (`--steps 1500`). Eight domains
-are learned, then a ninth. Each row is one way to do so:
+The trunk is the package's GPT-2, trained further on general documentation for 1,500 steps. Eight domains are
+learned, then a ninth. Each row is one way to do so:
 
     python benchmarks/specialists.py --cache CACHE --row lora8
     python benchmarks/specialists.py --cache CACHE --report
 
 `CACHE/texts` contains the unpacked packages `postgresql-doc-17`, `python3.13-doc`, `debian-handbook`,
-`fortunes`, `bible-kjv-text` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the
-machine. Each rate is chosen from `RATES` by the mean loss after a third of the steps. The loss of a domain is
+`fortunes` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the
+machine. Each rate is chosen from `RATES` on three domains, after a third of the steps. The loss of a domain is
 the mean cross entropy on 48 windows from its last tenth, in nats per token.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import sysconfig
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensornet_moe as tm
-from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
@@ -38,6 +37,8 @@ import subjects
 CONTEXT, BATCH, JUDGED, CHARACTERS = 128, 8, 48, 1_500_000
 DOMAINS = ("scripture", "kernel", "library", "postgresql", "handbook", "fortunes", "python", "perl")
 NINTH = "c"
+#: Domains on which rates are chosen.
+TUNED = ("kernel", "fortunes", "python")
 #: Rates that are tried for all weights, and for changes.
 RATES = {"all": (3e-4, 1e-3, 3e-3), "changes": (2e-3, 5e-3, 1.2e-2)}
 #: Arguments of `tensornet_moe.specialists` of each row, and of PEFT's LoRA.
@@ -64,24 +65,19 @@ HTML = {
 def read_domain(cache: Path, name: str) -> str:
     """Read up to `CHARACTERS` characters of a domain."""
     share = cache / "texts" / "usr" / "share"
-    if name in HTML:
+    if name == "scripture":
+        texts: Iterator[str] = iter([calibration_text(), heldout_text()])
+    elif name in HTML:
         pages = [p for x in HTML[name] for p in sorted((share / "doc" / x).rglob("*.html"))]
-        texts: Iterator[str] = (subjects.plain_text(p.read_text(errors="replace")) for p in pages)
+        texts = (subjects.plain_text(p.read_text(errors="replace")) for p in pages)
     else:
         places = {
-            "scripture": (cache / "texts" / "usr" / "share" / "doc" / "bible-kjv-text", "*"),
             "fortunes": (share / "games" / "fortunes", "*.u8"),
-            "python": (Path(sysconfig.get_path("stdlib")) / "asyncio", "*.py"),
+            "python": (Path(sysconfig.get_path("stdlib")), "*.py"),
             "perl": (Path("/usr/share/perl"), "*.pm"),
             "c": (Path(torch.__file__).parent / "include" / "ATen", "*.h"),
         }
-        if name == "scripture":
-            from tensornet_hf.embedded import calibration_text, heldout_text
-
-            return calibration_text() + "\n" + heldout_text()
         folder, pattern = places[name]
-        if name == "python":
-            folder = folder.parent
         texts = (p.read_text(errors="replace") for p in sorted(folder.rglob(pattern)) if p.is_file())
     found, size = [], 0
     for text in texts:
@@ -162,32 +158,45 @@ class Trial:
         return sum(parts) / len(ids)
 
 
+def losses_of(trial: Trial, s: tm.Specialists, names: Sequence[str]) -> dict[str, float]:
+    """Return the loss of each specialist on its own domain."""
+    found = {}
+    for name in names:
+        with s.use(name):
+            found[name] = trial.loss(s.model, name)
+    return found
+
+
 def alone(name: str, steps: int) -> list[list[str]]:
     """Rows of batches of one domain."""
     return [[name] * BATCH] * steps
 
 
 def mean(losses: dict[str, float]) -> float:
-    return sum(losses[name] for name in DOMAINS) / len(DOMAINS)
+    """Return the mean loss, without that of the ninth domain."""
+    known = [loss for name, loss in losses.items() if name != NINTH]
+    return sum(known) / len(known)
 
 
-def run_all(trial: Trial, steps: int, rate: float, *, ninth: bool) -> dict[str, Any]:
+def run_all(trial: Trial, steps: int, rate: float, domains: Sequence[str], *, ninth: bool) -> dict[str, Any]:
     """Train all weights on one domain after another."""
     model = trial.trunk()
-    for name in (*DOMAINS, *([NINTH] if ninth else [])):
+    for name in (*domains, *([NINTH] if ninth else [])):
         trial.train(model, list(model.parameters()), alone(name, steps), rate)
-        if name == DOMAINS[-1]:
-            losses = {x: trial.loss(model, x) for x in DOMAINS}
-    after = {x: trial.loss(model, x) for x in (*DOMAINS, NINTH)}
+        if name == domains[-1]:
+            losses = {x: trial.loss(model, x) for x in domains}
+    after = {x: trial.loss(model, x) for x in (*domains, NINTH)}
     return {"losses": losses | {NINTH: after[NINTH]}, "lost": mean(after) - mean(losses)}
 
 
-def run_lora(trial: Trial, steps: int, rate: float, *, ninth: bool, rank: int) -> dict[str, Any]:
+def run_lora(
+    trial: Trial, steps: int, rate: float, domains: Sequence[str], *, ninth: bool, rank: int
+) -> dict[str, Any]:
     """Train an adapter of PEFT for each domain."""
     from peft import LoraConfig, get_peft_model
 
     losses, size = {}, 0
-    for name in (*DOMAINS, *([NINTH] if ninth else [])):
+    for name in (*domains, *([NINTH] if ninth else [])):
         torch.manual_seed(trial.seed)
         targets = ["c_attn", "c_proj", "c_fc"]
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=True)
@@ -199,7 +208,14 @@ def run_lora(trial: Trial, steps: int, rate: float, *, ninth: bool, rank: int) -
 
 
 def run_shared(
-    trial: Trial, steps: int, rate: float, *, ninth: bool, first: Sequence[str] = DOMAINS, **options: Any
+    trial: Trial,
+    steps: int,
+    rate: float,
+    domains: Sequence[str],
+    *,
+    ninth: bool,
+    first: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train the first specialists together with the shared cores; then each alone, with frozen ones.
 
@@ -207,38 +223,34 @@ def run_shared(
     """
     model = trial.trunk()
     s = tm.specialists(model, **options)
-    for name in DOMAINS:
+    for name in domains:
         s.add(name)
-    half = steps // 2
-    mixed = [[first[(k + j) % len(first)] for j in range(BATCH)] for k in range(half * len(first))]
-    trial.train(model, s.parameters(*first), mixed, rate, s)
+    together, half = domains[:first], steps // 2
+    mixed = [[together[(k + j) % len(together)] for j in range(BATCH)] for k in range(half * len(together))]
+    trial.train(model, s.parameters(*together), mixed, rate, s)
     s.freeze()
-    for name in DOMAINS:
-        trial.train(model, s.parameters(name), alone(name, half if name in first else steps), rate, s)
-
-    def losses_of(names: Sequence[str]) -> dict[str, float]:
-        found = {}
-        for name in names:
-            with s.use(name):
-                found[name] = trial.loss(model, name)
-        return found
-
-    losses, lost, rows = losses_of(DOMAINS), 0.0, trial.texts["kernel"][1][:8]
+    for name in domains:
+        trial.train(model, s.parameters(name), alone(name, half if name in together else steps), rate, s)
+    losses, lost = losses_of(trial, s, domains), 0.0
     if ninth:
-        with torch.no_grad(), s.use(list(DOMAINS)):
+        rows = trial.texts["kernel"][1][: len(domains)]
+        with torch.no_grad(), s.use(list(domains)):
             before = model(input_ids=rows).logits
         s.add(NINTH)
         trial.train(model, s.parameters(NINTH), alone(NINTH, steps), rate, s)
-        with torch.no_grad(), s.use(list(DOMAINS)):
+        with torch.no_grad(), s.use(list(domains)):
             assert torch.equal(model(input_ids=rows).logits, before)
-        lost = mean(losses_of(DOMAINS)) - mean(losses)
-        losses |= losses_of([NINTH])
+        lost = mean(losses_of(trial, s, domains)) - mean(losses)
+        losses |= losses_of(trial, s, [NINTH])
     return {"losses": losses, "bytes": s.bytes(), "lost": lost}
 
 
-def run_trunk(trial: Trial, steps: int, rate: float, *, ninth: bool) -> dict[str, Any]:
+def run_trunk(
+    trial: Trial, steps: int, rate: float, domains: Sequence[str], *, ninth: bool
+) -> dict[str, Any]:
+    """Measure the trunk."""
     model = trial.trunk().eval()
-    return {"losses": {x: trial.loss(model, x) for x in (*DOMAINS, NINTH)}, "lost": 0.0}
+    return {"losses": {x: trial.loss(model, x) for x in (*domains, NINTH)}, "lost": 0.0}
 
 
 def run_row(row: str, trial: Trial) -> dict[str, Any]:
@@ -250,17 +262,17 @@ def run_row(row: str, trial: Trial) -> dict[str, Any]:
         run, options = run_lora, {"rank": LORA[base]}
     elif base in SHARING:
         run, options = run_shared, dict(SHARING[base])
-        options |= {"first": DOMAINS[: int(first)]} if first else {}
+        options |= {"first": int(first)} if first else {}
     rates = (0.0,) if base == "trunk" else RATES["all" if base == "all weights" else "changes"]
     start = time.process_time()
     tuned = {}
     if len(rates) > 1:
         for rate in rates:
-            found = run(trial, trial.steps // 3, rate, ninth=False, **copy.deepcopy(options))
+            found = run(trial, trial.steps // 3, rate, TUNED, ninth=False, **options)
             tuned[rate] = mean(found["losses"])
             print(row, rate, round(tuned[rate], 4), flush=True)
     rate = min(tuned, key=tuned.__getitem__) if tuned else rates[0]
-    result = run(trial, trial.steps, rate, ninth=True, **options)
+    result = run(trial, trial.steps, rate, DOMAINS, ninth=True, **options)
     result |= {"row": row, "seed": trial.seed, "steps": trial.steps, "rate": rate, "tuned": tuned}
     result |= {"loss": mean(result["losses"]), "ninth": result["losses"][NINTH]}
     result["seconds"] = time.process_time() - start
