@@ -7,9 +7,9 @@ learned, then a ninth. Each row is one way to do so:
     python benchmarks/specialists.py --cache CACHE --report
 
 `CACHE/texts` contains the unpacked packages `postgresql-doc-17`, `python3.13-doc`, `debian-handbook`,
-`fortunes` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the
-machine. Each rate is chosen from `RATES` on three domains, after a third of the steps. The loss of a domain is
-the mean cross entropy on 48 windows from its last tenth, in nats per token.
+`fortunes` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the machine. Each rate is
+chosen from `RATES` on three domains, after a third of the steps. The loss of a domain is the mean cross
+entropy on 48 windows from its last tenth, in nats per token.
 """
 
 from __future__ import annotations

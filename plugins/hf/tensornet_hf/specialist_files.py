@@ -26,6 +26,8 @@ from tensornet.errors import DestinationError, FormatError, TargetError
 from tensornet.io import new_folder, restore
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import load, read_json
+from tensornet_hf.specialist_exports import export_specialist, merge_specialists
+from tensornet_hf.upcycling import UpcycleReport
 from tensornet_moe.specialist_layers import attach, layer_shape
 
 FORMAT_VERSION = 1
@@ -131,6 +133,61 @@ class Specialists(tm.Specialists):
         except OSError as error:
             raise DestinationError(f"Writing {target} failed: {error}. Nothing was changed there.") from error
         return target
+
+    def export(
+        self,
+        name: str,
+        destination: str | os.PathLike[str],
+        *,
+        target: str | None = None,
+        source: str | os.PathLike[str] | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write one specialist as a LoRA adapter, whose product of factors is its change.
+
+        | target | written | read by |
+        |---|---|---|
+        | `"peft"` | a folder | PEFT, vLLM; with a compressed trunk, `tensornet_hf.peft.load_adapters` |
+        | `"gguf"` | one file | llama.cpp, together with the GGUF file of the trunk |
+        | `"mlx"` | a folder | `mlx-lm` |
+
+        Factors that an adapter needs as one matrix, such as `A S_s`, are multiplied once; nothing else is
+        rounded.
+
+        Args:
+            name: the specialist.
+            destination: the new folder or file.
+            target: `"peft"`, `"gguf"` or `"mlx"`; by default `"gguf"` for a name that ends in `.gguf`, else
+                `"peft"`.
+            source: folder of the trunk's tokenizer, which some architectures need for `"gguf"`.
+            force: replace an existing adapter.
+
+        Raises:
+            TargetError: the changes are not of low rank (`share="center"`), the name is unknown, or the
+                target has no adapters for these layers.
+            DestinationError: the destination exists already, or cannot be written.
+            ValueError: an unknown target.
+        """
+        return export_specialist(self, name, destination, target=target, source=source, force=force)
+
+    def merge(self, names: Sequence[str] | None = None, **options: Any) -> UpcycleReport:
+        """Make specialists the experts of mixtures with routers, in the place of feed-forward networks.
+
+        The trunk becomes a model as made by `tensornet_hf.upcycle(model, share="base")`: each expert is the
+        dense network plus the change of one specialist. Its routers are new, so train the model, for example
+        with only the routers unfrozen. There are no specialists afterwards.
+
+        Args:
+            names: the specialists, which become experts 0, 1, ...; all if absent.
+            options: options of `tensornet_hf.upcycle` for the routing, such as `top_k=` (1 if absent),
+                `router=`, `balance_coef=`.
+
+        Raises:
+            TargetError: layers outside of feed-forward networks have specialists, the trunk is compressed,
+                changes are not of low rank, or there are fewer than two specialists; nothing was changed.
+            ValueError: an option is out of its range; nothing was changed.
+        """
+        return merge_specialists(self, names, **options)
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

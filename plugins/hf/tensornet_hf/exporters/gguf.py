@@ -644,14 +644,10 @@ def export_gguf(
     else:
         title = (source or destination.with_suffix("")).resolve().name
         layout, factors = _with_converter(gguf, model, split, weights, source=source, title=title)
-    lora = gguf.GGUFWriter(path=None, arch=layout.arch)
-    lora.add_type(gguf.GGUFType.ADAPTER)
-    lora.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then does not scale the products
     ranks = {x.name.removesuffix(LORA_A): x.shape[0] for x in factors if x.name.endswith(LORA_A)}
     made = [(layout, destination, "The model")]
     if ranks:
-        made.insert(0, (GGUFLayout(lora, factors), adapter, "The adapter"))
+        made.insert(0, (_adapter_layout(gguf, layout.arch, factors), adapter, "The adapter"))
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
         files = []
         for each, path, what in made:
@@ -672,6 +668,71 @@ def export_gguf(
         ranks,
         adapter.stat().st_size if ranks else 0,
     )
+
+
+def _adapter_layout(gguf: ModuleType, arch: str, factors: Sequence[FileTensor]) -> GGUFLayout:
+    """Lay out the file of a LoRA adapter."""
+    lora = gguf.GGUFWriter(path=None, arch=arch)
+    lora.add_type(gguf.GGUFType.ADAPTER)
+    lora.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then does not scale the products
+    return GGUFLayout(lora, factors)
+
+
+@torch.no_grad()
+def export_gguf_adapter(
+    model: PreTrainedModel,
+    low_ranks: Mapping[str, LowRank],
+    destination: Path,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write low-rank changes of layers as a LoRA adapter for the GGUF file of a model.
+
+    Args:
+        model: the model without the changes; only the names and shapes of its layers are used.
+        low_ranks: the change of each layer by name.
+        destination: the new file.
+        source: folder of the model's tokenizer, for architectures whose converter needs it.
+        force: replace an existing file.
+
+    Raises:
+        TargetError: the converter does not support this model, or a layer is only a part of a tensor of the
+            file, to which no adapter applies.
+        DestinationError: the file exists and `force` is not set, or it cannot be written.
+        MissingDependencyError: the converter is not installed.
+    """
+    check_new_file(destination, force=force)
+    gguf, _ = packages()
+    stock = dense_skeleton(model)
+    sources, first = weight_sources(stock)
+    names = stock.state_dict().keys()
+    known = {name: x.detach() for name, x in model.state_dict().items() if name in names}
+    layers = {first.get(name, name): low_rank for name, low_rank in low_ranks.items()}
+    writer, tensors = convert(stock, known, source=source, title=destination.stem)
+    factors: list[FileTensor] = []
+    written = set()
+    for name, tensor in tensors.items():
+        used = [layer for x in tensor.parameters if x in sources for layer in sources[x].layers]
+        if layers.keys().isdisjoint(used) or len(tensor.shape) < 2:
+            continue
+        place = find_place(tensor, sources)
+        if len(used) != 1 or place is None or len(tensor.shape) != 2:
+            raise TargetError(
+                f"{name} is made of {', '.join(used)}, so that no LoRA adapter of llama.cpp applies to one "
+                "of them. Export to peft instead."
+            )
+        factors += _factors(gguf, name, layers[used[0]], place.rows, place.columns)
+        written.add(used[0])
+    if missing := sorted(layers.keys() - written):
+        raise TargetError(f"The GGUF file has no tensor for {', '.join(missing[:5])}, so no adapter applies.")
+    layout = _adapter_layout(gguf, writer.arch, factors)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
+        file = layout.open(Path(folder) / destination.name, what="The adapter")
+        for name in file.missing():
+            layout.write(file, name, {})
+        file.finish(destination, force=force)
 
 
 def adapter_file(destination: Path) -> Path:
