@@ -343,7 +343,7 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
             warnings.warn(
                 f"Runs that were interrupted while writing {target} left {', '.join(remains)}. Delete them, "
                 "unless another machine is writing there.",
-                stacklevel=3,  # the caller of the `with` statement
+                stacklevel=3,  # the warning names the line of the `with` statement
             )
         folder.mkdir()
     except OSError as error:

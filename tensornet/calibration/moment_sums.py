@@ -26,7 +26,7 @@ FULL_UP_TO = 8192
 #: to 54 %.
 PRIOR = 1.0
 #: Number of tokens that the mean moment of a mixture's gradients counts as, in the same measurement. The
-#: scale of the gradients varies among experts, and few numbers are estimated if only the diagonal is used.
+#: scale of the gradients varies among experts, and a diagonal has only one number for each feature.
 GRADIENT_PRIOR = 32.0
 #: Fraction of a mixture's tokens that is spread evenly over its experts, since other text is routed
 #: differently. Between two kinds of manuals, 0.01 to 0.03 predicted the share of each expert best.

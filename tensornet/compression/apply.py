@@ -183,7 +183,7 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             set_submodule(model, name, module)
             carry_hooks(before[name], module)
         yield
-    except BaseException:  # also after a KeyboardInterrupt
+    except BaseException:  # a KeyboardInterrupt must restore the layers too
         for name, module in before.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)

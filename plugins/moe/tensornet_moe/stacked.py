@@ -204,7 +204,8 @@ def _mergeable(
 ) -> list[tuple[str, ...]]:
     """Find the largest groups of cores that the contraction path merges into small tensors."""
     limit = _SMALL * math.prod(sizes[x] for x in output if x != EXPERT)
-    work: list[tuple[tuple[str, ...], bool]] = [((name,), True) for name in cores]  # (names, is small)
+    # Pairs of the cores in an intermediate tensor, and True if that tensor is small.
+    work: list[tuple[tuple[str, ...], bool]] = [((name,), True) for name in cores]
     groups: list[tuple[str, ...]] = []
     for a, b in path:
         (left, left_small), (right, right_small) = work[a], work[b]

@@ -198,7 +198,7 @@ class GGUFLayout:
         return ResumableFile(path, self.header, self.parts, nbytes=self.nbytes, key=key, what=what)
 
     def ready(self, layers: Collection[str]) -> list[str]:
-        """Return the names of all tensors that need no other new weights than those of these layers."""
+        """Return the names of the tensors that can be written once these layers have new weights."""
         known = set(layers)
         return [name for name, tensor in self.tensors.items() if known.issuperset(tensor.layers)]
 
@@ -345,7 +345,7 @@ class _Planner:
         return FileTensor(name, kind, tensor.shape, needed, partial(_floats, name, kind, values), reason)
 
     def _parameter(self, name: str, given: Weights) -> Tensor:
-        """Return a parameter of the stock model, made of new weights where there are any."""
+        """Return a parameter of the stock model, in which given new weights replace old ones."""
         source = self.sources.get(name)
         if source is None or self.formats.keys().isdisjoint(source.layers):
             found = given.get(name, self.known.get(name))
