@@ -8,6 +8,8 @@ found by solving a linear system. No step increases the loss. If only the diagon
 output layers with a large vocabulary, rows are independent. Then all changes that lower the loss are made,
 and every scale has a closed form.
 
+With a codebook, the codes of a run of 8 columns change together: `d` is a vector, and `C_jj` a block of `C`.
+
 Small matrices are processed in stacks, since a function call takes longer than the arithmetic on one of them.
 
 Reference:
@@ -17,6 +19,8 @@ Reference:
 import torch
 from torch import Tensor
 
+from tensornet.linalg.weighted_svd import cholesky
+from tensornet.quantization.codebooks import RUN
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 
@@ -69,16 +73,65 @@ def sweep_codes(
             steps = grid.nearest(torch.addcmul(column, here[k], pull[k])).sub_(column)
             change = (steps * s[k]).neg_()
             gain = change * torch.addcmul(here[k], bend[k], change, value=0.5)
-            chosen = _compatible(gain, change, here[k], rows, own[start + k, :, 0])
+            curve = own[start + k, :, :, None]
+            chosen = _compatible(gain, change[..., None], here[k][..., None], rows, curve)
             if chosen is None:
                 continue
             which, spread = chosen
             moved[k] = change * which
             column.add_(steps.mul_(which))
             further = couplings[start + k, :, start + k + 1 : block.stop].transpose(0, 1)
-            here[k + 1 :].addcmul_(further, spread)
+            here[k + 1 :].addcmul_(further, spread[..., 0])
         later = columns[:, block.stop :, block]
         gradient[block.stop :] += _along_columns(later, _times(rows, moved))
+    return codes.permute(1, 2, 0).contiguous()
+
+
+def sweep_runs(
+    weight: Tensor,
+    codes: Tensor,
+    grid: Grid,
+    rows: Tensor,
+    columns: Tensor,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """Lower the loss increase by changing the codes of whole runs, for grids with a codebook.
+
+    For the arguments and the result see `sweep_codes`.
+    """
+    assert grid.book is not None
+    if gradient is None:
+        gradient = times_rows(rows, (weight - grid.points(codes)) @ columns)
+    codes, scale, gradient = _by_column(codes), _by_column(grid.scale), _by_column(gradient)
+    curvature = rows if rows.ndim == 2 else rows.diagonal(dim1=1, dim2=2)
+    # Blocks of C on the diagonal, shape (stack, runs, RUN, RUN), and upper triangular `F` with `C = F F^T`.
+    blocks = columns.unflatten(1, (-1, RUN)).unflatten(3, (-1, RUN)).diagonal(0, 1, 3).permute(0, 3, 1, 2)
+    lower, positive = cholesky(blocks.flip(2, 3).flatten(0, 1))
+    if not positive:
+        return codes.permute(1, 2, 0).contiguous()
+    factors = lower.to(blocks.dtype).flip(1, 2).view(blocks.shape)
+    inverses = torch.cholesky_inverse(lower).to(blocks.dtype).flip(1, 2).view(blocks.shape)
+    for start in range(0, len(codes), _BLOCK):
+        stop = min(start + _BLOCK, len(codes))
+        here, moved = gradient[start:stop].clone(), torch.zeros_like(gradient[start:stop])
+        for k in range(0, stop - start, RUN):
+            part, run = slice(start + k, start + k + RUN), (start + k) // RUN
+            g, levels, s = here[k : k + RUN].permute(1, 2, 0), codes[part].permute(1, 2, 0), scale[start + k]
+            bend = curvature * s
+            pull = torch.where(bend * s > 0, 1 / bend, 0.0)[..., None]
+            steps = grid.book.nearest(levels + pull * (g @ inverses[:, run]), factors[:, run]) - levels
+            change = -s[..., None] * steps
+            curve = blocks[:, run]
+            gain = (change * (g + 0.5 * curvature[..., None] * (change @ curve))).sum(2)
+            chosen = _compatible(gain, change, g, rows, curve)
+            if chosen is None:
+                continue
+            which, spread = chosen
+            moved[k : k + RUN] = (change * which[..., None]).permute(2, 0, 1)
+            codes[part] += (steps * which[..., None]).permute(2, 0, 1)
+            if (later := part.stop) < stop:
+                here[k + RUN :] += _along_columns(columns[:, later:stop, part], spread.permute(2, 0, 1))
+        gradient[stop:] += _along_columns(columns[:, stop:, start:stop], _times(rows, moved))
     return codes.permute(1, 2, 0).contiguous()
 
 
@@ -105,11 +158,18 @@ def _along_columns(columns: Tensor, x: Tensor) -> Tensor:
 def _compatible(
     gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Select changes of one column that together lower the loss increase of each matrix.
+    """Select the rows of one column, or of one run, whose changes together lower the loss of each matrix.
+
+    Args:
+        gain: change of the loss if only one row changes, shape `(stack, out)`.
+        change: changes of the errors, shape `(stack, out, n)` for `n` columns.
+        gradient: gradient of the loss with respect to these errors, in the same shape.
+        rows: moment of the gradients, or its diagonal.
+        column: block of the moment of the inputs, shape `(stack, n, n)`.
 
     Returns:
-        A mask of the changes, and `R` times the changes, both of shape `(stack, out)`; None if no change
-        helps.
+        A mask of the rows, shape `(stack, out)`, and `R` times the changes, shape `(stack, out, n)`; None if
+        no change helps.
     """
     which = gain < -1e-12 * gain.abs().amax(1, keepdim=True)
     counts = which.sum(1)
@@ -117,14 +177,14 @@ def _compatible(
     if most == 0:
         return None
     if rows.ndim == 2:
-        return which, rows * change * which
+        return which, rows[..., None] * change * which[..., None]
     ranks = None
     while True:
-        moves = change * which
+        moves = change * which[..., None]
         spread = _spread_moves(rows, moves, which, most)
         if most == 1:
             return which, spread
-        together = (moves * torch.addcmul(gradient, column[:, None], spread, value=0.5)).sum(1)
+        together = (moves * (gradient + 0.5 * (spread @ column))).sum((1, 2))
         kept = (together <= _KEPT * (gain * which).sum(1)) | (counts <= 1)
         if bool(kept.all()):
             return which, spread
@@ -138,11 +198,11 @@ def _compatible(
 def _spread_moves(rows: Tensor, moves: Tensor, which: Tensor, most: int) -> Tensor:
     """Multiply the changes of each matrix by `R`; if few rows of `R` are needed, read only these."""
     if len(rows) > 1:
-        return torch.bmm(moves[:, None], rows)[:, 0]
+        return torch.bmm(rows, moves)
     if most * _FEW > rows.shape[1]:
         return (rows[0] @ moves[0])[None]
     places = which[0].nonzero()[:, 0]
-    return (moves[0, places] @ rows[0, places])[None]
+    return (rows[0, places].mT @ moves[0, places])[None]
 
 
 def sweep_scales(
@@ -279,6 +339,7 @@ def descend(
             scales = torch.where(better[:, None, None], moved, scales)
         else:
             scales = moved
-        grid = Grid(spread(scales), zero, number_format.top, number_format.levels(weight))
-        codes = sweep_codes(weight, codes, grid, rows, columns, gradient)
+        grid = Grid.of(number_format, spread(scales), zero)
+        sweep = sweep_codes if grid.book is None else sweep_runs
+        codes = sweep(weight, codes, grid, rows, columns, gradient)
     return codes, scales

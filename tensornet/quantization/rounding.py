@@ -202,23 +202,24 @@ def round_weight(
         moment = None if c is None else c.values[0] if c.values.ndim == 2 else c.values
         return number_format.storable(refit_scales(work, solution.codes - zero, number_format, moment))
 
-    def keep_codes(solution: _Solution) -> _Solution:
-        scales = refitted(solution)
-        loss = loss_increase(work - grid(scales).points(solution.codes), seen, c)
-        return _best([solution, solution._replace(scales=scales, loss=loss)])
+    def keep_codes(scales: Tensor) -> list[_Solution]:
+        if not refits_final_scales(number_format):
+            return []
+        loss = loss_increase(work - grid(scales).points(best.codes), seen, c)
+        return [best._replace(scales=scales, loss=loss)]
 
     for k in range(refits):
         scales = refitted(best)
         # Methods with less feedback are tried again only if they were the best for some matrix.
         before = [] if later and k == 0 else [w for w in ways[:-1] if ROUNDINGS.index(w) in best.way.tolist()]
-        best = _best([best, *(rounded(scales, way) for way in (*before, ways[-1]))])
+        best = _best([best, *keep_codes(scales), *(rounded(scales, way) for way in (*before, ways[-1]))])
     if refits_final_scales(number_format):
-        best = keep_codes(best)
+        best = _best([best, *keep_codes(refitted(best))])
     if estimates and bool((best.way < ROUNDINGS.index("two_sided")).any()):
         best = best._replace(loss=loss_increase(work - grid(best.scales).points(best.codes), r, c))
 
     # 5. Lower the exact loss increase by coordinate descent.
-    if sweeps and number_format.book is None:
+    if sweeps:
         best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps)])
     groups = (*weight.shape[:-1], number_format.groups(size))
     return RoundedWeight(

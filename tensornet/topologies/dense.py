@@ -56,8 +56,9 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Number of sweeps of coordinate descent after rounding, by number of bits; descent helps most with few bits.
-_SWEEPS = {3: 2, 2: 4}
+#: Number of sweeps of coordinate descent after rounding, by number of bits, and with a codebook. Descent
+#: helps most with few bits. With a codebook, only descent uses the moment of the outputs.
+_SWEEPS, _CODEBOOK_SWEEPS = {3: 2, 2: 4}, 2
 
 
 def round_dense(
@@ -77,7 +78,8 @@ def round_dense(
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
         number_format: integer format.
         weighting: sensitivity of the loss to errors; full moments may be stacks too.
-        most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits, and 4 with 2 bits.
+        most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits or a codebook, and 4
+            with 2 bits.
         rounding: rounding method; see `round_weight`.
     """
     if rounding == "nearest":
@@ -91,7 +93,7 @@ def round_dense(
             column_damping=DENSE_COLUMN_DAMPING,
             refits=0,
         )
-    sweeps = _SWEEPS.get(number_format.bits or 0, 0)
+    sweeps = _SWEEPS.get(number_format.bits or 0, 0) if number_format.book is None else _CODEBOOK_SWEEPS
     return round_weight(
         matrix,
         number_format,

@@ -14,7 +14,8 @@ from torch import Tensor
 from tensornet.errors import FormatError
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.codebooks import CODEBOOKS, RUN, Codebook
-from tensornet.quantization.feedback import round_with_feedback
+from tensornet.quantization.descent import sweep_runs
+from tensornet.quantization.feedback import Grid, round_with_feedback
 from tensornet.quantization.moments import Moment
 from tensornet.quantization.scales import search_scales
 
@@ -163,12 +164,41 @@ def test_feedback_lowers_the_loss(name: str) -> None:
     assert rounded.nbytes == rounded.number_format.nbytes(matrix.shape)
 
 
+@given(NAMES, st.integers(1, 12), st.booleans(), st.integers(0, 1000))
+def test_sweeps_never_raise_the_loss(name: str, rows: int, diagonal: bool, seed: int) -> None:
+    number_format = NumberFormat.parse(name)
+    matrix, outputs, inputs = weight(rows, 256, seed), moment(rows, seed, tokens=2), moment(256, seed + 1)
+    outputs = outputs.diagonal().diag() if diagonal else outputs
+    scales, _ = search_scales(matrix, number_format)
+    grid = Grid.of(number_format, number_format.spread(scales.double(), 256)[None])
+    before = grid.codes(matrix[None])
+    side = outputs.diagonal() if diagonal else outputs
+    losses = []
+    for _ in range(3):
+        losses.append(price(matrix - grid.points(before)[0], outputs, inputs))
+        before = sweep_runs(matrix[None], before, grid, side[None], inputs[None])
+        number_format.pack(number_format.to_codes(before[0]))  # all codes are in the codebook
+    assert losses == sorted(losses, reverse=True)
+    assert losses[2] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_descent_knows_the_outputs(name: str) -> None:
+    """Errors of correlated outputs are coupled, which feedback between the inputs does not know."""
+    matrix, inputs, outputs = weight(24, 512, 0), moment(512, 0), moment(24, 1)
+    losses = [
+        float(round_weight(matrix, name, rows=outputs, columns=inputs, sweeps=sweeps).loss_increase)
+        for sweeps in (0, 2)
+    ]
+    assert losses[1] < 0.92 * losses[0]
+
+
 def test_stacks_are_rounded_matrix_by_matrix() -> None:
     matrices = torch.stack([weight(4, 256, k) for k in range(2)])
     inputs = torch.stack([moment(256, k) for k in range(2)])
-    stacked = round_weight(matrices, "iq2_xs", columns=inputs)
+    stacked = round_weight(matrices, "iq2_xs", columns=inputs, sweeps=1)
     for k in range(2):
-        alone = round_weight(matrices[k], "iq2_xs", columns=inputs[k])
+        alone = round_weight(matrices[k], "iq2_xs", columns=inputs[k], sweeps=1)
         torch.testing.assert_close(stacked.loss_increase[k], alone.loss_increase)
 
 

@@ -134,7 +134,10 @@ def test_prediction(name: str, way: Rounding) -> None:
     assert predicted == pytest.approx(exact, rel=0.2 if ":g16" in name else 0.1)
 
 
-@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4"])
+@pytest.mark.parametrize(
+    "name",
+    ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xxs"],
+)
 def test_integer_scales_round_and_descend(name: str) -> None:
     """Every step lowers the exact loss, and the scales of all of them can be stored."""
     matrix, rows, columns = weight(20, 256, 0), moment(20, 0), moment(256, 1)
@@ -153,7 +156,8 @@ def test_integer_scales_round_and_descend(name: str) -> None:
         increases.append(price(error, damped(rows, 0.1), damped(columns, 0.01)))
         assert float(made.loss_increase) == pytest.approx(increases[-1], rel=1e-9)
     assert increases == sorted(increases, reverse=True)
-    assert len(set(increases)) == len(increases)
+    equal = made.number_format.book is not None  # without feedback between rows, a refit need not help
+    assert len(set(increases)) >= len(increases) - equal
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
