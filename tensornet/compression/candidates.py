@@ -77,6 +77,11 @@ def find_candidates(
         BudgetError: a layer has no candidate left.
         FormatError: a layer is complex, and none of the configured formats stores complex numbers.
     """
+    if config.formats and not config.number_formats:
+        raise FormatError(
+            f"The menu {config.formats!r} has no number formats: the program of this target rounds weights "
+            "itself. Write a recipe for it (tensornet plan --recipe), or choose another menu."
+        )
     if config.formats and NumberFormat() not in config.number_formats:
         for target in targets:
             if target.matrix.is_complex():

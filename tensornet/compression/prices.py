@@ -29,7 +29,7 @@ from tensornet.nn.targets import Target
 from tensornet.quantization.menus import MENUS
 from tensornet.topology import Topology
 
-PRICES_VERSION = 1
+PRICES_VERSION = 2
 #: Budgets that `PriceList.plan` can change, since the candidates do not depend on them.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
@@ -50,6 +50,8 @@ class PriceList:
         losses: losses of the dense model on the tokens that were read, to compare with the compressed model.
         factors: low-rank factors of the moments of gradients (see `CalibrationStats`), with which rounding
             feeds errors back along the outputs.
+        inputs: mean squares of the inputs of each weight, shape `(in,)`, and the number of its tokens, by
+            name; they make up an importance matrix.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -67,6 +69,7 @@ class PriceList:
     key: Mapping[str, str] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     factors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    inputs: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @torch.no_grad()
     @on_cpu_unless_said
@@ -204,7 +207,9 @@ class PriceList:
             "schemes": [[t and t.to_dict(), storage.to_dict()] for t, storage in schemes],
             "layers": layers,
         }
-        tensors = {name: x.contiguous() for name, x in self.factors.items()}
+        data["tokens"] = {name: count for name, (_, count) in self.inputs.items()}
+        tensors = {f"factor.{name}": x.contiguous() for name, x in self.factors.items()}
+        tensors |= {f"inputs.{name}": x.contiguous() for name, (x, _) in self.inputs.items()}
         write_tensors(Path(path), tensors, {"prices": json.dumps(data)}, what="The price list")
 
     @classmethod
@@ -217,7 +222,7 @@ class PriceList:
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 data = json.loads((file.metadata() or {})["prices"])
-                factors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if data["version"] != PRICES_VERSION:
                 raise ValueError(f"it has version {data['version']}, expected {PRICES_VERSION}")
             schemes = {
@@ -239,6 +244,10 @@ class PriceList:
                 )
                 for x in data["layers"]
             )
+            factors, squares = (
+                {name.removeprefix(x): t for name, t in tensors.items() if name.startswith(x)}
+                for x in ("factor.", "inputs.")
+            )
             found = cls(
                 CompressionConfig.from_dict(data["config"]),
                 layers,
@@ -247,6 +256,7 @@ class PriceList:
                 data["key"],
                 _listed(data["losses"], float),
                 factors,
+                {name: (x, int(data["tokens"][name])) for name, x in squares.items()},
             )
             _check(found)
             return found
@@ -312,6 +322,10 @@ def _check(prices: PriceList) -> None:
     for name, factor in prices.factors.items():
         if factor.ndim != 2 or len(factor) != rows.get(name) or not bool(factor.isfinite().all()):
             raise ValueError(f"the factor of layer {name!r} does not fit, or is not finite")
+    inputs = {layer.name: (layer.shape[1],) for layer in prices.layers}
+    for name, (squares, _) in prices.inputs.items():
+        if tuple(squares.shape) != inputs.get(name) or not bool(squares.isfinite().all()):
+            raise ValueError(f"the inputs of layer {name!r} do not fit, or are not finite")
 
 
 def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:

@@ -2,11 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ from tensornet.calibration.walk import (
     in_memory,
     walk_dtype,
 )
-from tensornet.compression.allocate import PricedLayer
+from tensornet.compression.allocate import Candidate, PricedLayer
 from tensornet.compression.candidates import find_candidates
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan
@@ -61,6 +62,15 @@ SURVEY_TOKENS, FULL_UP_TO = 4096, 1 << 15
 GRADIENT_RANK = 16
 
 
+class FindCandidates(Protocol):
+    """Function that finds the candidates of layers, such as `find_candidates`."""
+
+    def __call__(
+        self, targets: Sequence[Target], config: CompressionConfig, *, stats: CalibrationStats
+    ) -> Iterable[list[Candidate]]:
+        """Return the candidates of each layer."""
+
+
 @torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
 @on_cpu_unless_said
 def survey(
@@ -74,6 +84,8 @@ def survey(
     states: Any = None,
     loaded: Loaded = in_memory,
     device: torch.device | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    price: FindCandidates | None = None,
     progress: bool = False,
 ) -> PriceList:
     """Price the number formats of all targeted layers by the loss increase that they cause.
@@ -94,6 +106,10 @@ def survey(
         states: mapping for the hidden states (see `Walk`); by default they stay in memory.
         loaded: context in which the weights of given modules are in memory (see `Walk`).
         device: device to which `loaded` moves weights; by default, that of the model.
+        inputs: mean squares of the inputs of layers by name, shape `(in,)`, such as those of an importance
+            matrix. They replace the moments of the inputs, of which only the diagonal is then known.
+        price: function that finds the candidates of layers from the configuration and the moments. The
+            default is `find_candidates`, without networks.
         progress: whether to show a progress bar.
 
     Raises:
@@ -118,7 +134,9 @@ def survey(
             "bits_per_weight=4.25. For networks use tensornet.compression.price with the statistics of "
             "tensornet.calibrate."
         )
-    recorder = MomentRecorder(diagonal_gradients=True, full_up_to=FULL_UP_TO, rank=GRADIENT_RANK)
+    full_up_to = FULL_UP_TO if inputs is None else 0
+    recorder = MomentRecorder(diagonal_gradients=True, full_up_to=full_up_to, rank=GRADIENT_RANK)
+    price = price or partial(find_candidates, objective="curvature", families=())
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
@@ -144,6 +162,7 @@ def survey(
         # Price the layers of every block as soon as its moments are known, then drop the moments.
         priced: dict[str, PricedLayer] = {}
         factors: dict[str, Tensor] = {}
+        seen: dict[str, tuple[Tensor, int]] = {}
         unrouted: list[str] = []
         facts: CalibrationStats | None = None
         count = sum(map(tokens_of, given))
@@ -151,6 +170,9 @@ def survey(
             for name, stats in moments_by_block(
                 walk, recorder, loss_fn, precision=precision, source=source, visited=visited
             ):
+                if inputs is not None:
+                    known_inputs = {x: inputs[x] for x in stats.columns if x in inputs}
+                    stats = replace(stats, columns={**stats.columns, **known_inputs})
                 here = [
                     x
                     for x in targets
@@ -160,10 +182,11 @@ def survey(
                 with loaded([module for x in known for module in x.modules], dtype=None):
                     for target in known:
                         check_finite(target.matrix, f"Layer {target.name!r}")
-                    found = find_candidates(known, config, "curvature", stats, families=())
+                    found = price(known, config, stats=stats)
                     priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
                 unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
                 factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
+                seen |= seen_inputs(known, stats)
                 facts = stats
                 visited()
     assert facts is not None
@@ -182,10 +205,22 @@ def survey(
         unfit=unfit,
     )
     layers = tuple(priced[x.name] for x in kept)
-    key = {"tokens": str(count), "text": digest(given)}
+    key = {"tokens": str(count), "text": digest(given), "inputs": digest([inputs or {}])}
     losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses).tolist())
     sizes = untargeted_sizes(model, kept)
-    return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors)
+    return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors, inputs=seen)
+
+
+def seen_inputs(targets: Iterable[Target], stats: CalibrationStats) -> dict[str, tuple[Tensor, int]]:
+    """Return `PriceList.inputs` of the layers that read activations, by name of the weight."""
+    found = {}
+    for target in targets:
+        for name, kind in zip(target.names, target.kinds, strict=True):
+            if kind.name != "embedding" and name in stats.columns and target.name not in found:
+                moment = stats.columns[name]
+                diagonal = moment if moment.ndim == 1 else moment.diagonal()
+                found[target.name] = (diagonal.float().cpu().clone(), stats.counts.get(name, 0))
+    return found
 
 
 def survey_batches(
@@ -230,8 +265,16 @@ def survey_or_load(
             f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens of "
             f"{prices.template.calibration}. Give the same text and number of tokens, or another file."
         )
+    if prices.key.get("inputs") != digest([options.get("inputs") or {}]):
+        raise BudgetError(
+            f"The prices in {file} were found with another importance matrix, or without one. Give the same "
+            "importance matrix, or another file."
+        )
     return prices.with_config(config)
 
+
+def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products in a walk, or None for that of the weights.
 
 def digest(batches: Iterable[Batch]) -> str:
     """Compute a checksum of the tensors in batches, to recognize a text."""

@@ -366,7 +366,7 @@ def compress_folder(
         rotate(model)
     if held_out is not None:
         record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
-    calibration = _calibration(model, folder, config, options, text)
+    calibration = collect_calibration(model, folder, config, options, text)
     stats = None if calibration is None else calibration.statistics
     teacher = None
     if options.refine or options.heal or options.report is not None or held_out is not None:
@@ -528,7 +528,7 @@ def plan_folder(
         checked = for_target(options.export, checked, model, folder)
     if options.rotate:
         rotate(model)
-    calibration = _calibration(model, folder, checked, options, options.text)
+    calibration = collect_calibration(model, folder, checked, options, options.text)
     if priced(checked, options):
         plan = _prices(model, checked, options, calibration).plan()
     else:
@@ -658,7 +658,7 @@ def priced(config: CompressionConfig | CompressionPlan, options: CompressOptions
     return bool(options.calibration) and config.by_blocks and not options.share_experts
 
 
-def _calibration(
+def collect_calibration(
     source: PreTrainedModel | LazyModel,
     folder: Path,
     config: CompressionConfig | CompressionPlan,
@@ -745,7 +745,7 @@ def _compress_streamed(
     if lazy is not None and target is not None and isinstance(config, CompressionConfig):
         config = for_target(target, config, lazy.model, folder)
     if lazy is not None and text is not None and priced(config, options):
-        data = _calibration(lazy, folder, config, options, text)
+        data = collect_calibration(lazy, folder, config, options, text)
     elif lazy is not None and text is not None:
         observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
         layers = (observed.target_modules, observed.exclude_modules)
@@ -756,7 +756,7 @@ def _compress_streamed(
             file = work / f"statistics-{key[:16]}.safetensors"
             if not options.resume:
                 file.unlink(missing_ok=True)
-            _calibration(lazy, folder, config, options, text, streamed_to=file)
+            collect_calibration(lazy, folder, config, options, text, streamed_to=file)
             statistics = file if file.exists() else None
     return compress_checkpoint(
         folder,

@@ -1,13 +1,18 @@
-"""Numbers that llama.cpp itself computes from a GGUF file."""
+"""What llama.cpp itself computes from a GGUF file, and the files that it quantizes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import gguf
 import torch
 from llama_cpp_py_sync import Llama
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 from torch import Tensor
+
+from tensornet_hf.imatrix import Importance
 
 
 def logits(path: Path, ids: Tensor, adapter: Path | None = None) -> Tensor:
@@ -38,3 +43,44 @@ def logits(path: Path, ids: Tensor, adapter: Path | None = None) -> Tensor:
     lib.llama_batch_free(batch)
     model.close()
     return numbers.reshape(len(ids), vocabulary)
+
+
+def quantize(
+    source: Path,
+    destination: Path,
+    text: str,
+    options: Mapping[str, str],
+    importance: Mapping[str, Importance],
+    *,
+    dry_run: bool = False,
+) -> None:
+    """Quantize a file by the function behind `llama-quantize --pure --tensor-type-file`.
+
+    The lines of the recipe are read as the program reads them: lower case, whitespace between, `name=type`.
+    """
+    ffi, lib = get_ffi(), get_lib()
+    kept: list[Any] = []  # the library reads these after the call has begun
+
+    def number(kind: str) -> int:
+        return int(gguf.GGMLQuantizationType[kind.upper()])
+
+    lines = [line.rsplit("=", 1) for line in text.lower().split()]
+    overrides = ffi.new("struct llama_model_tensor_override[]", len(lines) + 1)
+    for place, (pattern, kind) in enumerate(lines):
+        kept.append(ffi.new("char[]", pattern.encode()))
+        overrides[place].pattern, overrides[place].type = kept[-1], number(kind)
+    entries = ffi.new("struct llama_model_imatrix_data[]", len(importance) + 1)
+    for place, (name, (squares, _)) in enumerate(importance.items()):
+        kept += [ffi.new("char[]", name.encode()), ffi.new("float[]", squares.flatten().tolist())]
+        entries[place].name, entries[place].data = kept[-2:]
+        entries[place].size = squares.numel()
+    asked = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+    asked.nthread, asked.ftype, asked.pure, asked.dry_run = 1, 15, True, dry_run  # Q4_K_M
+    asked.tt_overrides, asked.imatrix = overrides, entries
+    for option, kind in options.items():
+        name = {
+            "--token-embedding-type": "token_embedding_type",
+            "--output-tensor-type": "output_tensor_type",
+        }
+        setattr(asked, name[option], number(kind))
+    assert lib.llama_model_quantize(str(source).encode(), str(destination).encode(), asked) == 0

@@ -5,6 +5,8 @@ The options of `compress` and `upcycle` are fields of dataclasses; see `with_opt
 
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +67,10 @@ from tensornet_hf.evaluate import divergence, perplexity, run_tasks
 from tensornet_hf.exporters.base import GGUF
 from tensornet_hf.exporters.export import TARGETS, find_target
 from tensornet_hf.exporters.export import export as export_model
+from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder
+from tensornet_hf.maps import plan_map
+from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import compact_bytes, display_command
 from tensornet_hf.text import (
     continue_text,
@@ -80,6 +85,8 @@ from tensornet_hf.upcycling import upcycle as upcycle_model
 
 #: Prompt for the model of the demo.
 PROMPT = "And it came to pass in those days, that"
+#: Title of the options of recipes.
+RECIPES = "Recipes for llama-quantize"
 _FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in fields(kind)}
 
 
@@ -124,11 +131,8 @@ def compress(
 
     --help-all also shows rare options.
     """
-    try:
-        command = display_command(["tensornet", *sys.argv[1:]])
-        chosen = collect(CompressOptions, given)
-        options = CompressOptions(**chosen, command=command, progress=sys.stderr.isatty())
-        wanted = collect(CompressionConfig, given)
+    with _spelled_options():
+        options, wanted = _compress_options(given)
         if plan is not None and wanted:
             names = " and ".join(spelled(_FIELDS[name]) for name in wanted)
             raise OptionError(f"{{plan}} already fixes the scheme of every layer; leave out {names}.")
@@ -143,11 +147,159 @@ def compress(
         if destination is None:
             raise OptionError("Give a destination or {dry_run}.")
         done = compress_folder(source, destination, config, options)
-    except OptionError as error:  # the message must name options as on the command line
-        raise typer.BadParameter(re.sub(r"\{(\w+)\}", _spelled, error.template)) from error
     print_result(done, as_json)
     for line in done.notes:
         note(f"note: {line}")
+
+
+@with_options(CompressionConfig, CompressOptions)
+def plan(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Model folder, or hub id if there is no such folder; not needed with --map."),
+    ] = None,
+    *,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the types of all tensors to this file, for llama-quantize --tensor-type-file. The "
+            "plan is then for llama.cpp's own rounding, and --max-bytes is the size of its file.",
+            metavar="FILE",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(
+            help="Types that a recipe may use, such as q4_k,q6_k (default: all).",
+            metavar="A,B,...",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Importance matrix of the model (.gguf or .dat), in place of the moments of the inputs. "
+            "Without --calibration nothing is known about gradients.",
+            metavar="FILE",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
+    save_imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the importance matrix that llama-quantize needs to this file (.gguf or .dat).",
+            metavar="FILE",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
+    map_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--map",
+            help="Plan from published divergences of single tensors (kld_results.csv) and of whole files "
+            "(group0/kld_results.csv), without a model. Repeatable.",
+            metavar="FILE",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
+    sizes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="List of the model's tensors (tensors.*.map) for --map. Repeatable.",
+            metavar="FILE",
+            rich_help_panel=RECIPES,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print JSON and nothing else on stdout.",
+            metavar=" ",
+            rich_help_panel=GROUPS["output"],
+        ),
+    ] = False,
+    **given: Any,
+) -> None:
+    """Plan the number format of every layer, without compressing the model.
+
+    Example: tensornet plan MODEL --bits 4.25 --calibration text.txt --json > plan.json
+
+    For llama-quantize: tensornet plan MODEL --max-bytes 5GB --calibration text.txt --recipe plan.txt
+    --save-imatrix im.gguf
+
+    --help-all also shows rare options.
+    """
+    with _spelled_options():
+        options, wanted = _compress_options(given)
+        config = CompressionConfig(**wanted)
+        asked = {"recipe": recipe, "types": types, "imatrix": imatrix, "save_imatrix": save_imatrix}
+        if map_files or sizes:
+            if source is not None or imatrix is not None or save_imatrix is not None:
+                raise OptionError(
+                    "{map} plans without a model; leave out SOURCE, {imatrix} and {save_imatrix}."
+                )
+            if not map_files or not sizes:
+                raise OptionError("A plan from a map needs {map} (divergences) and {sizes} (the tensors).")
+            if (
+                others := wanted.keys() - {"max_bytes", "bits_per_weight"}
+                | collect(CompressOptions, given).keys()
+            ):
+                names = " and ".join(spelled(_FIELDS[name]) for name in sorted(others))
+                raise OptionError(f"{{map}} plans without a model; leave out {names}.")
+            made = plan_map(map_files, sizes, config, (types or "").split(",") if types else ())
+        elif source is None:
+            raise OptionError("Give a model folder, or {map} and {sizes}.")
+        elif recipe is None:
+            if needless := [f"{{{name}}}" for name, value in asked.items() if value is not None]:
+                raise OptionError(
+                    f"{' and '.join(needless)} belong to a recipe for llama-quantize; add {{recipe}}."
+                )
+            print_result(plan_folder(source, config, options), as_json)
+            return
+        else:
+            if imatrix is None and save_imatrix is None:
+                raise OptionError(
+                    "The recipe is priced with an importance matrix, which llama-quantize needs too; add "
+                    "{save_imatrix}, or give one by {imatrix}."
+                )
+            made = plan_recipe(
+                source, config, options, imatrix=imatrix, types=types.split(",") if types else ()
+            )
+    if save_imatrix is not None:
+        write_imatrix(save_imatrix, made.importance, source=options.source or str(imatrix))
+    if recipe is not None:
+        made.save(recipe)
+    shown = made.command(str(recipe or "plan.txt"), str(save_imatrix or imatrix or "im.gguf"))
+    if as_json:
+        print_json({**made.to_dict(), "command": shown})
+        return
+    print_lines(
+        str(made),
+        "",
+        shown,
+        "",
+        "llama-quantize must be built from sources of July 2026 or later (pull request 25716): older builds "
+        "ignore the file together with --pure.",
+    )
+
+
+def _compress_options(given: Mapping[str, Any]) -> tuple[CompressOptions, dict[str, Any]]:
+    """Convert the values of options to `CompressOptions` and to arguments of `CompressionConfig`."""
+    command = display_command(["tensornet", *sys.argv[1:]])
+    chosen = collect(CompressOptions, given)
+    options = CompressOptions(**chosen, command=command, progress=sys.stderr.isatty())
+    return options, collect(CompressionConfig, given)
+
+
+@contextmanager
+def _spelled_options() -> Iterator[None]:
+    """Raise OptionErrors as errors of the command line, which names options in another way."""
+    try:
+        yield
+    except OptionError as error:
+        raise typer.BadParameter(re.sub(r"\{(\w+)\}", _spelled, error.template)) from error
 
 
 def _spelled(match: re.Match[str]) -> str:

@@ -19,6 +19,7 @@ from tensornet_hf.streaming import staging_folder
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": commands.compress,
+    "plan": commands.plan,
     "inspect": commands.inspect,
     "eval": commands.evaluate,
     "generate": commands.generate,

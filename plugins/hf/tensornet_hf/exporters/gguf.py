@@ -249,6 +249,30 @@ def gguf_layout(
     return _Planner(model, parsed, dense, source=source, title=title).layout()
 
 
+def find_places(
+    model: PreTrainedModel, source: Path | None, layers: Iterable[str]
+) -> tuple[Any, dict[str, ConvertedTensor], dict[str, "Place"]]:
+    """Find the tensors of the GGUF file of a dense model, and the layers of which they consist.
+
+    Args:
+        model: the dense model; its parameters may be on the meta device.
+        source: folder of the tokenizer; if None, the file has no vocabulary.
+        layers: names of layers.
+
+    Returns:
+        A `gguf.GGUFWriter` with the metadata; all tensors by name; and the places of those that consist of
+        the given layers, and that llama.cpp can read in other types than float32.
+
+    Raises:
+        TargetError: the converter does not support this model or tokenizer.
+        MissingDependencyError: the converter is not installed.
+    """
+    formats = dict.fromkeys(layers, NumberFormat.parse("int8:g32"))
+    title = (source or Path("model")).resolve().name
+    planner = _Planner(model, formats, {}, source=source, title=title)
+    return planner.writer, planner.tensors, planner.places()
+
+
 class _Planner:
     """Chooses the type of each tensor of a file that the converter makes of a model.
 

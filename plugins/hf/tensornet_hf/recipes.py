@@ -1,0 +1,731 @@
+"""Recipes for `llama-quantize`: a type for each tensor of a GGUF file, priced under llama.cpp's rounding.
+
+`llama-quantize --tensor-type-file` reads such a recipe, so a plan needs no rounding by this library. The
+program rounds to the nearest point of a type, with scales searched under the mean squares of the inputs. Its
+errors are larger than those of our rounding, so a recipe has prices of its own: some rows of each matrix are
+rounded by llama.cpp's code (the package `libgguf`), and the loss increase of their errors is predicted from
+the moments of a survey.
+
+GGUF stacks the experts of a layer in one tensor, which has a single type. Its price is the sum over experts.
+"""
+
+import math
+import re
+import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tensornet._util import import_optional
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.walk import Loaded, in_memory
+from tensornet.compression.allocate import Candidate, CostCurve, PricedLayer, spend_size
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
+from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
+from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet.io import write_file
+from tensornet.linalg.svd import check_finite
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.storage import PLAIN
+from tensornet.nn.targets import Target, find_targets
+from tensornet.nn.unfuse import unfused
+from tensornet.quantization.menus import MENUS, Menu
+from tensornet.quantization.predict import spaced_rows
+from tensornet_hf.checkpoint import on_device, resolve_folder
+from tensornet_hf.compress import CompressOptions, OptionError, collect_calibration, open_dense
+from tensornet_hf.exporters.base import refuse_mixtures
+from tensornet_hf.exporters.gguf import FileTensor, GGUFLayout, Place, find_places
+from tensornet_hf.imatrix import Importance, read_imatrix
+from tensornet_hf.lazy_model import ConvertedWeightError, open_model
+from tensornet_hf.report import compact_bytes
+from tensornet_hf.streamed_calibration import StatesOnDisk
+
+#: Types of llama.cpp that recipes use, by increasing size.
+TYPES = (
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K",
+    "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "BF16",
+)  # fmt: skip
+#: Types to which `llama-quantize` rounds only with an importance matrix.
+NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+#: Type of matrices that are not planned.
+UNPLANNED = "BF16"
+#: Menu of plans for `llama-quantize`. It has no number formats, since the program rounds weights itself.
+LLAMA_QUANTIZE = "llama-quantize"
+MENUS.add(LLAMA_QUANTIZE, Menu((), whole_model=True))
+#: Number of rows of each matrix that are rounded to price a type, and number of rows of each expert.
+PRICED_ROWS, EXPERT_ROWS = 64, 8
+#: Tensors whose types are options of `llama-quantize` of their own.
+OPTIONS = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
+#: Type of tensors that are not in the file; every tensor that the program quantizes is in it.
+DEFAULT_TYPE = "q4_k"
+_SPECIAL = re.compile(r"([.^$|()\[\]{}*+?\\])")
+
+
+class PricedTensor(NamedTuple):
+    """Tensor of a GGUF file, with the size and the loss of each type that fits.
+
+    Args:
+        name: name in the file.
+        sizes: bytes by type.
+        costs: loss by type for choosing types, in the same unit for all tensors (see `Candidate.cost`).
+        losses: predicted loss by type.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    costs: Mapping[str, float]
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    r"""A type for each tensor of a GGUF file.
+
+    Args:
+        types: type of every tensor that `llama-quantize` quantizes, by name.
+        sizes: bytes of these tensors, by name.
+        num_bytes: bytes of the file; None if only the tensors of the recipe are known.
+        predicted: sum of the losses of all tensors.
+        unit: what `predicted` is, such as `"loss increase in nats per token"`.
+        notes: what a reader should know about the recipe.
+        importance: importance matrix of the model, by name of the tensor, if inputs were observed.
+
+    Example:
+        >>> recipe = Recipe({"blk.0.attn_q.weight": "Q5_K"}, {"blk.0.attn_q.weight": 704}, None, 0.1, "nats")
+        >>> print(recipe.text)
+        ^blk\.0\.attn_q\.weight$=q5_k
+    """
+
+    types: Mapping[str, str]
+    sizes: Mapping[str, int]
+    num_bytes: int | None
+    predicted: float
+    unit: str
+    notes: tuple[str, ...] = ()
+    importance: Mapping[str, Importance] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def text(self) -> str:
+        """Content of the file for `--tensor-type-file`: a line for each tensor, with an anchored pattern.
+
+        `llama-quantize` takes the first pattern that matches, and converts the file to lower case.
+
+        Raises:
+            TargetError: the name of a tensor has capital letters, so that no pattern can match.
+        """
+        lines = []
+        for name, kind in self.types.items():
+            if name in OPTIONS:
+                continue
+            if name != name.lower():
+                raise TargetError(
+                    f"llama-quantize converts recipes to lower case, so no recipe can name the tensor "
+                    f"{name!r}. "
+                    "Write the file by tensornet compress instead."
+                )
+            pattern = _SPECIAL.sub(r"\\\1", name)
+            lines.append(f"^{pattern}$={kind.lower()}")
+        return "\n".join(lines)
+
+    def command(self, recipe: str = "plan.txt", imatrix: str = "im.gguf") -> str:
+        """Return the command that writes the GGUF file; an importance matrix of `""` is left out."""
+        words = ["llama-quantize", "--pure", *(["--imatrix", imatrix] if imatrix else [])]
+        words += ["--tensor-type-file", recipe]
+        options = {option: self.types[name] for name, option in OPTIONS.items() if name in self.types}
+        if "output.weight" not in self.types and "token_embd.weight" in self.types:
+            # Without a head, llama.cpp versions differ in which of the two options the embedding follows.
+            options["--output-tensor-type"] = self.types["token_embd.weight"]
+        for option, kind in options.items():
+            words += [option, kind.lower()]
+        return shlex.join([*words, "model-bf16.gguf", "out.gguf", DEFAULT_TYPE])
+
+    def save(self, path: str | Path) -> None:
+        """Write the file for `--tensor-type-file`.
+
+        Raises:
+            DestinationError: the file cannot be written.
+            TargetError: see `text`.
+        """
+        write_file(Path(path), [f"{self.text}\n".encode()], what="The recipe")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict for JSON."""
+        return {
+            "types": dict(self.types),
+            "tensor_bytes": dict(self.sizes),
+            "file_bytes": self.num_bytes,
+            "predicted": self.predicted,
+            "unit": self.unit,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        counts = Counter(self.types.values())
+        order = [*TYPES, *sorted(counts.keys() - set(TYPES))]
+        kinds = ", ".join(f"{counts[kind]} {kind}" for kind in order if kind in counts)
+        total = sum(self.sizes.values())
+        size = "" if self.num_bytes is None else f", file {compact_bytes(self.num_bytes)}"
+        lines = [
+            f"tensors     {len(self.types)}: {kinds}",
+            f"bytes       {compact_bytes(total)} of these tensors{size}",
+            f"predicted   {self.predicted:.4g} {self.unit}",
+        ]
+        return "\n".join([*lines, *(f"note        {x}" for x in self.notes)])
+
+
+def choose_types(tensors: Sequence[PricedTensor], num_bytes: float) -> dict[str, str]:
+    """Choose a type for each tensor, so that all tensors fit into `num_bytes` at the least sum of costs.
+
+    Raises:
+        BudgetError: the smallest types need more bytes.
+
+    Example:
+        >>> sizes, costs = {"Q4_K": 4, "Q6_K": 6}, ({"Q4_K": 0.1, "Q6_K": 0.01}, {"Q4_K": 3.0, "Q6_K": 0.3})
+        >>> choose_types([PricedTensor(name, sizes, x, x) for name, x in zip("ab", costs)], 10)
+        {'a': 'Q4_K', 'b': 'Q6_K'}
+    """
+    curves = [
+        CostCurve(
+            torch.tensor([float(x.sizes[kind]) for kind in x.costs], dtype=torch.float64),
+            torch.tensor([x.costs[kind] for kind in x.costs], dtype=torch.float64),
+        )
+        for x in tensors
+    ]
+    chosen = spend_size(curves, num_bytes)
+    return {x.name: list(x.costs)[k] for x, k in zip(tensors, chosen, strict=True)}
+
+
+# --- prices of the types of llama.cpp ---------------------------------------------------------------
+
+
+def type_bytes(kind: str, shape: Sequence[int]) -> int | None:
+    """Compute the bytes of a tensor in a GGUF type.
+
+    Args:
+        kind: name of the type.
+        shape: shape `(..., rows, columns)`.
+
+    Returns:
+        The bytes; None if the rows do not consist of complete blocks, or the type is unknown.
+
+    Example:
+        >>> type_bytes("Q4_K", (2, 256)), type_bytes("Q4_K", (2, 64))
+        (288, None)
+    """
+    gguf = import_optional("gguf", extra="gguf", user="Recipes for llama-quantize")
+    number = getattr(gguf.GGMLQuantizationType, kind, None)
+    if number is None:
+        return None
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    return math.prod(shape) // block * size if shape[-1] % block == 0 else None
+
+
+def round_rows(rows: Tensor, kind: str, importance: Tensor | None) -> Tensor:
+    """Round rows of a matrix to a type of llama.cpp, as `llama-quantize` does.
+
+    Args:
+        rows: float32, shape `(rows, in)`.
+        kind: name of the type.
+        importance: mean squares of the inputs, shape `(in,)`; None without an importance matrix.
+    """
+    if kind == "BF16":
+        return rows.bfloat16().float()
+    libgguf = import_optional("libgguf", extra="gguf", user="Prices of llama.cpp's types")
+    weights = None if importance is None else importance.float().cpu().contiguous().numpy()
+    number = libgguf.GGMLQuantizationType[kind]
+    packed = libgguf.quantize_rows(rows.cpu().contiguous().numpy(), number, imatrix=weights)
+    values = libgguf.dequantize_rows(packed, number, n_per_row=rows.shape[1])
+    return torch.from_numpy(np.ascontiguousarray(values)).reshape(rows.shape).to(rows.device)
+
+
+def price_types(
+    matrix: Tensor, weightings: Sequence[Weighting], importance: Tensor | None, count: int = PRICED_ROWS
+) -> dict[str, list[float]]:
+    """Predict the losses of a matrix in each type that fits, from the errors of some rows.
+
+    The loss of a row is assumed to be proportional to the mean square of its outputs. So the loss of the
+    chosen rows is multiplied by the sum over all rows, and divided by the sum over the chosen ones.
+
+    Args:
+        matrix: the weight, shape `(out, in)`.
+        weightings: weightings of the loss, with the diagonal of the gradient moment.
+        importance: see `round_rows`.
+        count: number of rows to round.
+
+    Returns:
+        A loss for each weighting, by type.
+    """
+    weight = matrix.float()
+    sample = spaced_rows(weight, count)
+    part = weight if sample is None else weight[sample]
+    sides = []
+    for weighting in weightings:
+        rows, columns = weighting.rows, weighting.columns
+        rows = weight.new_ones(len(weight)) if rows is None else rows
+        rows = (rows if rows.ndim == 1 else rows.diagonal()).double()
+        columns = weight.new_ones(weight.shape[1]) if columns is None else columns.to(weight)
+        diagonal = columns if columns.ndim == 1 else columns.diagonal()
+        known = rows * (weight.square() @ diagonal).double()
+        some = known if sample is None else known[sample]
+        factor = float(known.sum() / some.sum()) if float(some.sum()) > 0 else 0.0
+        sides.append((factor * (rows if sample is None else rows[sample]), columns))
+    found = {}
+    for kind in TYPES:
+        if type_bytes(kind, weight.shape) is None or (importance is None and kind in NEED_IMPORTANCE):
+            continue
+        error = part - round_rows(part, kind, importance)
+        found[kind] = [
+            0.5
+            * float(
+                ((error * (error * c if c.ndim == 1 else error @ c)).sum(1, dtype=torch.float64) * r).sum()
+            )
+            for r, c in sides
+        ]
+    return found
+
+
+def type_candidates(
+    targets: Sequence[Target],
+    config: CompressionConfig,
+    *,
+    stats: CalibrationStats,
+    names: frozenset[str] | None = None,
+) -> Iterator[list[Candidate]]:
+    """Yield a candidate for each type of llama.cpp that fits a layer; the function `price` of a survey.
+
+    Args:
+        targets: the weights.
+        config: the configuration, for its damping.
+        stats: statistics with gradients.
+        names: layers that the importance matrix of `llama-quantize` contains; all that read activations if
+            absent.
+    """
+    for target in targets:
+        importance = _importance(target, stats, names)
+        sensitivity = layer_sensitivity(target, "curvature", stats, config.damping, "nearest")
+        seen = sensitivity or Sensitivity(Weighting(), Weighting())
+        count = EXPERT_ROWS if target.kinds[0].name == "part" else PRICED_ROWS
+        losses = price_types(target.matrix, (seen.weighting, seen.forecast), importance, count)
+        scale = 0.0 if sensitivity is None else 1.0  # errors do not change the loss if all gradients are zero
+        yield [
+            _candidate(kind, target.matrix, scale * cost, scale * loss)
+            for kind, (cost, loss) in losses.items()
+        ]
+
+
+def _importance(target: Target, stats: CalibrationStats, names: frozenset[str] | None) -> Tensor | None:
+    """Return the mean squares of a layer's inputs that `llama-quantize` will know."""
+    for name, kind in zip(target.names, target.kinds, strict=True):
+        # llama.cpp looks up embeddings, and has no importance for them even if the head shares them.
+        if kind.name == "embedding" or (names is not None and name not in names):
+            return None
+        if name in stats.columns:
+            moment = stats.columns[name]
+            return moment if moment.ndim == 1 else moment.diagonal()
+    return None
+
+
+def _candidate(kind: str, matrix: Tensor, cost: float, loss: float) -> Candidate:
+    return Candidate(None, PLAIN, _bytes(kind, matrix.shape), matrix.numel(), loss, 0.0, cost, kind)
+
+
+def price_by_inputs(
+    targets: Iterable[Target], inputs: Mapping[str, Tensor], loaded: Loaded
+) -> Iterator[PricedLayer]:
+    """Price the types of layers by the relative error of their outputs, from mean squares of inputs alone.
+
+    Without gradients nobody knows how much an error of a layer's outputs matters. Here the same relative
+    error counts alike in every layer. Of layers without known inputs, the error of the weight counts.
+
+    Args:
+        targets: the weights.
+        inputs: mean squares of the inputs by name of the layer, shape `(in,)`.
+        loaded: context in which the weights of given modules are in memory.
+
+    Reference:
+        Malinovskii et al. 2024, "Pushing the Limits of Large Language Model Quantization via the Linearity
+        Theorem" (the loss is linear in squared relative errors, with a factor for each layer).
+    """
+    for target in targets:
+        with loaded(list(target.modules), dtype=None):
+            matrix = target.matrix
+            check_finite(matrix, f"Layer {target.name!r}")
+            known = inputs.get(target.name)
+            count = EXPERT_ROWS if target.kinds[0].name == "part" else PRICED_ROWS
+            losses = price_types(matrix, (Weighting(None, known),), known, count)
+            columns = torch.ones(matrix.shape[1]) if known is None else known
+            energy = max(0.5 * float((matrix.float().cpu().square() @ columns).double().sum()), 1e-300)
+            found = [
+                _candidate(kind, matrix, loss / energy, loss / energy) for kind, (loss,) in losses.items()
+            ]
+            yield PricedLayer.of(target, found)
+
+
+# --- tensors of the file ----------------------------------------------------------------------------
+
+
+def _owners(place: Place, shape: Sequence[int]) -> list[list[tuple[str, int]]]:
+    """List, for each matrix of a tensor, the layers of its rows and the numbers of these rows."""
+    ends, layers = np.cumsum(list(place.layers.values())), list(place.layers)
+    owners = np.searchsorted(ends, place.rows, side="right").reshape(math.prod(shape[:-2]), -1)
+    found = []
+    for row in owners:
+        numbers, counts = np.unique(row, return_counts=True)
+        found.append([(layers[k], int(count)) for k, count in zip(numbers, counts, strict=True)])
+    return found
+
+
+def layer_inputs(
+    entries: Mapping[str, Importance],
+    places: Mapping[str, Place],
+    shapes: Mapping[str, Sequence[int]],
+    what: str,
+) -> dict[str, Tensor]:
+    """Convert an importance matrix to mean squares of the inputs of layers.
+
+    Args:
+        entries: the importance matrix, by name of the tensor.
+        places: the layers of each tensor of the file.
+        shapes: shapes of these tensors.
+        what: name of the importance matrix, for error messages.
+
+    Raises:
+        TargetError: the importance matrix belongs to another model, or has no tokens of an expert.
+    """
+    found: dict[str, Tensor] = {}
+    if entries and not any(name in places for name in entries):
+        raise TargetError(
+            f"{what} belongs to another model: it names {next(iter(entries))!r}, and the tensors of this "
+            f"model "
+            f"are {', '.join(list(places)[:2])}, ... Give the importance matrix of this model."
+        )
+    for name, place in places.items():
+        if name in OPTIONS or name not in entries:
+            continue
+        owners = _owners(place, shapes[name])
+        squares, counts = entries[name]
+        if squares.numel() != len(owners) * place.width or (len(counts) not in (1, len(owners))):
+            raise TargetError(
+                f"{what} belongs to another model: {name!r} has {squares.numel():,} numbers for "
+                f"{len(counts)} "
+                f"matrices, but the tensor needs {len(owners)} times {place.width:,}. Give the importance "
+                "matrix of this model."
+            )
+        squares = squares.reshape(len(owners), place.width)
+        alive = squares.any(1) & (counts > 0)
+        if not bool(alive.all()):
+            dead = (~alive).nonzero().flatten().tolist()
+            which = f"expert {', '.join(map(str, dead[:4]))}{', ...' if len(dead) > 4 else ''} of "
+            raise TargetError(
+                f"{what}: no tokens reached {which if len(owners) > 1 else ''}{name!r}, so nothing is known "
+                f"about "
+                "its inputs. Collect the importance matrix on more text, or leave it out and give a "
+                "calibration "
+                "text (calibration=), where such an expert gets the mean of its mixture."
+            )
+        back = torch.from_numpy(np.argsort(place.columns))
+        for own, values in zip(owners, squares, strict=True):
+            found |= {layer: values[back] for layer, _ in own}
+    missing = [name for name in places if name not in entries and name not in OPTIONS]
+    if missing:
+        raise TargetError(
+            f"{what} has no entry for {missing[0]!r} ({len(missing)} of {len(places)} tensors are missing). "
+            f"It may "
+            "belong to another model; or give a calibration text (calibration=) instead."
+        )
+    return found
+
+
+def file_importance(
+    inputs: Mapping[str, tuple[Tensor, int]], places: Mapping[str, Place], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Importance]:
+    """Make the importance matrix of a GGUF file from mean squares of the inputs of layers.
+
+    An expert without tokens has the mean squares of its mixture, and counts as one token.
+
+    Args:
+        inputs: mean squares, shape `(in,)`, and numbers of tokens, by name of the layer.
+        places, shapes: see `layer_inputs`.
+    """
+    found = {}
+    for name, place in places.items():
+        owners = _owners(place, shapes[name])
+        first = [own[0][0] for own in owners]
+        if name == "token_embd.weight" or not all(layer in inputs for layer in first):
+            continue
+        squares = torch.stack([inputs[layer][0][torch.from_numpy(place.columns)] for layer in first])
+        counts = torch.tensor([max(inputs[layer][1], 1) for layer in first])
+        found[name] = Importance(squares, counts)
+    return found
+
+
+def price_tensors(
+    layers: Sequence[PricedLayer], places: Mapping[str, Place], shapes: Mapping[str, Sequence[int]]
+) -> list[PricedTensor]:
+    """Add up the prices of the layers that make up each tensor, for every type that fits all of them.
+
+    Args:
+        layers: the priced layers; the types are the names of their number formats.
+        places, shapes: see `layer_inputs`.
+
+    Returns:
+        The tensors of which all layers are priced.
+    """
+    known = {name: x for x in layers for name in x.names}
+    found = []
+    for name, place in places.items():
+        if not known.keys() >= place.layers.keys():
+            continue
+        rows = Counter[str]()
+        for own in _owners(place, shapes[name]):
+            rows.update(dict(own))
+        # If the rows of a layer are divided between tensors, its loss is divided like the rows.
+        shares = {layer: count / known[layer].shape[0] for layer, count in rows.items()}
+        options = [({x.number_format: x for x in known[y].candidates}, share) for y, share in shares.items()]
+        kinds = [x for x in TYPES if all(x in candidates for candidates, _ in options)]
+        costs = {x: sum(share * candidates[x].cost for candidates, share in options) for x in kinds}
+        losses = {
+            x: sum(share * candidates[x].predicted_loss for candidates, share in options) for x in kinds
+        }
+        found.append(PricedTensor(name, {x: _bytes(x, shapes[name]) for x in kinds}, costs, losses))
+    return found
+
+
+def _bytes(kind: str, shape: Sequence[int]) -> int:
+    size = type_bytes(kind, shape)
+    assert size is not None
+    return size
+
+
+# --- recipes for a model ----------------------------------------------------------------------------
+
+
+def plan_recipe(
+    source: str | Path,
+    config: CompressionConfig,
+    options: CompressOptions | None = None,
+    *,
+    imatrix: str | Path | None = None,
+    types: Sequence[str] = (),
+) -> Recipe:
+    """Plan the types with which `llama-quantize` loses least at a given size; no weight is written.
+
+    With a calibration text, the loss increase of llama.cpp's own rounding is predicted for every type. With
+    an importance matrix besides, the mean squares of the inputs are taken from it, and the gradients from
+    the text. With an importance matrix alone, the relative errors of the layers' outputs are compared.
+
+    Args:
+        source: model folder, or hub id if there is no folder of that name.
+        config: a budget, `max_bytes` (size of the file) or `bits_per_weight` (mean over the tensors of the
+            recipe), and the choice of layers. Layers that are not chosen get the type BF16.
+        options: further options: the calibration text, `prices`, `weights` and `device`.
+        imatrix: importance matrix of the model, as a GGUF file or a legacy file.
+        types: types that the recipe may use; all of `TYPES` if empty.
+
+    Raises:
+        OptionError: an option is missing, or does not apply to recipes.
+        FormatError: an unknown type, or none of the types fits a tensor; or a file is damaged.
+        TargetError: the converter does not support the model, or the importance matrix is that of another
+            model or lacks an expert.
+        BudgetError: the budget cannot be met.
+        MissingDependencyError: the extra `gguf` is not installed.
+
+    Example:
+        >>> config = tn.CompressionConfig(max_bytes=1_200_000)
+        >>> options = th.CompressOptions(calibration="default", calibration_tokens=512)
+        >>> recipe = plan_recipe(th.embedded.gpt2_path(), config, options, types=("Q8_0", "Q4_0"))
+        >>> recipe.num_bytes <= 1_200_000
+        True
+    """
+    options = options or CompressOptions()
+    kinds = check_types(types)
+    config = _check_recipe(config, options, imatrix)
+    folder = resolve_folder(source)
+    entries = {} if imatrix is None else read_imatrix(imatrix)
+    loaded: Loaded = in_memory
+    lazy = None
+    device = torch.device(options.device)
+    try:
+        lazy = open_model(folder, options.weights)
+        model: PreTrainedModel = lazy.model
+        loaded = partial(lazy.loaded, device=device)
+    except ConvertedWeightError:
+        model = on_device(open_dense(folder, options.weights), device)
+    refuse_mixtures(model)
+    with unfused(model):
+        chosen = [x for x in find_targets(model, config) if not x.skip]
+        names = [x.name for x in chosen]
+    writer, tensors, places = find_places(model, folder, names)
+    shapes = {name: tensors[name].shape for name in places}
+    inputs = layer_inputs(entries, places, shapes, f"The importance matrix {imatrix}") if entries else None
+
+    # Price the types of every layer.
+    notes: list[str] = []
+    if options.calibration:
+        data = collect_calibration(lazy or model, folder, config, options, options.text)
+        assert data is not None
+        with tempfile.TemporaryDirectory() as work:
+            prices = survey_or_load(
+                model,
+                list(data.batches),
+                config,
+                options.prices,
+                tokens=options.calibration_tokens or SURVEY_TOKENS,
+                loss_fn=data.loss_fn,
+                source=data.source,
+                states=None if lazy is None else StatesOnDisk(Path(work) / "states"),
+                loaded=loaded,
+                device=device,
+                inputs=inputs,
+                price=partial(type_candidates, names=None if inputs is None else frozenset(inputs)),
+                progress=options.progress,
+            )
+        layers, unit = prices.layers, "loss increase in nats per token"
+        importance = entries or file_importance(prices.inputs, places, shapes)
+        if prices.template.unrouted:
+            notes.append(
+                f"{len(prices.template.unrouted)} experts got no token; their mixture stands for them"
+            )
+    else:
+        assert inputs is not None
+        with unfused(model):
+            found = [x for x in find_targets(model, config) if not x.skip]
+            layers = tuple(price_by_inputs(found, inputs, loaded))
+        unit = "sum of the squared relative errors of the layers' outputs"
+        importance = entries
+        notes.append(
+            "an importance matrix says nothing about gradients: the plan cannot know which layers matter "
+            "more "
+            "for the loss, nor how much it increases; add a calibration text"
+        )
+
+    # Collect the tensors of the file; what is not priced keeps 16 bits, and vectors are float32.
+    priced = [with_types(x, kinds) for x in price_tensors(layers, places, shapes)]
+    known = {x.name: x for x in priced}
+    kept = [name for name, x in tensors.items() if name not in known and not x.float32 and len(x.shape) > 1]
+    start = {
+        name: min(known[name].sizes, key=known[name].sizes.__getitem__) if name in known else UNPLANNED
+        for name in (*known, *kept)
+    }
+    layout = GGUFLayout(
+        writer,
+        [
+            FileTensor(name, start.get(name, "F32"), x.shape, (), lambda _: iter(()))
+            for name, x in tensors.items()
+        ],
+    )
+    fixed = layout.nbytes - sum(layout.parts[name][1] for name in known)
+    if config.max_bytes is not None:
+        if config.max_bytes <= fixed:
+            raise BudgetError(
+                f"max_bytes={config.max_bytes:,} is too small: the vocabulary, metadata and tensors outside "
+                f"of the "
+                f"recipe alone take {fixed:,} bytes. Allow more."
+            )
+        budget: float = config.max_bytes - fixed
+    else:
+        assert config.bits_per_weight is not None
+        budget = config.bits_per_weight / 8 * sum(math.prod(shapes[name]) for name in known)
+    types_of = choose_types(priced, budget)
+    if kept:
+        shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
+        notes.append(f"{len(kept)} tensors are not planned and get {UNPLANNED}: {shown}")
+    order = {name: types_of.get(name, UNPLANNED) for name in tensors if name in types_of or name in kept}
+    sizes = {name: _bytes(kind, tensors[name].shape) for name, kind in order.items()}
+    return Recipe(
+        order,
+        sizes,
+        fixed + sum(sizes[name] for name in known),
+        sum(known[name].losses[kind] for name, kind in types_of.items()),
+        unit,
+        tuple(notes),
+        importance,
+    )
+
+
+def check_types(types: Sequence[str]) -> tuple[str, ...]:
+    """Check the names of types, and return them in capital letters; all of `TYPES` if there are none.
+
+    Raises:
+        FormatError: an unknown type; the message lists the known ones.
+    """
+    found = tuple(dict.fromkeys(x.upper() for x in types))
+    if unknown := [x for x in found if x not in TYPES]:
+        raise FormatError(
+            f"Recipes have no type {', '.join(unknown).lower()}; choose from {', '.join(TYPES).lower()}."
+        )
+    return found or TYPES
+
+
+def with_types(tensor: PricedTensor, kinds: Sequence[str]) -> PricedTensor:
+    """Return a tensor with some of its types.
+
+    Raises:
+        FormatError: none of these types fits.
+    """
+    costs = {kind: cost for kind, cost in tensor.costs.items() if kind in kinds}
+    if not costs:
+        raise FormatError(
+            f"None of the types {', '.join(kinds).lower()} fits the rows of {tensor.name!r}; llama-quantize "
+            f"would "
+            f"silently take another one. Add one of {', '.join(tensor.costs).lower()}."
+        )
+    return tensor._replace(costs=costs)
+
+
+def _check_recipe(
+    config: CompressionConfig, options: CompressOptions, imatrix: str | Path | None
+) -> CompressionConfig:
+    """Check that the options apply to recipes, and return the configuration with the menu of recipes.
+
+    Raises:
+        OptionError: an option is missing, or does not apply.
+    """
+    given = [name for name in _WITHOUT if getattr(options, name)]
+    given += [
+        name for name in ("formats",) if config.formats not in (None, CompressionConfig(max_bytes=1).formats)
+    ]
+    given += [
+        name for name in ("byte_ratio", "loss_increase", "param_ratio") if getattr(config, name) is not None
+    ]
+    if given:
+        raise OptionError(
+            f"A recipe is a plan for llama-quantize, which rounds the weights itself; leave out "
+            f"{' and '.join(f'{{{name}}}' for name in given)}."
+        )
+    if (config.max_bytes is None) == (config.bits_per_weight is None):
+        raise OptionError("A recipe needs one budget: {max_bytes} (size of the file) or {bits_per_weight}.")
+    if not options.calibration and imatrix is None:
+        raise OptionError(
+            "A recipe needs to know how errors affect the model: give a text, {calibration}, or an "
+            "importance "
+            "matrix, {imatrix}, or both."
+        )
+    if options.prices is not None and not options.calibration:
+        raise OptionError("{prices} are found on a text; add {calibration}, or leave out {prices}.")
+    return replace(config, formats=LLAMA_QUANTIZE)
+
+
+#: Options of `CompressOptions` that a recipe cannot use.
+_WITHOUT = (
+    "validation",
+    "held_out",
+    "refine",
+    "heal",
+    "share_experts",
+    "rotate",
+    "dtype",
+    "workers",
+    "report",
+    "export",
+)
