@@ -244,10 +244,10 @@ class PriceList:
                 )
                 for x in data["layers"]
             )
-            factors, squares = (
-                {name.removeprefix(x): t for name, t in tensors.items() if name.startswith(x)}
-                for x in ("factor.", "inputs.")
-            )
+            parts: dict[str, dict[str, Tensor]] = {"factor": {}, "inputs": {}}
+            for name, tensor in tensors.items():
+                kind, _, layer = name.partition(".")
+                parts[kind][layer] = tensor
             found = cls(
                 CompressionConfig.from_dict(data["config"]),
                 layers,
@@ -255,8 +255,8 @@ class PriceList:
                 _listed(data["untargeted"], int),
                 data["key"],
                 _listed(data["losses"], float),
-                factors,
-                {name: (x, int(data["tokens"][name])) for name, x in squares.items()},
+                parts["factor"],
+                {name: (x, int(data["tokens"][name])) for name, x in parts["inputs"].items()},
             )
             _check(found)
             return found

@@ -310,6 +310,30 @@ def damaged() -> Iterator[tuple[str, str]]:
     yield "two layers of one name", changed(data, ["layers", 1], data["layers"][0])
 
 
+def test_inputs_are_mean_squares_and_may_be_given() -> None:
+    model, prices = surveyed()
+    name, seen = "model.layers.1.mlp.down_proj", []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for seed in (1, 2):
+        batch = text(seed)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        seen[-1] = seen[-1][batch["attention_mask"] == 1]
+    handle.remove()
+    vectors = torch.cat(seen).detach()
+    squares, count = prices.inputs[name]
+    assert count == len(vectors)
+    assert torch.allclose(squares, vectors.square().mean(0), rtol=1e-4, atol=1e-6)
+    assert "model.embed_tokens" not in prices.inputs
+    once, twice = (
+        tn.survey(model, [text(1), text(2)], CONFIG, inputs={name: factor * squares}) for factor in (1, 2)
+    )
+    for a, b in zip(once.layers, twice.layers, strict=True):
+        factor = 2 if a.name == name else 1
+        for x, y in zip(a.candidates, b.candidates, strict=True):
+            assert y.cost == pytest.approx(factor * x.cost, rel=1e-4)
+    assert torch.equal(twice.inputs[name][0], 2 * squares)
+
+
 MISSING = object()
 
 
@@ -345,12 +369,19 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     file, accepted = tmp_path / "prices.safetensors", []
     contents = [(fault, with_text(text)) for fault, text in damaged()]
     contents += [(f"cut at {k}", saved()[:k]) for k in (0, 7, 100, len(saved()) // 2, len(saved()) - 1)]
-    contents += [("plain", b"{}"), ("no text", safetensors.torch.save({"lm_head": torch.ones(101, 2)}))]
+    contents += [
+        ("plain", b"{}"),
+        ("no text", safetensors.torch.save({"factor.lm_head": torch.ones(101, 2)})),
+    ]
     whole = json.dumps(as_data())
     for factor in (torch.ones(3, 2), torch.ones(101), torch.full((101, 2), float("nan"))):
-        contents.append((f"factor {factor.shape}", with_text(whole, {"lm_head": factor})))
-    contents.append(("another layer", with_text(whole, {"lm_foot": torch.ones(101, 2)})))
-    file.write_bytes(with_text(whole, {"lm_head": torch.ones(101, 2)}))
+        contents.append((f"factor {factor.shape}", with_text(whole, {"factor.lm_head": factor})))
+    size = surveyed()[1].inputs["lm_head"][0].shape[0]
+    for inputs in (torch.ones(size + 1), torch.ones(size, 1), torch.full((size,), float("nan"))):
+        contents.append((f"inputs {inputs.shape}", with_text(whole, {"inputs.lm_head": inputs})))
+    for name in ("factor.lm_foot", "inputs.lm_foot", "lm_head"):
+        contents.append((name, with_text(whole, {name: torch.ones(101, 2)})))
+    file.write_bytes(with_text(whole, {"factor.lm_head": torch.ones(101, 2)}))
     PriceList.load(file)
     for fault, content in contents:
         file.write_bytes(content)

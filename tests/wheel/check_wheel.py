@@ -45,7 +45,7 @@ EXTRAS = {
     "testing": Extra(
         ("hypothesis",), "from tensornet.testing.strategies import register_profiles; register_profiles()"
     ),
-    "gguf": Extra(("gguf", "conversion"), "import tensornet_hf.exporters.gguf"),
+    "gguf": Extra(("gguf", "conversion", "libgguf"), "import tensornet_hf.exporters.gguf"),
     "cli": Extra(("typer", "rich", "transformers", "matplotlib"), "import tensornet_hf"),
 }
 

@@ -12,7 +12,9 @@ from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
 from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.export import export
+from tensornet_hf.maps import plan_map
 from tensornet_hf.quantizer import TensorNetworkConfig
+from tensornet_hf.recipes import Recipe, plan_recipe
 from tensornet_hf.rotation import rotate
 from tensornet_hf.specialist_files import Specialists, load_specialists, specialists
 from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
@@ -27,6 +29,7 @@ __all__ = [
     "FolderReport",
     "GradientMaskCallback",
     "MoEConfig",
+    "Recipe",
     "RouterBiasCallback",
     "RouterStatsCallback",
     "Specialists",
@@ -41,6 +44,8 @@ __all__ = [
     "load",
     "load_specialists",
     "plan_folder",
+    "plan_map",
+    "plan_recipe",
     "rotate",
     "save",
     "set_experts_implementation",

@@ -187,7 +187,7 @@ def plan_map(
     config: CompressionConfig,
     types: Sequence[str] = (),
 ) -> Recipe:
-    """Plan the types of a model's tensors from published measurements.
+    r"""Plan the types of a model's tensors from published measurements.
 
     Args:
         maps: CSV files of divergences (see `read_map`).
@@ -199,6 +199,15 @@ def plan_map(
         OptionError: the configuration has another budget.
         FormatError, TargetError: see `read_map`, `read_sizes` and `price_map`.
         BudgetError: the budget cannot be met.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("kld_results.csv").write_text("QTYPE,a.weight,b.weight\nq4_0,0.2,0.01\nq8_0,0.01,0.0\n")
+        >>> lines = [f"m.gguf:0:{x}.weight:shape=(64, 2):dtype=bf16:elements=128:bytes=256" for x in "ab"]
+        >>> _ = Path("tensors.map").write_text("\n".join(lines))
+        >>> config = tn.CompressionConfig(bits_per_weight=6.5)
+        >>> th.plan_map(["kld_results.csv"], ["tensors.map"], config).types
+        {'a.weight': 'Q8_0', 'b.weight': 'Q4_0'}
     """
     if (config.max_bytes is None) == (config.bits_per_weight is None):
         raise OptionError(

@@ -101,7 +101,8 @@ class Recipe:
         importance: importance matrix of the model, by name of the tensor, if inputs were observed.
 
     Example:
-        >>> recipe = Recipe({"blk.0.attn_q.weight": "Q5_K"}, {"blk.0.attn_q.weight": 704}, None, 0.1, "nats")
+        >>> name = "blk.0.attn_q.weight"
+        >>> recipe = th.Recipe({name: "Q5_K"}, {name: 704}, None, 0.1, "nats")
         >>> print(recipe.text)
         ^blk\.0\.attn_q\.weight$=q5_k
     """
@@ -190,6 +191,7 @@ def choose_types(tensors: Sequence[PricedTensor], num_bytes: float) -> dict[str,
         BudgetError: the smallest types need more bytes.
 
     Example:
+        >>> from tensornet_hf.recipes import PricedTensor, choose_types
         >>> sizes, costs = {"Q4_K": 4, "Q6_K": 6}, ({"Q4_K": 0.1, "Q6_K": 0.01}, {"Q4_K": 3.0, "Q6_K": 0.3})
         >>> choose_types([PricedTensor(name, sizes, x, x) for name, x in zip("ab", costs)], 10)
         {'a': 'Q4_K', 'b': 'Q6_K'}
@@ -219,6 +221,7 @@ def type_bytes(kind: str, shape: Sequence[int]) -> int | None:
         The bytes; None if the rows do not consist of complete blocks, or the type is unknown.
 
     Example:
+        >>> from tensornet_hf.recipes import type_bytes
         >>> type_bytes("Q4_K", (2, 256)), type_bytes("Q4_K", (2, 64))
         (288, None)
     """
@@ -543,7 +546,7 @@ def plan_recipe(
     Example:
         >>> config = tn.CompressionConfig(max_bytes=1_200_000)
         >>> options = th.CompressOptions(calibration="default", calibration_tokens=512)
-        >>> recipe = plan_recipe(th.embedded.gpt2_path(), config, options, types=("Q8_0", "Q4_0"))
+        >>> recipe = th.plan_recipe(th.embedded.gpt2_path(), config, options, types=("Q8_0", "Q4_0"))
         >>> recipe.num_bytes <= 1_200_000
         True
     """

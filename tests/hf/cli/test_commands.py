@@ -155,6 +155,7 @@ def test_dry_run_is_a_plan_that_can_be_edited_and_carried_out(tensornet: Run) ->
     assert list(Path().iterdir()) == []
     status, out, _ = tensornet(*arguments, "--json")
     data = json.loads(out)
+    assert json.loads(tensornet("plan", *arguments[1:-1], "--json")[1]) == data
     planned = tn.CompressionPlan.from_dict(data).replace_layer("transformer.h.0.mlp.c_fc", None)
     planned.save("plan.json")
     assert tensornet("compress", gpt2_path(), "small", "--plan", "plan.json")[0] == 0

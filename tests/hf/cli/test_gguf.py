@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +95,69 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
         assert (status != 0, out) == (True, ""), arguments
         assert word in err
     assert not Path("x.gguf").exists()
+
+
+def test_plan_writes_a_recipe(tensornet: Run, texts: None) -> None:
+    """A recipe from a text, another from the importance matrix of the first, and one from a map."""
+    data = ("--calibration", "text.txt", "--calibration-tokens", 1024)
+    how = ("--types", "q8_0,q6_k,q4_0", "--max-bytes", "0.9MB")
+    files = ("--recipe", "plan.txt", "--save-imatrix", "im.gguf")
+    status, out, err = tensornet("plan", gpt2_path(), *how, *data, *files)
+    assert status == 0, err
+    lines = Path("plan.txt").read_text().splitlines()
+    assert "--pure --imatrix im.gguf --tensor-type-file plan.txt --token-embedding-type q" in out
+    assert "25716" in out
+    assert lines[0].startswith(r"^blk\.0\.attn_qkv\.weight$=q")
+    how = (*how, "--recipe", "other.txt", "--imatrix", "im.gguf", "--json")
+    status, out, err = tensornet("plan", gpt2_path(), *how)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["file_bytes"] <= 900_000
+    assert len(Path("other.txt").read_text().splitlines()) == len(lines) == len(found["types"]) - 1
+    Path("kld.csv").write_text("QTYPE,blk.0.attn_q.weight\nq4_0,0.1\nq8_0,0.001\n")
+    Path("tensors.map").write_text(
+        "a:b:blk.0.attn_q.weight:shape=(64, 64):dtype=bf16:elements=4096:bytes=8192"
+    )
+    status, out, err = tensornet("plan", "--map", "kld.csv", "--sizes", "tensors.map", "--bits", 5)
+    assert status == 0, err
+    assert "1 Q4_0" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Give a model folder, or --map and --sizes"),
+        (("GPT2", "--bits", 5, "--types", "q4_0"), "--types belong to a recipe.*add --recipe"),
+        (("GPT2", "--bits", 5, "--recipe", "r", "--calibration", "text.txt"), "add --save-imatrix, or"),
+        (
+            ("GPT2", "--bits", 5, "--recipe", "r", "--save-imatrix", "i.gguf"),
+            "--calibration, or .* --imatrix",
+        ),
+        (
+            (
+                "GPT2",
+                "--bits",
+                5,
+                "--recipe",
+                "r",
+                "--imatrix",
+                "i.gguf",
+                "--rotate",
+                "--calibration",
+                "text.txt",
+            ),
+            "leave out --rotate",
+        ),
+        (("GPT2", "--map", "a", "--sizes", "b"), "without a model"),
+        (("--map", "a", "--bits", 5), "needs --map .* and --sizes"),
+        (("--map", "a", "--sizes", "b", "--bits", 5, "--exclude", "x"), "leave out --exclude"),
+        (("--map", "a", "--sizes", "b"), "one budget: --max-bytes .* or --bits"),
+    ],
+)
+def test_plan_names_what_does_not_go_together(
+    tensornet: Run, texts: None, arguments: tuple[object, ...], message: str
+) -> None:
+    given = [gpt2_path() if x == "GPT2" else x for x in arguments]
+    status, out, err = tensornet("plan", *given)
+    assert (status, out) == (2, "")
+    assert re.search(message, " ".join(err.split())), err
