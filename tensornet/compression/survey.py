@@ -51,7 +51,7 @@ from tensornet.compression.prices import PriceList
 from tensornet.compression.sensitivity import is_known
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.svd import check_finite
-from tensornet.nn.targets import check_loaded, check_model, list_weights
+from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
 #: Number of tokens on which a survey differentiates the loss. The moments of the inputs of one block may be
@@ -273,10 +273,7 @@ def survey_or_load(
     return prices.with_config(config)
 
 
-def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of matrix products in a walk, or None for that of the weights.
-
-def digest(batches: Iterable[Batch]) -> str:
+def digest(batches: Iterable[Mapping[str, Any]]) -> str:
     """Compute a checksum of the tensors in batches, to recognize a text."""
     found = hashlib.sha256()
     for batch in batches:

@@ -721,7 +721,6 @@ def _check_recipe(
 
 #: Options of `CompressOptions` that a recipe cannot use.
 _WITHOUT = (
-    "validation",
     "held_out",
     "refine",
     "heal",
