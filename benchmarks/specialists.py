@@ -40,7 +40,7 @@ NINTH = "c"
 #: Domains on which rates are chosen.
 TUNED = ("kernel", "fortunes", "python")
 #: Rates that are tried for all weights, and for changes.
-RATES = {"all": (3e-4, 1e-3, 3e-3), "changes": (2e-3, 5e-3, 1.2e-2)}
+RATES = {"all": (3e-4, 1e-3, 3e-3), "changes": (5e-3, 1.2e-2, 3e-2)}
 #: Arguments of `tensornet_moe.specialists` of each row, and of PEFT's LoRA.
 SHARING: dict[str, dict[str, Any]] = {
     "ends": {"share": "ends", "rank": 32},

@@ -99,7 +99,7 @@ def merge_specialists(
     if len(chosen) < 2:
         raise TargetError(f"A mixture needs at least two specialists; there are {chosen or 'none'}.")
     rank = max(low_rank.rank for each in low_ranks.values() for low_rank in each.values())
-    specialists.detach()
+    Specialists.detach(specialists)  # the router stays until the mixture is complete
     try:
         networks = find_feed_forwards(model)
         places = {f"{x.names[0]}.{path}": (x, k) for x in networks for k, path in enumerate(x.paths)}
@@ -131,5 +131,6 @@ def merge_specialists(
                 if low_rank is not None:
                     bank.left[expert, :, : low_rank.rank] = low_rank.left.to(bank.left)
                     bank.right[expert, : low_rank.rank] = low_rank.right.to(bank.right)
+    specialists.detach()
     model.requires_grad_(True)
     return report

@@ -4,14 +4,15 @@ A folder contains
 
 - `specialists.json`: the trunk, the topology of each layer, and the specialists;
 - `shared.safetensors`: the shared cores, once, each keyed by `layer.core_k`;
-- `NAME.safetensors`: the private cores of the specialist NAME.
+- `NAME.safetensors`: the private cores of the specialist NAME;
+- `router.safetensors`: the router, if there is one.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tensornet_moe as tm
+from tensornet._util import check_size, in_eval_mode
 from tensornet.errors import DestinationError, FormatError, TargetError
 from tensornet.io import new_folder, restore
 from tensornet.topology import Topology
@@ -29,9 +31,13 @@ from tensornet_hf.checkpoint import load, read_json
 from tensornet_hf.specialist_exports import export_specialist, merge_specialists
 from tensornet_hf.upcycling import UpcycleReport
 from tensornet_moe.specialist_layers import attach, layer_shape
+from tensornet_moe.specialist_routers import Scope
 
 FORMAT_VERSION = 1
 DESCRIPTION, SHARED = "specialists.json", "shared.safetensors"
+ROUTER_FILE = "router.safetensors"
+#: Attribute of the model that contains the router.
+ROUTER = "specialist_router"
 #: Number of outputs of each trunk layer, for a fixed input, by which a folder recognizes its trunk.
 _PROBED = 8
 #: Largest relative difference of these outputs; rounding the trunk to bfloat16 changes them by about 0.004.
@@ -58,6 +64,111 @@ class Specialists(tm.Specialists):
     """
 
     model: PreTrainedModel
+
+    @property
+    def router(self) -> tm.SpecialistRouter | None:
+        """The router, which the model owns; None before `fit_router`."""
+        return getattr(self.model, ROUTER, None)
+
+    def remove(self, name: str) -> None:
+        """Remove a specialist; no other one changes, and the router no longer chooses it."""
+        super().remove(name)
+        if self.router is not None:
+            setattr(self.model, ROUTER, self.router.without(name))
+
+    @torch.no_grad()
+    def fit_router(
+        self,
+        loaders: Mapping[str, Iterable[Mapping[str, Tensor]]],
+        *,
+        scope: Scope = "sequence",
+        top_k: int = 1,
+        prefix: int = 64,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Fit a router that chooses specialists from the trunk's last hidden states.
+
+        `route` first runs the trunk alone. The choice is then the same in all layers, so a router costs one
+        more pass over what it reads.
+
+        Args:
+            loaders: batches of each domain, by the name of its specialist.
+            scope: `"sequence"`: one choice for a text, from its beginning; `"token"`: one for each token.
+            top_k: number of specialists for each choice.
+            prefix: number of tokens at the beginning of a text that `scope="sequence"` reads.
+            options: `steps`, `lr`, `balance_coef` and `seed` of `tensornet_moe.SpecialistRouter.fit`.
+
+        Returns:
+            The share of correct choices for each domain, on a fifth of the examples that is held out.
+
+        Raises:
+            TargetError: an unknown specialist, fewer than two domains, or a domain with too little text; an
+                earlier router stays.
+            ValueError: an option is out of its range.
+        """
+        for name in loaders:
+            self.tensors(name)  # raises an error if the name is unknown
+        check_size("prefix", prefix, error=ValueError)
+        examples: dict[str, Tensor] = {}
+        router: tm.SpecialistRouter | None = None
+        for name, batches in loaders.items():
+            seen = []
+            for batch in batches:
+                features, mask = self._features(batch, prefix if scope == "sequence" else None)
+                if router is None:
+                    names, choice = list(loaders), {"scope": scope, "top_k": top_k, "prefix": prefix}
+                    router = tm.SpecialistRouter(names, features.shape[-1], **choice)  # type: ignore[arg-type]
+                    router.to(features.device)
+                found = router.pooled(features, mask)
+                seen.append(found if scope == "sequence" else found[mask.bool()])
+            if not seen:
+                raise TargetError(f"Too little text for {name!r}: its loader has no batch.")
+            examples[name] = torch.cat(seen)
+        if router is None:
+            raise TargetError("A router needs the texts of at least two specialists, got none.")
+        accuracy = router.fit(examples, **options)
+        setattr(self.model, ROUTER, router)
+        return accuracy
+
+    def _features(self, batch: Mapping[str, Tensor], prefix: int | None) -> tuple[Tensor, Tensor]:
+        """Return the trunk's last hidden states of a batch, and the mask of its tokens."""
+        device = next(iter(self.layers.values())).weight.device
+        ids = batch["input_ids"].to(device)[:, :prefix]
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask.to(device)[:, :prefix]
+        reader: Any = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
+        with self.use(None), in_eval_mode(self.model):
+            hidden = reader(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        return hidden, mask
+
+    @torch.no_grad()
+    def route(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Choose specialists for a batch, as weights for `use`.
+
+        A text of a domain that the router was not fitted on goes to the most similar specialist. To generate
+        text, route the prompts with a router of `scope="sequence"`:
+        `with s.use(s.route(**inputs)): model.generate(**inputs)`.
+
+        Args:
+            batch: `input_ids` and, with padding, `attention_mask`, each `(rows, tokens)`.
+
+        Returns:
+            Weights by name, each `(rows,)` or `(rows, tokens)`.
+
+        Raises:
+            TargetError: no router was fitted.
+        """
+        if self.router is None:
+            raise TargetError("There is no router; call fit_router({name: batches of its domain}) first.")
+        prefix = self.router.prefix if self.router.scope == "sequence" else None
+        found: dict[str, Tensor] = self.router(*self._features(batch, prefix))
+        return found
+
+    def detach(self) -> None:
+        """Put the layers of the trunk back, and remove the router; the specialists are lost unless saved."""
+        super().detach()
+        if self.router is not None:
+            delattr(self.model, ROUTER)
 
     def save(self, folder: str | os.PathLike[str], *, trunk: str | None = None, force: bool = False) -> Path:
         """Write the shared cores once, and a file for each specialist.
@@ -119,12 +230,17 @@ class Specialists(tm.Specialists):
             "layers": layers,
             "specialists": {name: f"{name}.safetensors" for name in self.names},
         }
+        if (router := self.router) is not None:
+            options = {name: getattr(router, name) for name in ("names", "scope", "top_k", "prefix")}
+            description["router"] = {**options, "num_features": len(router.mean)}
         try:
             with new_folder(target, force=bool(old)) as made:
                 save_file(_stored(shared), made / SHARED, {"format": "pt"})
                 for name in self.names:
                     own = _stored(self.tensors(name))
                     save_file(own, made / f"{name}.safetensors", {"shared": state})
+                if router is not None:
+                    save_file(_stored(router.state_dict()), made / ROUTER_FILE)
                 for file in () if not old else target.iterdir():
                     if file.suffix != ".safetensors" and file.name != DESCRIPTION and file.is_file():
                         shutil.copyfile(file, made / file.name)
@@ -274,6 +390,14 @@ def load_specialists(
         name: (Topology.from_dict(form["topology"]), tuple(form["shared"]), form.get("owner"))
         for name, form in description["layers"].items()
     }
+    router = None
+    if options := description.get("router"):
+        router = tm.SpecialistRouter(**options)
+        try:
+            router.load_state_dict(_read(path / ROUTER_FILE))
+        except RuntimeError as error:
+            raise FormatError(f"{path / ROUTER_FILE} is not the router of {path / DESCRIPTION}.") from error
+        router.requires_grad_(False)
     if model is None:
         if not description["trunk"]:
             raise TargetError(f"{path} does not say where its trunk is: pass the trunk as model=.")
@@ -296,6 +420,11 @@ def load_specialists(
         found.add(name)
     found.restore({"shared": shared, **own})
     found.freeze()
+    if router is not None:
+        router.to(next(iter(found.layers.values())).weight.device)
+        for name in set(known) - set(wanted):
+            router = None if router is None else router.without(name)
+        setattr(model, ROUTER, router)
     return found
 
 

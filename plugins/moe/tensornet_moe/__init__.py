@@ -22,6 +22,7 @@ from tensornet_moe.routers import (
     register_router,
 )
 from tensornet_moe.specialist_layers import SpecialistLinear, Specialists, change_form, specialists
+from tensornet_moe.specialist_routers import SpecialistRouter
 
 __all__ = [
     "ExpertBank",
@@ -38,6 +39,7 @@ __all__ = [
     "SharedCoreExperts",
     "SharedCoreMoE",
     "SpecialistLinear",
+    "SpecialistRouter",
     "Specialists",
     "SwitchRouter",
     "TopKRouter",
