@@ -343,7 +343,10 @@ class MomentRecorder:
             return
         if self._last is None or not self._last.joins(name, x):
             self._settle()
-            self._last = _Reading(x, _rows(x, token_mask(self.batch, x.shape[:-1])))
+            tokens = _rows(x, token_mask(self.batch, x.shape[:-1]))
+            if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+                tokens = tokens.to(torch.get_autocast_dtype(x.device.type))  # as the layer itself reads them
+            self._last = _Reading(x, tokens)
         self._last.layers.append(name)
         _accumulate(self._traces[0], name, self._last.trace)
         self.counts[name] = self.counts.get(name, 0) + len(self._last.tokens)

@@ -180,11 +180,20 @@ _NUMBERED = re.compile(r"(.*_)?\d+")
 def _add_products(total: Tensor, x: Tensor) -> None:
     """Add `X^T X`, or its diagonal, to the upper half of a sum, without autocast.
 
-    In 16 bits, moments with strongly correlated outliers would get negative eigenvalues.
+    In 16 bits, moments with strongly correlated outliers would get negative eigenvalues. So even the products
+    of bfloat16 vectors, which are exact in float32, are summed in float32.
     """
     with torch.autocast(x.device.type, enabled=False):
         if total.ndim == 1:
             total += x.float().square().sum(0)
+        elif x.dtype == torch.bfloat16 and x.is_cpu:
+            # The factors of float32 products are rounded to bfloat16, which leaves these vectors unchanged.
+            before = torch.backends.mkldnn.matmul.fp32_precision
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            try:
+                add_gram(total, x.float())
+            finally:
+                torch.backends.mkldnn.matmul.fp32_precision = before
         else:
             add_gram(total, x.float())
 

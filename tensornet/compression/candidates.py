@@ -10,6 +10,7 @@ format of their cores. Their bonds increase until a network is as large as the m
 Candidates above the lower convex hull of loss over size are dropped, since they are never the best choice.
 """
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -386,11 +387,18 @@ def round_trip(
     return TensorNetwork(network.topology, decode(kept.values(), seen))
 
 
+#: Number of rows that are converted to double precision at a time, so that they fit into the cache.
+_ROWS = 64
+
+
 def relative_gap(matrix: Tensor, other: Tensor) -> float:
     """Compute the relative error `|W - W'|_F / |W|_F` of a matrix `W'` that replaces `W`."""
-    exact = matrix.double()
-    gap = torch.linalg.vector_norm(exact - other.double())
-    return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))
+    gap = size = 0.0
+    for exact, found in zip(matrix.split(_ROWS), other.split(_ROWS), strict=True):
+        wide = exact.double()
+        size += float(wide.square().sum())
+        gap += float((wide - found).square().sum())
+    return math.sqrt(gap / max(size, 1e-300))
 
 
 # --- the dense matrix in number formats -------------------------------------------------------------

@@ -124,6 +124,8 @@ def layer_weighting(
         return Weighting()
     curvature = objective == "curvature"
     found = curvature_weighting(target, stats, damping) if curvature else input_weighting(target, stats)
+    if not curvature and found is not None and found.columns is not None:
+        found = replace(found, columns=damped(found.columns, FIT_DAMPING))
     try:
         check_weighting(target.matrix, found or Weighting())
     except ShapeError as error:
@@ -135,7 +137,7 @@ def layer_weighting(
 
 
 def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
-    """Build the error weighting of one weight matrix from the damped second moment of its inputs alone.
+    """Build the error weighting of one weight matrix from the second moment of its inputs alone, undamped.
 
     For an embedding, the frequencies of its tokens replace this moment. If several layers use the weight, the
     inputs are those of the first layer that ran. If all inputs were zero, all errors have equal weight.
@@ -151,7 +153,7 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
             break
     else:
         raise never_ran(target)
-    return Weighting(None, damped(columns, FIT_DAMPING)) if _counts(columns) else Weighting()
+    return Weighting(None, columns) if _counts(columns) else Weighting()
 
 
 def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:

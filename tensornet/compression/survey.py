@@ -1,6 +1,7 @@
 """Survey a model block by block: price every number format of every layer, in the memory of one block."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,6 @@ from tensornet.calibration.calibrate import (
     observed,
 )
 from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, scores_next_token
-from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import (
     Loaded,
     Walk,
@@ -164,7 +164,7 @@ def survey(
         factors: dict[str, Tensor] = {}
         seen: dict[str, tuple[Tensor, int]] = {}
         unrouted: list[str] = []
-        facts: CalibrationStats | None = None
+        loss: float | None = None
         count = sum(map(tokens_of, given))
         with block_bar("surveying", 2 * len(names) + 1, count, progress=progress) as visited:
             for name, stats in moments_by_block(
@@ -187,16 +187,16 @@ def survey(
                 unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
                 factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
                 seen |= seen_inputs(known, stats)
-                facts = stats
+                loss = stats.loss
+                del stats  # the moments of a block need more memory than all else
                 visited()
-    assert facts is not None
     kept, unseen = without_unseen(targets, [x for x in targets if x.name not in priced], config)
     template = CompressionPlan(
         (),
         objective="curvature",
         damping=config.damping,
         rounding=config.rounding,
-        dense_loss=facts.loss if facts.loss == facts.loss else None,  # None for NaN
+        dense_loss=None if loss is None or math.isnan(loss) else loss,
         calibration=source,
         of_tokens=of_tokens,
         effort="fast",

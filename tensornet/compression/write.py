@@ -139,7 +139,7 @@ def compress_blocks(
             if first and not start:
                 tables.enter_context(walk.loaded([module for x in first for module in x.modules]))
                 new = compressed(first, None)
-                tables.enter_context(rounded_weights(first, new))
+                tables.enter_context(rounded_weights(first, new, restored=loaded is in_memory))
                 yield "", new
             for name, stats in inputs_by_block(
                 walk,
@@ -149,10 +149,12 @@ def compress_blocks(
                 start=start,
                 precision=precision,
             ):
-                block.close()  # the hidden states after the previous block have been computed
+                tables.close()  # the hidden states before the first block have been computed
+                block.close()  # and those after the previous block
                 here = [x for x in targets if x not in first and block_of(x.name, blocks) == name]
                 new = compressed(here, stats)
-                block.enter_context(rounded_weights(here, new))
+                del stats  # the moments need more memory than all else
+                block.enter_context(rounded_weights(here, new, restored=loaded is in_memory))
                 yield name, new
         if measured is not None and losses and walk.losses:
             before = torch.tensor(losses, dtype=torch.float64)
@@ -205,14 +207,22 @@ def _is_table(target: Target) -> bool:
 
 
 @contextmanager
-def rounded_weights(targets: Iterable[Target], made: Mapping[str, NewLayers]) -> Iterator[None]:
-    """Return a context in which weights have the values of their new layers; on exit they are restored."""
-    before = [(x.matrix, x.matrix.clone()) for x in targets]
+def rounded_weights(
+    targets: Iterable[Target], made: Mapping[str, NewLayers], *, restored: bool
+) -> Iterator[None]:
+    """Return a context in which weights have the values of their new layers.
+
+    Args:
+        targets: the weights.
+        made: new layers of each weight, by its name.
+        restored: whether the weights get their own values back afterwards.
+    """
+    before = [(x.matrix, x.matrix.clone()) for x in targets] if restored else []
     try:
-        for (matrix, _), target in zip(before, targets, strict=True):
+        for target in targets:
             new = made[target.name][0][0]
             assert isinstance(new, NetworkModule)
-            matrix.copy_(new.to_matrix())
+            target.matrix.copy_(new.to_matrix())
         yield
     finally:
         for matrix, own in before:

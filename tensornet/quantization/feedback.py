@@ -120,9 +120,10 @@ def round_with_feedback(
             codebook, the result of `Moment.in_runs`.
 
     Returns:
-        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`. With feedback along one side
-        only, also `diag(E C E^T)`, shape `(stack, out)`, or `diag(E^T R E)`, shape `(stack, in)`; otherwise
-        None.
+        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`, and a sum of squared rounding
+        residuals. With feedback between columns only, this is `diag(E C E^T)`, shape `(stack, out)`. With
+        feedback between rows only, it is `diag(E^T R E)`, shape `(stack, in)`. With both, it is
+        `tr(R E C E^T)`, shape `(stack,)`. Without feedback, it is None.
     """
     size, dtype = weight.shape[2], weight.dtype
     if number_format.book is not None and columns is not None:
@@ -159,7 +160,10 @@ def round_with_feedback(
     work, points = sorted_by(weight), Grid.of(number_format, sorted_by(spread), each)
     if rows is not None and columns is not None:
         couplings = (moment.feedback[0].expand(len(weight), -1, -1) for moment in (rows, columns))
-        return sorted_by(two_sided(work, points, *couplings), back=True), None
+        codes, residuals = two_sided(work, points, *couplings)
+        above, across = (moment.feedback[1].expand(len(weight), -1) for moment in (rows, columns))
+        losses = (above * (residuals.square_() @ across[:, :, None])[..., 0]).sum(1, dtype=torch.float64)
+        return sorted_by(codes, back=True), losses
     if columns is not None:
         codes, losses = one_sided(work.mT.contiguous(), points.transposed(), *columns.feedback)
         return sorted_by(codes.mT, back=True), losses
@@ -295,7 +299,7 @@ def by_run(
     return levels.gather(1, back[..., None].expand(-1, -1, out)).mT, losses
 
 
-def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:
+def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Round one antidiagonal after another, with feedback from rows above and columns to the left.
 
     Args:
@@ -305,7 +309,8 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         columns: strictly upper triangular part of `U_C`, shape `(stack, in, in)`.
 
     Returns:
-        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
+        Codes (or levels) in the dtype of the weight, and the rounding residuals `U_R^T E U_C`, both of shape
+        `(stack, out, in)`.
     """
     # 1. Pad the matrices to whole tiles, with scales of zero, so that padding has no errors. Reverse the
     # columns.
@@ -345,6 +350,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         values[-2], values[-1] = row_tiles[..., a], column_tiles[..., b]
         _round_tiles(tiles, grid)
         solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
+        by_tile[_LEFT].diagonal(offset, 1, 3).copy_(values[_LEFT].permute(2, 0, 1, 3))
 
         # 4. Feed the errors of these tiles back to the tiles below, and their `half` to the tiles on the
         # left. Tiles of other blocks get the feedback of a whole block in one product.
@@ -362,7 +368,8 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
                 left[:, r, begin : c.start].baddbmm_(half[:, r, c], columns[:, c, begin : c.start])
             elif begin:
                 left[:, r, :begin].baddbmm_(half[:, r, begin:end], columns[:, begin:end, :begin])
-    return codes.flip(2)[:, :m, :n]
+    residuals = half.add_(left).sub_(w)
+    return codes.flip(2)[:, :m, :n], residuals.flip(2)[:, :m, :n]
 
 
 #: Positions of three inputs of each tile. The inputs are, in this order: feedback from above; weights plus

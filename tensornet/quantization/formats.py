@@ -60,14 +60,18 @@ _PATTERN = re.compile(
 
 
 class Levels(NamedTuple):
-    """Table of levels, and table of the level that is nearest to each interval of length 1/2.
+    """Table of levels.
 
-    The intervals begin at the lowest level. Since levels are integers, the midpoint of two levels is
-    never inside an interval.
+    Args:
+        values: the levels, which are integers.
+        nearest: the level that is nearest to each interval of length 1/2. The intervals begin at the lowest
+            level. The midpoint of two levels is never inside an interval.
+        codes: the code of each integer from the lowest level to the highest; 0 for other integers.
     """
 
     values: Tensor
     nearest: Tensor
+    codes: Tensor
 
 
 @dataclass(frozen=True)
@@ -452,9 +456,10 @@ class NumberFormat:
     def to_codes(self, found: Tensor) -> Tensor:
         """Convert the results of `nearest`, which are codes or levels, to codes in `torch.uint8`."""
         levels = self.levels(found)
-        return (found if levels is None else torch.bucketize(found.contiguous(), levels.values)).to(
-            torch.uint8
-        )
+        if levels is None:
+            return found.to(torch.uint8)
+        places = (found - levels.values[0]).int()
+        return levels.codes.index_select(0, places.reshape(-1)).view(found.shape)
 
     def decode(
         self,
@@ -608,7 +613,7 @@ def nearest(x: Tensor, top: int, levels: Levels | None, out: Tensor | None = Non
     """Round `x` to the nearest codes from 0 to `top`, or to the nearest levels; `x` may be overwritten."""
     if levels is None:
         return torch.clamp(x.round_(), 0, top, out=out)
-    places = x.mul_(2).floor_().sub_(2 * levels.values[0]).clamp_(0, len(levels.nearest) - 1).long()
+    places = x.mul_(2).floor_().sub_(2 * levels.values[0]).clamp_(0, len(levels.nearest) - 1).int()
     found = levels.nearest.index_select(0, places.reshape(-1)).view(x.shape)
     return found if out is None else out.copy_(found)
 
@@ -618,7 +623,9 @@ def _levels(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     with torch.inference_mode(False):
         values = torch.tensor(levels, dtype=dtype, device=device)
         inside = torch.arange(2 * levels[0], 2 * levels[-1] + 1, device=device) / 2 + 0.25
-        return Levels(values, values[(inside[:, None] - values).abs().argmin(1)])
+        codes = torch.zeros(levels[-1] - levels[0] + 1, dtype=torch.uint8, device=device)
+        codes[(values - values[0]).long()] = torch.arange(len(values), dtype=torch.uint8, device=device)
+        return Levels(values, values[(inside[:, None] - values).abs().argmin(1)], codes)
 
 
 def _signed(codes: Tensor) -> Tensor:

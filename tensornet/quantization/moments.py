@@ -85,16 +85,18 @@ class Moment:
         backward = self.order.flip(1)
         # Permute whole rows first; indexing single elements would take as long as the factorization.
         chosen = zip(self.values, backward, strict=True)
+        sorted_values = [x.index_select(0, places).index_select(1, places) for x, places in chosen]
         lower, positive = cholesky(
-            torch.stack([x.index_select(0, places).index_select(1, places) for x, places in chosen])
+            sorted_values[0][None] if len(sorted_values) == 1 else torch.stack(sorted_values)
         )
+        del sorted_values  # moments may be as large as all other tensors together, so few copies are kept
         if not positive:
             raise ShapeError(
                 "A second moment is not positive definite, even with damping. Check that it is a sum of "
                 "x x^T, or raise the damping."
             )
-        size, dtype = lower.diagonal(dim1=1, dim2=2), self.values.dtype
-        unit = (lower / size[:, None, :]).to(dtype).flip(1, 2).triu(1)
+        size, dtype = lower.diagonal(dim1=1, dim2=2).clone(), self.values.dtype
+        unit = lower.div_(size[:, None, :]).to(dtype).flip(1, 2).triu_(1)
         return unit, size.square().flip(1).to(dtype)
 
     @cached_property

@@ -38,6 +38,8 @@ _ESTIMATED_ROWS = 256
 #: Rounding to nearest is tried if its loss, estimated from this number of rows, is at most this multiple of
 #: the loss with feedback. Its exact loss takes more time than rounding with feedback.
 _COMPARED_ROWS, _COMPARED_LOSS = 64, 2.0
+#: Number of rows that are rounded at a time if rows are independent.
+_ROWS = 8192
 #: Number of rows that coordinate descent processes at a time, in stacks of small matrices.
 _DESCENT_ROWS = 2048
 
@@ -52,7 +54,8 @@ class RoundedWeight:
             `(..., out, groups)`.
         zeros: zero points in `torch.uint8`, shape `(..., out, groups)`; None without zero points.
         number_format: the number format.
-        rounding: the best rounding method for each matrix of the stack.
+        rounding: the best rounding method for each matrix of the stack. The rows of a large matrix are
+            rounded in parts; then it is the method with the most feedback among the parts.
         loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
 
     Example:
@@ -152,16 +155,59 @@ def round_weight(
         return _nothing(weight, number_format)
     check_finite(weight, "The weight")
     lead, dtype = tuple(weight.shape[:-2]), rounding_dtype(weight, rows, columns)
-    work = weight.detach().to(dtype).reshape(-1, *weight.shape[-2:])
-    stack, out, size = work.shape
-    r = damped_moment(rows, out, lead, row_damping, work, "rows")
-    c = damped_moment(columns, size, lead, column_damping, work, "columns")
+    out, size = weight.shape[-2:]
+    like = weight.new_empty(0, dtype=dtype)
+    r = damped_moment(rows, out, lead, row_damping, like, "rows")
+    c = damped_moment(columns, size, lead, column_damping, like, "columns")
     ways = possible_roundings(rounding, r, c)
     if number_format.book is not None:  # feedback between rows is left to coordinate descent
         c = None if c is None else c.in_runs
         ways = possible_roundings(rounding, None, c)
 
-    # 2. Find the scale and zero point of each group.
+    # 2. Round the rows in parts, which need less memory, unless there is feedback between rows.
+    together = r is not None and r.full
+    parts = []
+    for work in weight.detach().reshape(-1, out, size).split(out if together else _ROWS, dim=1):
+        start = sum(part[0].shape[1] for part in parts)
+        seen = r if r is None or together else Moment(r.diagonal[:, start : start + work.shape[1]])
+        parts.append(_rounded(work.to(dtype), number_format, seen, c, ways, refits, sweeps))
+    codes, scales, zeros, losses, found = zip(*parts, strict=True)
+    groups = (*weight.shape[:-1], number_format.groups(size))
+    return RoundedWeight(
+        torch.cat(codes, 1).reshape(weight.shape),
+        torch.cat(scales, 1).reshape(groups),
+        None if zeros[0] is None else torch.cat(zeros, 1).reshape(groups),
+        number_format,
+        tuple(ROUNDINGS[k] for k in torch.stack(found).amax(0).tolist()),
+        torch.stack(losses).sum(0).reshape(lead),
+    )
+
+
+def _rounded(
+    work: Tensor,
+    number_format: NumberFormat,
+    r: Moment | None,
+    c: Moment | None,
+    ways: Sequence[Rounding],
+    refits: int,
+    sweeps: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Round a stack of matrices (see `round_weight`).
+
+    Args:
+        work: matrices in the dtype of computations, shape `(stack, out, in)`.
+        number_format, refits, sweeps: see `round_weight`.
+        r, c: damped moments of the gradients and of the inputs.
+        ways: rounding methods to try, in the order of increasing feedback.
+
+    Returns:
+        Codes, scales, zero points or None, the loss increase of each matrix, and its rounding method as an
+        index of `ROUNDINGS`.
+    """
+    stack, out, size = work.shape
+    dtype = work.dtype
+
+    # 1. Find the scale and zero point of each group.
     start, zeros = search_scales(work, number_format, importance(c, ways[-1]))
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
 
@@ -172,14 +218,16 @@ def round_weight(
         along = fed_back(way, r, c)
         codes, losses = round_with_feedback(work, scales, zeros, number_format, *along)
         across = seen if along[0] is None else c  # the moment without feedback
-        if losses is None or (across is not None and across.full):
+        if way == "two_sided" and losses is not None:
+            loss = 0.5 * losses
+        elif losses is None or (across is not None and across.full):
             loss = loss_increase(work - grid(scales).points(codes), seen, c)
         else:
             losses = losses if across is None else losses * across.diagonal
             loss = 0.5 * losses.sum(1, dtype=torch.float64)
         return _Solution(codes, scales, loss, torch.full((stack,), ROUNDINGS.index(way), device=work.device))
 
-    # 3. Round with each method, and keep the solution with the smallest loss for each matrix. Two-sided
+    # 2. Round with each method, and keep the solution with the smallest loss for each matrix. Two-sided
     # rounding, the slowest method, is tried only after the scales are refitted. Until then, errors of
     # different rows are independent, and the diagonal of R is sufficient to estimate losses.
     later = refits > 0 and ways[-1] == "two_sided"
@@ -197,7 +245,7 @@ def round_weight(
             simpler = []
     best = _best([*(rounded(start, each, seen) for each in simpler), best])
 
-    # 4. Refit the scales to the best codes by least squares under C, and round again with the new scales.
+    # 3. Refit the scales to the best codes by least squares under C, and round again with the new scales.
     def refitted(solution: _Solution) -> Tensor:
         moment = None if c is None else c.values[0] if c.values.ndim == 2 else c.values
         return number_format.storable(refit_scales(work, solution.codes - zero, number_format, moment))
@@ -218,18 +266,10 @@ def round_weight(
     if estimates and bool((best.way < ROUNDINGS.index("two_sided")).any()):
         best = best._replace(loss=loss_increase(work - grid(best.scales).points(best.codes), r, c))
 
-    # 5. Lower the exact loss increase by coordinate descent.
+    # 4. Lower the exact loss increase by coordinate descent.
     if sweeps:
         best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps)])
-    groups = (*weight.shape[:-1], number_format.groups(size))
-    return RoundedWeight(
-        number_format.to_codes(best.codes).reshape(weight.shape).contiguous(),
-        best.scales.reshape(groups),
-        None if zeros is None else zeros.reshape(groups),
-        number_format,
-        tuple(ROUNDINGS[k] for k in best.way.tolist()),
-        best.loss.reshape(lead),
-    )
+    return number_format.to_codes(best.codes), best.scales, zeros, best.loss, best.way
 
 
 def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | None) -> list[Rounding]:

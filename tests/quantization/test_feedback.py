@@ -42,8 +42,10 @@ def grid_for(shape: tuple[int, int], seed: int, bits: int, kind: str = "one") ->
 def test_both_sides_element_by_element(m: int, n: int, bits: int, kind: str, seed: int) -> None:
     matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, kind)
     rows, columns = unit_upper(moment(m, seed)), unit_upper(moment(n, seed + 1))
-    codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])[0]
+    (codes,), (residual,) = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])
     assert_nearest(codes, fed_back(matrix, codes, grid, rows, columns), grid)
+    error = matrix - grid.points(codes)[0]
+    torch.testing.assert_close(residual, rows.T @ error @ columns, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(130, 20), (20, 150), (140, 133)], ids=str)
@@ -51,8 +53,10 @@ def test_blocks_exchange_feedback(shape: tuple[int, int]) -> None:
     assert max(shape) > feedback.BLOCK
     matrix, grid = weight(*shape, 0), grid_for(shape, 0, 3)
     rows, columns = unit_upper(moment(shape[0], 0)), unit_upper(moment(shape[1], 1))
-    codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])[0]
+    (codes,), (residual,) = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])
     assert_nearest(codes, fed_back(matrix, codes, grid, rows, columns), grid)
+    error = matrix - grid.points(codes)[0]
+    torch.testing.assert_close(residual, rows.T @ error @ columns, rtol=1e-9, atol=1e-9)
 
 
 @given(st.integers(1, 20), st.integers(1, 150), st.integers(2, 5), KINDS, st.integers(0, 1000))
@@ -64,7 +68,7 @@ def test_one_side_is_gptq(m: int, n: int, bits: int, kind: str, seed: int) -> No
     kept = torch.linalg.solve(upper, columns).diagonal()[None]  # U D U^T = M, so U^-1 M = D U^T
     uncoupled = torch.zeros(1, m, m).double()
     codes, losses = one_sided(matrix.mT[None].clone(), grid.transposed(), upper.triu(1)[None], kept)
-    for found in (codes.mT, two_sided(matrix[None], grid, uncoupled, upper.triu(1)[None])):
+    for found in (codes.mT, two_sided(matrix[None], grid, uncoupled, upper.triu(1)[None])[0]):
         assert_nearest(found[0], fed_back_by_gptq(matrix, found[0], grid, columns), grid)
     error = matrix - grid.points(codes.mT)[0]
     torch.testing.assert_close(losses[0], (error @ columns * error).sum(1), rtol=1e-9, atol=1e-12)
@@ -99,7 +103,7 @@ def test_a_stack_is_its_matrices() -> None:
     rows = torch.stack([unit_upper(moment(34, k)).triu(1) for k in range(11)])
     columns = torch.stack([unit_upper(moment(40, k)).triu(1) for k in range(11)])
     grid = Grid(torch.full_like(matrices, 0.4), 4.0, 7)
-    together = two_sided(matrices, grid, rows, columns)
+    together, _ = two_sided(matrices, grid, rows, columns)
     side = one_sided(matrices.mT.contiguous(), grid.transposed(), columns, torch.ones(11, 40).double())[0].mT
     alone, no_rows = Grid(grid.scale[:1], 4.0, 7), torch.eye(34).double()
     for k in range(11):
@@ -113,6 +117,5 @@ def test_residuals_stay_within_half_a_step() -> None:
     matrix = weight(33, 50, 0)
     rows, columns = unit_upper(moment(33, 0)), unit_upper(moment(50, 1))
     grid = Grid(torch.full((1, 33, 50), 0.1, dtype=torch.float64), 2.0**20, 2**21)
-    codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])
-    residual = rows.T @ (matrix - grid.points(codes)[0]) @ columns
-    assert float(residual.abs().max()) <= 0.05 * (1 + 1e-6)
+    _, residuals = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])
+    assert float(residuals.abs().max()) <= 0.05 * (1 + 1e-6)

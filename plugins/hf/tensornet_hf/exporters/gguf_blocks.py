@@ -29,6 +29,9 @@ Array = NDArray[Any]
 BLOCK, SMALL_BLOCK, SUPER_BLOCK = 32, 16, 256
 #: The 16 levels of `IQ4_NL` and `IQ4_XS`.
 LEVELS = np.array(formats.LEVELS[4])
+#: Code of each integer from the lowest level; 0 for an integer that is not a level.
+CODES = np.zeros(LEVELS[-1] - LEVELS[0] + 1, np.uint8)
+CODES[LEVELS - LEVELS[0]] = np.arange(len(LEVELS))
 
 
 class BlockType(NamedTuple):
@@ -90,7 +93,7 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
         steps = steps.reshape(rows, -1)
         return _with_codebook(kind, points.reshape(rows, -1), steps).reshape(rows, -1)
     if found.table:
-        codes = np.searchsorted(LEVELS, points).clip(0, len(LEVELS) - 1)
+        codes = CODES[(points.clip(LEVELS[0], LEVELS[-1]) - LEVELS[0]).astype(np.int64)]
         if not np.array_equal(LEVELS[codes], points):
             raise FormatError(f"{kind} has a table of 16 levels, but these weights have other values.")
     else:
