@@ -14,6 +14,7 @@ moment of the gradients, `m` does not depend on the number of features (`GRADIEN
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,12 +189,12 @@ def _add_products(total: Tensor, x: Tensor) -> None:
             total += x.float().square().sum(0)
         elif x.dtype == torch.bfloat16 and x.is_cpu:
             # The factors of float32 products are rounded to bfloat16, which leaves these vectors unchanged.
-            before = torch.backends.mkldnn.matmul.fp32_precision
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+            before, products.fp32_precision = products.fp32_precision, "bf16"
             try:
                 add_gram(total, x.float())
             finally:
-                torch.backends.mkldnn.matmul.fp32_precision = before
+                products.fp32_precision = before
         else:
             add_gram(total, x.float())
 

@@ -166,12 +166,12 @@ def round_weight(
 
     # 2. Round the rows in parts, which need less memory, unless there is feedback between rows.
     together = r is not None and r.full
-    parts = []
+    parts: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]] = []
     for work in weight.detach().reshape(-1, out, size).split(out if together else _ROWS, dim=1):
         start = sum(part[0].shape[1] for part in parts)
         seen = r if r is None or together else Moment(r.diagonal[:, start : start + work.shape[1]])
         parts.append(_rounded(work.to(dtype), number_format, seen, c, ways, refits, sweeps))
-    codes, scales, zeros, losses, found = zip(*parts, strict=True)
+    codes, scales, zeros, losses, found = map(list, zip(*parts, strict=True))
     groups = (*weight.shape[:-1], number_format.groups(size))
     return RoundedWeight(
         torch.cat(codes, 1).reshape(weight.shape),
