@@ -81,7 +81,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config_of(shape: str, blocks: int, vocab_size: int) -> PreTrainedConfig:
-    """Return the configuration of a model with some of its blocks, and room for a tokenizer's vocabulary."""
+    """Return the configuration of a model with some of its blocks, and at least `vocab_size` tokens."""
     options = {**SHAPES[shape], "num_hidden_layers": blocks}
     options["vocab_size"] = max(options.get("vocab_size", 0), vocab_size)
     return AutoConfig.for_model(options.pop("model_type"), dtype="bfloat16", **options)
