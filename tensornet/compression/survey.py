@@ -33,6 +33,7 @@ from tensornet.calibration.calibrate import (
     observed,
 )
 from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, scores_next_token
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import (
     Loaded,
     Walk,
