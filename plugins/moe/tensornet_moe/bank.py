@@ -105,6 +105,11 @@ class ExpertBank(nn.Module, ABC):
         """Return every tensor that the matrices are built from."""
         return tuple(self.parameters())
 
+    def private_tensors(self) -> tuple[Tensor, ...]:
+        """Return the stored tensors that belong to single experts; their first dimension is the expert."""
+        shared = {id(x) for x in self.shared_parameters().values()}
+        return tuple(x for x in self.stored_tensors() if id(x) not in shared)
+
     def active_params(self, top_k: float) -> float:
         """Count the stored values that `top_k` experts use on average; shared values count once."""
         shared = {id(p): p.numel() for p in self.shared_parameters().values()}

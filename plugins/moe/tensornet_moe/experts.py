@@ -429,6 +429,11 @@ class SharedCoreExperts(ExpertBank):
         """Return every tensor that the matrices are built from."""
         return tuple(self.stored.values())
 
+    def private_tensors(self) -> tuple[Tensor, ...]:
+        """Return the stored tensors of private cores; cores whose bonds differ are one tensor per expert."""
+        shared = {f"core_{name}" for name in self.shared}
+        return tuple(x for name, x in self.stored.items() if name.split(".")[0] not in shared)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype in which the cores are contracted."""

@@ -184,6 +184,10 @@ class LowRankDeltaExperts(ExpertBank):
         # `parameters()` also returns the originals of parametrized cores.
         return (self.left, self.right, *self.base.parameters(), *self.base.stored_tensors())
 
+    def private_tensors(self) -> tuple[Tensor, ...]:
+        """Return the deltas and the private tensors of the base."""
+        return (self.left, self.right, *self.base.private_tensors())
+
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
         return {"type": "low_rank_delta_experts", "base": self.base.spec(), "rank": self.rank}

@@ -244,6 +244,19 @@ class BankLaws:
             counts.append((experts, bank.num_params - sum(p.numel() for p in shared)))
         assert len({private / experts for experts, private in counts}) == 1
 
+    def test_private_tensors_belong_to_experts(self) -> None:
+        """Check that an expert's rows of the private tensors decide about the matrix of this expert alone."""
+        bank = self._made()
+        before = bank.expert_matrices().detach().clone()
+        private, shared = bank.private_tensors(), bank.shared_parameters().values()
+        assert not {id(x) for x in private} & {id(x) for x in shared}
+        with torch.no_grad():
+            for tensor in dict.fromkeys(private):
+                assert len(tensor) == _EXPERTS
+                tensor[1] += 0.5
+        changed = (bank.expert_matrices().detach() != before).flatten(1).any(1)
+        assert changed.tolist() == [False, bool(private), *[False] * (_EXPERTS - 2)]
+
     def test_survives_a_checkpoint(self) -> None:
         """Check that the bank can be rebuilt from the state dict and `spec`, saved as JSON."""
         bank = self._made()

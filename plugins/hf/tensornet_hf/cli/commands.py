@@ -46,6 +46,7 @@ from tensornet_hf.cli.options import (
     Source,
     collect,
     note,
+    parse_size,
     print_json,
     print_lines,
     print_result,
@@ -469,13 +470,26 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    experts_cache: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Leave the experts of a mixture on disk, and keep the matrices that were used last in "
+            "memory, up to this size, such as 2GB.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
     """Let a model continue a prompt; an encoder-decoder or a chat model answers the prompt instead."""
     folder = resolve_folder(path)
-    model = on_device(load(folder), device)
-    prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
+    if experts_cache is not None and device != CPU:
+        raise typer.BadParameter("--experts-cache needs the memory of the CPU; leave out --device.")
+    model = on_device(load(folder, experts_cache=experts_cache), device)
+    if experts_cache is None:
+        prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
     tokenizer = load_tokenizer(folder)
     chat = bool(tokenizer.chat_template) if chat is None else chat
     text = continue_text(
