@@ -43,12 +43,17 @@ class _Tables(NamedTuple):
         inverse: index of the point in each cell; -1 for cells without a point, shape `(cells,)`.
         near: the points that are nearest to each cell, the nearest one first, shape `(cells, compared)`.
         values: magnitudes of every point, float32, shape `(points, length)`.
+        magnitudes: the same as int8.
+        signs: factors 1 and -1 for every number that `split` returns as signs, int8, shape `(256, RUN)`. If
+            only 7 signs are stored, the highest bit has no effect.
     """
 
     points: Tensor
     inverse: Tensor
     near: Tensor
     values: Tensor
+    magnitudes: Tensor
+    signs: Tensor
 
 
 @dataclass(frozen=True)
@@ -202,17 +207,6 @@ class Codebook:
             )
         return found, signs
 
-    def join(self, indices: Tensor, signs: Tensor) -> Tensor:
-        """Compute codes from indices and signs: the inverse of `split`; the sign bit 7 may be absent."""
-        half = len(self.magnitudes)
-        digits = self.tables(indices.device).points.index_select(0, indices.reshape(-1))
-        digits = digits.view(*signs.shape, RUN)
-        bits = signs.unsqueeze(-1) >> torch.arange(RUN, dtype=torch.int32, device=signs.device) & 1
-        if self.even:
-            bits = torch.cat([bits[..., :-1], bits[..., :-1].sum(-1, keepdim=True) % 2], -1)
-        codes = torch.where(bits == 1, half - 1 - digits, half + digits)
-        return codes.flatten(-2).to(torch.uint8)
-
     def pack(self, codes: Tensor) -> Tensor:
         """Pack codes `(..., in)` to bytes, shape `(..., packed_bytes(in))`."""
         indices, signs = self.split(codes)
@@ -227,6 +221,20 @@ class Codebook:
 
     def unpack(self, packed: Tensor, size: int) -> Tensor:
         """Unpack rows of `size` codes: the inverse of `pack`."""
+        tables, half = self.tables(packed.device), len(self.magnitudes)
+        indices, signs = self._unpacked(packed, size)
+        digits = tables.points.index_select(0, indices.reshape(-1)).view(*signs.shape, RUN)
+        negative = tables.signs.index_select(0, signs.reshape(-1)).view(digits.shape) < 0
+        return torch.where(negative, half - 1 - digits, half + digits).flatten(-2)
+
+    def unpack_levels(self, packed: Tensor, size: int) -> Tensor:
+        """Unpack the levels of rows of `size` codes, as `torch.int8`."""
+        tables, (indices, signs) = self.tables(packed.device), self._unpacked(packed, size)
+        levels = tables.magnitudes.index_select(0, indices.reshape(-1)).view(*signs.shape, RUN)
+        return (levels * tables.signs.index_select(0, signs.reshape(-1)).view(levels.shape)).flatten(-2)
+
+    def _unpacked(self, packed: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Unpack indices, shape `(..., in / length)`, and signs, shape `(..., in / RUN)`."""
         number: Tensor | None = None
         start = 0
         for k, width in enumerate(self._widths):
@@ -238,15 +246,15 @@ class Codebook:
         count = RUN // self.length
         each = [number >> k * self.index_bits & 2**self.index_bits - 1 for k in range(count)]
         signs = number >> count * self.index_bits & 2**self.sign_bits - 1
-        return self.join(torch.stack(each, -1).flatten(-2), signs)
+        return torch.stack(each, -1).flatten(-2) if count > 1 else each[0], signs
 
 
 @lru_cache(maxsize=64)
 def _tables(codebook: Codebook, device: torch.device) -> _Tables:
     with torch.inference_mode(False):
         count, length = len(codebook.magnitudes), codebook.length
-        bits = np.frombuffer(zlib.decompress(base64.b85decode(codebook.cells)), np.uint8)
-        cells = torch.from_numpy(np.unpackbits(bits)[: count**length].nonzero()[0])
+        known = np.frombuffer(zlib.decompress(base64.b85decode(codebook.cells)), np.uint8)
+        cells = torch.from_numpy(np.unpackbits(known)[: count**length].nonzero()[0])
         powers = count ** torch.arange(length)
         digits = torch.arange(count**length)[:, None] // powers % count
         inverse = torch.full((count**length,), -1, dtype=torch.int32)
@@ -254,8 +262,12 @@ def _tables(codebook: Codebook, device: torch.device) -> _Tables:
         magnitudes = torch.tensor(codebook.magnitudes, dtype=torch.float32)
         every = magnitudes[digits]
         near = torch.cdist(every, every[cells]).topk(_COMPARED * length, largest=False).indices
-        points = digits[cells].to(torch.uint8)
-        tables = (points, inverse, near, every[cells])
+        points, values = digits[cells].to(torch.uint8), every[cells]
+        bits = torch.arange(2**RUN)[:, None] >> torch.arange(RUN) & 1
+        if codebook.even:
+            bits[:, -1] = bits[:, :-1].sum(1) % 2
+        signs = (1 - 2 * bits).to(torch.int8)
+        tables = (points, inverse, near, values, values.to(torch.int8), signs)
         return _Tables(*(x.to(device) for x in tables))
 
 

@@ -561,6 +561,9 @@ class NumberFormat:
         """
         if self.bits == 8 and zeros is None and not is_exporting():  # signed bytes are `code - zero`
             return _scaled(self.grouped(packed).view(torch.int8), scales, dtype)[..., :size]
+        if self.book is not None:
+            levels = self.book.unpack_levels(packed, size)
+            return _scaled(self.grouped(levels), scales, dtype)[..., :size]
         if zeros is not None:
             zeros = unpack(zeros, self._integer_bits(), scales.shape[-1])
         return self.decode(self.unpack(packed, size), scales, zeros, dtype)

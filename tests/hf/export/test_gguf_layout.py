@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf_models import SIZES
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -24,7 +25,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
 from tensornet_hf.exporters.gguf import find_place, gguf_layout
 from tensornet_hf.exporters.gguf_converter import ConvertedTensor, weight_sources
-from tests.hf.export.test_gguf import SIZES, compressed, model_of
+from tests.hf.export.test_gguf import compressed, model_of
 
 pytestmark = [
     pytest.mark.slow,  # needs the extra `gguf`
@@ -204,9 +205,10 @@ PROGRAM = """
 import os, signal, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
+sys.path.append("tests")
 from tensornet.io import ResumableFile
 from tensornet_hf.exporters.gguf import gguf_layout
-from tests.hf.export.test_gguf import SIZES, compressed, model_of
+from tests.hf.export.test_gguf import compressed, model_of
 from tests.hf.export.test_gguf_layout import FORMATS, formats_of, layers_of
 layers = layers_of(compressed("mixtral", *FORMATS))
 layout = gguf_layout(model_of("mixtral"), None, formats_of(layers), title="model")
