@@ -477,8 +477,7 @@ class MomentRecorder:
         # Inputs are checked first, since the first layer with bad inputs is nearest to the cause.
         for name, moment in (*columns.items(), *rows.items()):
             # The largest elements of a moment are on its diagonal.
-            diagonal = moment if moment.ndim == 1 else moment.diagonal()
-            if not bool(torch.isfinite(diagonal).all()):
+            if not bool(torch.isfinite(_diagonal(moment)).all()):
                 raise NonFiniteError(
                     f"Calibration found NaN or infinite inputs or gradients at layer {name!r}; check the "
                     "checkpoint, run the model in float32, or exclude the layer."
@@ -493,7 +492,7 @@ class MomentRecorder:
             counts={name: self.counts.get(name, 0) for name in wanted},
             scored=scored,
             factors={
-                name: _factor(x / (scored * rows[name].mean()))
+                name: _factor(x / (scored * _diagonal(rows[name]).mean()))
                 for name, x in self.sketches.items()
                 if name in rows and bool(x.any())
             },
@@ -567,6 +566,11 @@ def _factor(sketch: Tensor) -> Tensor:
     u, s, _ = torch.linalg.svd(found @ (vectors[:, kept] * values[kept].rsqrt()), full_matrices=False)
     lengths = (s.square() - shift).clamp_min(0).sqrt()
     return (u * lengths)[:, :rank].to(torch.bfloat16)
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    """Return the diagonal of a full moment; other moments are only a diagonal already."""
+    return moment if moment.ndim == 1 else moment.diagonal()
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

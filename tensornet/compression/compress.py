@@ -28,7 +28,7 @@ from tensornet.compression.planning import plan as plan_model
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
 from tensornet.compression.survey import survey
-from tensornet.compression.write import WRITE_TOKENS, compress_blocks
+from tensornet.compression.write import WRITE_TOKENS, compress_blocks, factors_of
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, round_others
 from tensornet.nn.targets import check_model, list_weights
@@ -90,13 +90,14 @@ def compress(
     options.check_says_how_far()
     params_before, bytes_before = model_size(model)
 
-    # Plan: survey the model block by block or, with more effort, collect the statistics of all layers first.
-    data = gather(model, options, calibration, by_blocks=config.by_blocks, progress=progress)
-    by_blocks = config.by_blocks and data.statistics is None and bool(data.batches)
+    # Plan: survey the model block by block. Plans without number formats need the statistics of all layers.
+    by_blocks = config.by_blocks or (isinstance(config, CompressionPlan) and prices is not None)
+    tokens = WRITE_TOKENS[config.effort] if by_blocks else None
+    data = gather(model, options, calibration, tokens=tokens, progress=progress)
+    by_blocks = by_blocks and data.statistics is None and bool(data.batches)
     if prices is not None and not by_blocks:
         raise TargetError(
-            "prices are only for plans of number formats with effort='fast', and need calibration=batches; "
-            "leave them out."
+            "prices are only for plans of number formats, and need calibration=batches; leave them out."
         )
     cache: LayerCache = {}
     if isinstance(config, CompressionPlan):
@@ -126,7 +127,7 @@ def compress(
     if by_blocks:
         schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
         for _, layers in compress_blocks(
-            model, plan, data.batches, factors=None if prices is None else prices.factors, progress=progress
+            model, plan, data.batches, factors=factors_of(prices, plan), progress=progress
         ):
             cache |= {schemes[name]: new for name, new in layers.items()}
     row = _row_to_run(model, data.batches)
@@ -176,12 +177,12 @@ def gather(
     config: CompressionConfig,
     calibration: Calibration | None,
     *,
-    by_blocks: bool = False,
+    tokens: int | None = None,
     progress: bool,
 ) -> ProvidedData:
     """Collect the statistics that a configuration needs, and a few of the batches.
 
-    If the model will be visited block by block, only batches are collected.
+    If the model will be visited block by block, only batches are collected, with at least `tokens` tokens.
 
     Warns if an extension provides the data. Also warns if there is no data, since plans then minimize the
     error of the weights.
@@ -213,9 +214,9 @@ def gather(
         warnings.warn(f"No calibration data: {warning}", CalibrationWarning, stacklevel=3)
     if data is None:
         return ProvidedData([], "")
-    if by_blocks and data.statistics is None and needed:
+    if tokens is not None and data.statistics is None and needed:
         check_batches(data.batches, "compress")
-        batches = read_batches(data.batches, model, tokens=WRITE_TOKENS, rows=ENOUGH_LOSSES, most=MOST_TOKENS)
+        batches = read_batches(data.batches, model, tokens=tokens, rows=ENOUGH_LOSSES, most=MOST_TOKENS)
         return replace(data, batches=batches)
     sample, stats = BatchSample(data.batches), data.statistics if needed else None
     if needed and stats is None:

@@ -194,7 +194,7 @@ class CompressionPlan:
             calibration statistics are needed again to apply the plan.
         damping: damping of the gradient moments.
         rounding: how integers are rounded (see `CompressionConfig`).
-        effort: whether `survey` found the predicted losses, or statistics of all layers.
+        effort: effort of the survey (see `CompressionConfig`).
         dense_loss: mean loss of a token during calibration.
         calibration: name of the data on which the statistics were collected.
         topology_options: options with which the family built the topologies.
@@ -242,9 +242,9 @@ class CompressionPlan:
 
     @property
     def by_blocks(self) -> bool:
-        """True if `compress_blocks` can apply the plan; it needs batches, but no statistics."""
+        """True if `compress_blocks` can apply the plan from batches alone; networks need a price list too."""
         dense = all(layer.topology is None or layer.topology.family == "dense" for layer in self.layers)
-        return dense and self.objective == "curvature" and self.effort == "fast"
+        return dense and self.objective == "curvature"
 
     @property
     def params_before(self) -> int:

@@ -149,7 +149,7 @@ class PriceList:
         Raises:
             BudgetError: the prices depend on an option that differs; the message names it.
         """
-        budgets = (*BUDGETS, "whole_model", "rounding", "effort")
+        budgets = (*BUDGETS, "whole_model", "rounding")
         for x in fields(config):
             if x.name not in budgets and getattr(config, x.name) != getattr(self.config, x.name):
                 raise BudgetError(

@@ -51,16 +51,18 @@ from tensornet.compression.planning import unfit_formats, untargeted_sizes, with
 from tensornet.compression.prices import PriceList
 from tensornet.compression.sensitivity import is_known
 from tensornet.errors import BudgetError, TargetError
-from tensornet.linalg.svd import check_finite
+from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
-#: Number of tokens on which a survey differentiates the loss. The moments of the inputs of one block may be
-#: wide, so their limit is far above that of `calibrate`.
-SURVEY_TOKENS, FULL_UP_TO = 4096, 1 << 15
-#: Rank of the factors of gradient moments. Rounding damps these moments so much that only directions with far
-#: more than the mean gradient matter.
-GRADIENT_RANK = 16
+#: Number of tokens on which a survey differentiates the loss, for each effort.
+SURVEY_TOKENS = {"fast": 4096, "thorough": 32_768}
+#: Rank of the factors of gradient moments, for each effort. Rounding damps these moments so much that only
+#: directions with far more than the mean gradient matter.
+GRADIENT_RANK = {"fast": 16, "thorough": 256}
+#: Largest number of features for which a full moment of inputs is stored. Since only those of one block are
+#: in memory, it is far above that of `calibrate`.
+FULL_UP_TO = 1 << 15
 
 
 class FindCandidates(Protocol):
@@ -80,7 +82,7 @@ def survey(
     config: CompressionConfig,
     *,
     loss_fn: TokenLosses | None = None,
-    tokens: int = SURVEY_TOKENS,
+    tokens: int | None = None,
     source: str = "calibration data",
     states: Any = None,
     loaded: Loaded = in_memory,
@@ -101,8 +103,8 @@ def survey(
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
         config: the options; networks are not priced (see `price`).
         loss_fn: see `calibrate`.
-        tokens: number of tokens to read. If the loss belongs to rows instead of tokens, 1,024 rows or 32,768
-            tokens are read.
+        tokens: number of tokens to read; by default `SURVEY_TOKENS` of the effort. If the loss belongs to
+            rows instead of tokens, 1,024 rows or 32,768 tokens are read.
         source: name of the data, for reports.
         states: mapping for the hidden states (see `Walk`); by default they stay in memory.
         loaded: context in which the weights of given modules are in memory (see `Walk`).
@@ -135,9 +137,15 @@ def survey(
             "bits_per_weight=4.25. For networks use tensornet.compression.price with the statistics of "
             "tensornet.calibrate."
         )
-    full_up_to = FULL_UP_TO if inputs is None else 0
-    recorder = MomentRecorder(diagonal_gradients=True, full_up_to=full_up_to, rank=GRADIENT_RANK)
-    price = price or partial(find_candidates, objective="curvature", families=())
+    thorough = config.effort == "thorough"
+    recorder = MomentRecorder(
+        diagonal_gradients=not thorough,
+        full_up_to=FULL_UP_TO if inputs is None else 0,
+        rank=GRADIENT_RANK[config.effort],
+    )
+    tokens = tokens or SURVEY_TOKENS[config.effort]
+    families = config.families if thorough else ()
+    price = price or partial(find_candidates, objective="curvature", families=families)
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
@@ -184,7 +192,9 @@ def survey(
                     for target in known:
                         check_finite(target.matrix, f"Layer {target.name!r}")
                     found = price(known, config, stats=stats)
-                    priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
+                    spectra = [singular_values(x.matrix).tolist() if families else [] for x in known]
+                    for target, *facts_of in zip(known, found, spectra, strict=True):
+                        priced[target.name] = PricedLayer.of(target, *facts_of)
                 unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
                 factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
                 seen |= seen_inputs(known, stats)
@@ -200,7 +210,7 @@ def survey(
         dense_loss=None if loss is None or math.isnan(loss) else loss,
         calibration=source,
         of_tokens=of_tokens,
-        effort="fast",
+        effort=config.effort,
         unseen=unseen,
         unrouted=tuple(unrouted),
         unfit=unfit,
@@ -239,7 +249,7 @@ def survey_or_load(
     config: CompressionConfig,
     file: str | os.PathLike[str] | None,
     *,
-    tokens: int = SURVEY_TOKENS,
+    tokens: int | None = None,
     **options: Any,
 ) -> PriceList:
     """Read the prices of a model from a file, or survey the model and write the file.
@@ -260,7 +270,8 @@ def survey_or_load(
     prices = PriceList.load(file)
     with unfused(model):
         prices.check_model(list_weights(model))
-    read = survey_batches(batches, model, tokens, of_tokens=prices.template.of_tokens)
+    count = tokens or SURVEY_TOKENS[config.effort]
+    read = survey_batches(batches, model, count, of_tokens=prices.template.of_tokens)
     if prices.key.get("text") != digest(read):
         raise BudgetError(
             f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens of "

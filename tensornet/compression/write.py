@@ -1,5 +1,6 @@
 """Round a model block by block; each block is calibrated on the outputs of the rounded blocks before it."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import ExitStack, contextmanager
@@ -27,15 +28,16 @@ from tensornet.calibration.walk import (
 from tensornet.compression.apply import NewLayers, check_samples, compress_layer, with_cores
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.prices import PriceList
 from tensornet.compression.sensitivity import input_weighting, is_known, never_ran
 from tensornet.compression.survey import FULL_UP_TO
-from tensornet.errors import TargetError, WorkerError
-from tensornet.linalg.weighted_svd import Weighting
+from tensornet.errors import CalibrationWarning, TargetError, WorkerError
+from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import LayerSelection, Target
 
-#: Number of tokens on which the inputs of the blocks are computed.
-WRITE_TOKENS = 16_384
+#: Number of tokens on which the inputs of the blocks are computed, for each effort.
+WRITE_TOKENS = {"fast": 16_384, "thorough": 32_768}
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def compress_blocks(
     plan: CompressionPlan,
     batches: Iterable[BatchLike],
     *,
-    tokens: int = WRITE_TOKENS,
+    tokens: int | None = None,
     states: Any = None,
     loaded: Loaded = in_memory,
     device: torch.device | None = None,
@@ -69,9 +71,9 @@ def compress_blocks(
 
     Args:
         model: the dense model for which the plan was made.
-        plan: a plan without networks; layers that are not in it stay dense.
+        plan: the plan; layers that are not in it stay dense.
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
-        tokens: number of tokens to read.
+        tokens: number of tokens to read; by default `WRITE_TOKENS` of the plan's effort.
         states, loaded, device: see `survey`.
         factors: low-rank factors of the moments of gradients, for feedback along the outputs too (see
             `PriceList`).
@@ -100,7 +102,7 @@ def compress_blocks(
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     layers = {layer.name: layer for layer in plan if layer.topology is not None}
     names: Any = list(layers)
-    given = read_batches(batches, model, tokens=tokens)
+    given = read_batches(batches, model, tokens=tokens or WRITE_TOKENS[plan.effort])
     if not given:
         raise TargetError("No batches: pass at least one, better 16 of 1,000 tokens.")
     if not layers:
@@ -126,7 +128,8 @@ def compress_blocks(
                     raise never_ran(target)
                 weighting = Weighting() if stats is None else input_weighting(target, stats)
                 if factors is not None and target.name in factors and plan.rounding == "two_sided":
-                    weighting = replace(weighting, rows=low_rank_moment(factors[target.name], target.matrix))
+                    rows = low_rank_moment(factors[target.name], target.matrix)
+                    weighting = replace(weighting, rows=damped(rows, plan.damping))
                 tasks.append((target.matrix, layers[target.name], weighting, plan.rounding))
             made = results(executor, compress, tasks)
             done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(work, made, strict=True)}
@@ -161,6 +164,19 @@ def compress_blocks(
             increases = torch.cat(walk.losses)[: len(before)].double() - before
             source = plan.calibration or "calibration data"
             measured.append(LossIncrease.of(increases, source=source, dense_loss=float(before.mean())))
+
+
+def factors_of(prices: PriceList | None, plan: CompressionPlan) -> Mapping[str, Tensor]:
+    """Return the factors of gradient moments in a price list; without a list, warn that there are none."""
+    if prices is None and plan.rounding == "two_sided":
+        warnings.warn(
+            "A finished plan without its price list is rounded with error feedback along the inputs of each "
+            "layer only, which increases the loss more than feedback along the outputs too. Give the price "
+            "list of the survey (prices=), or let the configuration be planned and applied in one call.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+    return {} if prices is None else prices.factors
 
 
 def low_rank_moment(factor: Tensor, like: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ def surveyed() -> tuple[nn.Module, PriceList]:
     return model, tn.survey(model, [text(1), text(2)], CONFIG)
 
 
-def diagonal_statistics(model: nn.Module, batches: list[Any]) -> tn.CalibrationStats:
+def statistics(model: nn.Module, batches: list[Any], *, diagonal: bool = True) -> tn.CalibrationStats:
     """Run the whole model at once, with the moments that a survey collects."""
-    recorder, total, scored = MomentRecorder(diagonal_gradients=True), 0.0, 0
+    recorder, total, scored = MomentRecorder(diagonal_gradients=diagonal), 0.0, 0
     with observed(model, recorder, CONFIG):
         given = [as_batch(x, model, torch.device("cpu")) for x in batches]
         with recorder.paused():
@@ -75,17 +75,22 @@ def diagonal_statistics(model: nn.Module, batches: list[Any]) -> tn.CalibrationS
     return recorder.finish(scored, total / scored, "calibration data")
 
 
-@pytest.mark.parametrize("make", [*MODELS, "mixtral"], ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_prices_are_those_of_statistics_of_the_whole_model(make: Any) -> None:
+@pytest.mark.parametrize(
+    ("make", "effort"),
+    [*((x, "fast") for x in (*MODELS, "mixtral")), *((x, "thorough") for x in (llama, bert, TwoReaders))],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_prices_are_those_of_statistics_of_the_whole_model(make: Any, effort: Any) -> None:
     torch.manual_seed(0)
     model = mixture(make) if isinstance(make, str) else make().eval()
     batches = [MODELS.get(make, text)(seed) for seed in range(3)]
-    prices = tn.survey(model, batches, CONFIG)
-    stats = diagonal_statistics(model, batches)
+    prices = tn.survey(model, batches, replace(CONFIG, effort=effort))
+    stats = statistics(model, batches, diagonal=effort == "fast")
     with unfused(model):
         targets = {x.name: x for x in list_weights(model)}
         chosen = [targets[layer.name] for layer in prices.layers]
-        expected = list(find_candidates(chosen, CONFIG, "curvature", stats, families=()))
+        families = () if effort == "fast" else None
+        expected = list(find_candidates(chosen, CONFIG, "curvature", stats, families))
     assert {x.name for x in chosen} == {x.name for x in targets.values() if x.kinds}
     assert prices.template.dense_loss == pytest.approx(stats.loss, rel=1e-5)
     for layer, candidates in zip(prices.layers, expected, strict=True):
@@ -110,7 +115,7 @@ def test_the_plan_is_that_of_prices_from_statistics() -> None:
     batches = [(torch.randn(40, 64), torch.randint(8, (40,))) for _ in range(3)]
     config = tn.CompressionConfig(bits_per_weight=5, formats="compressed-tensors", rounding="one_sided")
     mine = tn.survey(model, batches, config)
-    theirs = price(model, config, diagonal_statistics(model, batches))
+    theirs = price(model, config, statistics(model, batches))
     for bits in (4.6, 5.0, 7.0, 9.0):
         plans = [x.plan(bits_per_weight=bits) for x in (mine, theirs)]
         schemes = [[layer.scheme for layer in plan] for plan in plans]
@@ -443,8 +448,26 @@ def test_compress_takes_loaded_prices(tmp_path: Path) -> None:
 
 def test_prices_only_serve_plans_that_use_them() -> None:
     model, prices = surveyed()
-    with pytest.raises(TargetError, match="prices are only for plans of number formats with effort='fast'"):
-        tn.compress(model, replace(CONFIG, effort="thorough"), calibration=[text(1)], prices=prices)
+    config = tn.CompressionConfig(param_ratio=0.5)
+    with pytest.raises(TargetError, match="prices are only for plans of number formats"):
+        tn.compress(model, config, calibration=[text(1)], prices=prices)
+    with pytest.raises(BudgetError, match="effort='fast', not 'thorough'"):
+        prices.with_config(replace(CONFIG, effort="thorough"))
+
+
+@pytest.mark.parametrize("effort", ["fast", "thorough"])
+def test_factors_have_the_scale_of_a_moment_with_a_mean_diagonal_of_one(effort: Any) -> None:
+    """The layers have fewer outputs than the rank, so the factor has the whole trace."""
+    torch.manual_seed(0)
+    model, batches = perceptron(), [numbers(seed) for seed in range(3)]
+    config = tn.CompressionConfig(bits_per_weight=9, formats=FORMATS[:2], effort=effort)
+    prices = tn.survey(model, batches, replace(config, target_modules="all", formats=("float", "int8:g4")))
+    stats = statistics(model, batches, diagonal=False)
+    assert prices.factors.keys() == stats.rows.keys()
+    for name, factor in prices.factors.items():
+        moment = stats.rows[name] / stats.rows[name].diagonal().mean()
+        found = factor.float() @ factor.float().T
+        torch.testing.assert_close(found, moment, rtol=0.05, atol=0.05)
 
 
 def test_the_budget_is_that_of_the_configuration() -> None:

@@ -25,6 +25,7 @@ from tensornet.compression.write import compress_blocks
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.targets import Target, list_weights
 from tensornet.nn.unfuse import unfused
+from tensornet.topologies import low_rank
 
 FORMATS = ("int8:g16:float16", "int3:g16:float16", "int2:g16:float16")
 CONFIG = tn.CompressionConfig(bits_per_weight=5.5, formats=FORMATS, target_modules="all")
@@ -328,10 +329,60 @@ def test_compress_puts_these_layers_into_the_model() -> None:
     assert report.measured is not None
 
 
+def test_networks_are_fitted_to_the_gradients_too() -> None:
+    model, batches, plan = case("llama")
+    name = "model.layers.0.mlp.up_proj"
+    out, size = plan[name].shape
+    plan = plan.replace_layer(name, low_rank(out_features=out, in_features=size, rank=3))
+    stats = tn.calibrate(model, batches, config=CONFIG)
+    dense = model.get_submodule(name).weight.detach().clone()
+    losses = []
+    for effort in (None, "thorough"):
+        prices = effort and tn.survey(model, batches, replace(CONFIG, effort=effort))
+        blocks = compress_blocks(model, plan, batches, factors=prices and prices.factors)
+        made = {x: new for _, layers in blocks for x, new in layers.items()}
+        error = dense - made[name][0][0].to_matrix()
+        losses.append(float(torch.trace(stats.rows[name] @ error @ stats.columns[name] @ error.T)))
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_a_thorough_plan_with_networks_goes_block_by_block() -> None:
+    model, batches, _ = case("llama")
+    config = replace(CONFIG, formats=("int4:g16:float16", "int2:g16:float16"), effort="thorough")
+    config = replace(config, bits_per_weight=4)
+    report = tn.compress(model, config, calibration=batches, progress=False)
+    assert any(x.topology is not None and x.topology.family != "dense" for x in report.plan)
+    assert report.plan.bits_per_weight <= 4
+    assert all(x.baseline_error is not None for x in report.plan)
+    assert bool(torch.isfinite(model(**batches[0]).loss))
+
+
+def test_a_finished_plan_without_its_prices_is_rounded_along_the_inputs_with_a_warning() -> None:
+    model, batches, plan = case("llama")
+    prices = tn.survey(model, batches, CONFIG)
+    found = {}
+    for given in (None, prices):
+        copied = copy.deepcopy(model)
+        if given is None:
+            with pytest.warns(tn.errors.CalibrationWarning, match="along the inputs"):
+                tn.compress(copied, plan, calibration=batches, progress=False)
+        else:
+            tn.compress(copied, plan, calibration=batches, prices=given, progress=False)
+        factors = {} if given is None else given.factors
+        expected = {
+            x: new
+            for _, layers in compress_blocks(model, plan, batches, factors=factors)
+            for x, new in layers.items()
+        }
+        for name, ((module,), _) in expected.items():
+            assert torch.equal(copied.get_submodule(name).to_matrix(), module.to_matrix())
+        found[given is None] = copied.get_submodule("model.layers.0.mlp.up_proj").to_matrix()
+    assert not torch.equal(found[True], found[False])
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"effort": "thorough"},
         {"param_ratio": 0.5},
         {"formats": None, "bits_per_weight": None, "max_bond": 3},
         {"topology": "low_rank"},

@@ -24,7 +24,7 @@ from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
-from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
+from tensornet.compression.survey import survey_or_load
 from tensornet.compression.write import WRITE_TOKENS
 from tensornet.errors import BudgetError, TargetError
 from tensornet.healing import refine
@@ -82,10 +82,9 @@ class CompressOptions:
         calibration: file with text like the model's later input; 'default' is the embedded text, the King
             James Bible. Pieces of several files alternate. Not needed with `objective="weight"`.
         calibration_tokens: number of calibration tokens on which the loss is differentiated (default: 4,096
-            or 1,024 passages; with effort thorough, until the statistics have converged, at most 32,768
-            tokens).
+            or 1,024 passages; with effort thorough 32,768).
         prices: file with the predicted loss of every number format of every layer: read if it exists, written
-            otherwise. With it, a plan for another budget takes seconds. Only with effort fast.
+            otherwise. With it, a plan for another budget takes seconds.
         weights: floating-point GGUF file with the weights of the model; the folder then only needs the
             configuration and the tokenizer.
         held_out: text that the model has not seen; the losses of the original, of the result and of simple
@@ -374,7 +373,9 @@ def compress_folder(
 
     if stats is None and calibration is not None and (options.report or held_out):
         batches = list(calibration.batches)  # reports compare with one-sided rounding
-        stats = calibrate(model, batches, loss_fn=calibration.loss_fn, tokens=WRITE_TOKENS, gradients=False)
+        stats = calibrate(
+            model, batches, loss_fn=calibration.loss_fn, tokens=WRITE_TOKENS["fast"], gradients=False
+        )
 
     # Compress, refit and train.
     done: CompressionReport | ExpertsReport
@@ -385,6 +386,8 @@ def compress_folder(
         prices = None
         if isinstance(config, CompressionConfig) and priced(config, options):
             prices = _prices(model, config, options, calibration)
+        elif options.prices is not None:
+            prices = PriceList.load(options.prices)
         done = tn.compress(
             model,
             config,
@@ -562,7 +565,7 @@ def _prices(
         list(data.batches),
         config,
         options.prices,
-        tokens=options.calibration_tokens or SURVEY_TOKENS,
+        tokens=options.calibration_tokens,
         loss_fn=data.loss_fn,
         source=data.source,
         progress=options.progress,
@@ -616,10 +619,10 @@ def _check_data(
         OptionError: a finished plan is given with an option that would change it.
     """
     has_data = bool(options.calibration)
-    if options.prices is not None and (isinstance(config, CompressionPlan) or not priced(config, options)):
+    if options.prices is not None and not priced(config, options):
         raise OptionError(
-            "{prices} contains the prices of number formats, which {effort} fast finds on a {calibration} "
-            "text. Leave out {prices}, or the options that need more: networks, {plan}."
+            "{prices} contains the prices of number formats, which are found on a {calibration} text. Leave "
+            "out {prices}, or the options that need more, such as networks."
         )
     if isinstance(config, CompressionPlan):
         if options.share_experts:
@@ -655,7 +658,8 @@ def _check_data(
 
 def priced(config: CompressionConfig | CompressionPlan, options: CompressOptions) -> bool:
     """Return True if blocks are surveyed and rounded one by one, from batches of the calibration text."""
-    return bool(options.calibration) and config.by_blocks and not options.share_experts
+    by_blocks = config.by_blocks or (isinstance(config, CompressionPlan) and options.prices is not None)
+    return bool(options.calibration) and by_blocks and not options.share_experts
 
 
 def collect_calibration(
@@ -687,7 +691,7 @@ def collect_calibration(
     model = source.model if isinstance(source, LazyModel) else source
     asked = options.calibration_tokens
     if priced(config, options):
-        tokens, rows = max(WRITE_TOKENS, asked or 0), ENOUGH_LOSSES
+        tokens, rows = max(WRITE_TOKENS[config.effort], asked or 0), ENOUGH_LOSSES
     else:
         tokens, rows = asked or MOST_TOKENS, 0 if asked else ENOUGH_LOSSES
     data = calibration_data(model, folder, text, tokens=tokens, rows=rows)
@@ -768,7 +772,7 @@ def _compress_streamed(
         stats=statistics,
         calibration=data,
         prices=options.prices,
-        tokens=options.calibration_tokens or SURVEY_TOKENS,
+        tokens=options.calibration_tokens,
         weights=options.weights,
         target=target,
         force=options.force,

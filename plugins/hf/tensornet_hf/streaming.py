@@ -47,11 +47,12 @@ from tensornet.compression.compress import calibration_config
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage
 from tensornet.compression.sensitivity import layer_weighting
-from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
 from tensornet.compression.survey import digest as text_digest
-from tensornet.compression.write import WRITE_TOKENS, compress_blocks, results
+from tensornet.compression.survey import survey_or_load
+from tensornet.compression.write import WRITE_TOKENS, compress_blocks, factors_of, results
 from tensornet.errors import (
     BudgetError,
     DestinationError,
@@ -96,7 +97,7 @@ def compress_checkpoint(
     stats: str | os.PathLike[str] | CalibrationStats | None = None,
     calibration: ProvidedData | None = None,
     prices: str | os.PathLike[str] | None = None,
-    tokens: int = SURVEY_TOKENS,
+    tokens: int | None = None,
     weights: str | os.PathLike[str] | None = None,
     target: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -129,8 +130,9 @@ def compress_checkpoint(
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
         calibration: batches, instead of statistics. The model is surveyed block by block, and each block is
             rounded on the inputs that it will get (see `tensornet.survey` and `compress_blocks`).
-        prices: file of a price list: read if it exists, written otherwise.
-        tokens: number of tokens on which the model is surveyed.
+        prices: file of a price list: read if it exists, written otherwise. A finished plan needs the file of
+            its survey for feedback along the outputs.
+        tokens: number of tokens on which the model is surveyed (see `tensornet.survey`).
         weights: GGUF file with the weights, in F32, F16 or BF16; by default, the safetensors files of `src`.
         target: write a file for another runtime, `"gguf"`, or a folder, `"compressed-tensors"` or `"mlx"`
             (see `tensornet_hf.export`); the number formats must be those of the target.
@@ -172,11 +174,12 @@ def compress_checkpoint(
         raise DestinationError(f"{destination} is inside the source {folder}; choose another destination.")
     source = read_source(folder, weights)
     marks = file_marks(folder, weights)
-    by_blocks = calibration is not None and stats is None and config.by_blocks
+    by_blocks = config.by_blocks or (isinstance(config, CompressionPlan) and prices is not None)
+    by_blocks = by_blocks and calibration is not None and stats is None
     if (calibration is not None or prices is not None) and not by_blocks:
         raise TargetError(
-            "Batches and prices are only for plans of number formats with effort='fast'. For other plans, "
-            "collect statistics by tensornet_hf.calibrate_checkpoint, and pass these (stats=) instead."
+            "Batches and prices are only for plans of number formats. For other plans, collect statistics "
+            "by tensornet_hf.calibrate_checkpoint, and pass these (stats=) instead."
         )
     # An invalid model raises before anything is written. Only a model that runs needs its buffers.
     lazy = open_model(folder, weights) if by_blocks else open_lazily(source)
@@ -193,7 +196,8 @@ def compress_checkpoint(
         factors: Mapping[str, Tensor] = {}
         measured: list[LossIncrease] = []
         if calibration is not None and by_blocks:
-            batches = read_batches(calibration.batches, lazy.model, tokens=max(WRITE_TOKENS, tokens))
+            least = max(WRITE_TOKENS[config.effort], tokens or 0)
+            batches = read_batches(calibration.batches, lazy.model, tokens=least)
         decisive = {
             "text": text_digest(batches) if by_blocks else None,
             "config": config.to_dict(),
@@ -233,6 +237,8 @@ def compress_checkpoint(
                 priced = found(states=fresh_states(work / "surveyed"))
             shutil.rmtree(work / "surveyed", ignore_errors=True)
             plan, dense_losses, factors = priced.plan(), priced.losses, priced.factors
+        elif isinstance(config, CompressionPlan) and by_blocks:
+            factors = factors_of(None if prices is None else PriceList.load(prices), config)
         if plan is None:
             _check_readable(lazy, options)
             # Matrices that cannot be mapped are in memory while the plan is made.
