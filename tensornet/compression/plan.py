@@ -276,7 +276,8 @@ class CompressionPlan:
         """Predicted loss increase per token due to errors in all layers, or None if gradients are missing.
 
         The prediction is of second order in the errors and neglects interactions between layers. It is
-        accurate for small loss increases and too low for large ones.
+        accurate for small loss increases and too low for large ones. For losses that are not of tokens, such
+        as the cosine distance of encoders, it is usually too low: on all-MiniLM-L6-v2 by 20 to 40 %.
         """
         known = [x.loss_increase for x in self.layers if x.loss_increase is not None]
         return sum(known) if known and len(known) == len(self.layers) else None
@@ -413,6 +414,7 @@ class CompressionPlan:
             lines.append(
                 f"predicted loss increase{' per token' if self.of_tokens else ''}: "
                 f"{self.predicted_loss_increase:.4f}{self.predicted_change()}{kl}, on {self.calibration}"
+                + ("" if self.of_tokens else " (usually too low for losses that are not of tokens)")
             )
         if self.unrouted:
             lines.append(
