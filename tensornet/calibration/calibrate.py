@@ -281,7 +281,8 @@ class MomentRecorder:
 
     Args:
         diagonal_gradients: whether only the diagonals of gradient moments are summed, except for embeddings.
-        full_up_to: largest number of features for which full moments are stored; `FULL_UP_TO` by default.
+        full_up_to: largest number of features for which full moments are stored, by default `FULL_UP_TO`. For
+            moments of gradients the limit is at most `FULL_UP_TO`.
         rank: rank of the low-rank factors of gradient moments; 0 for none.
     """
 
@@ -410,7 +411,7 @@ class MomentRecorder:
         if name not in self.gradients:
             features = tokens.shape[1]
             diagonal = self.diagonal_gradients and name not in self.frequencies
-            diagonal = diagonal or features > self.full_up_to
+            diagonal = diagonal or features > min(self.full_up_to, FULL_UP_TO)
             self.gradients[name] = MomentSum(features, diagonal=diagonal, device=tokens.device)
         self.gradients[name].add(tokens)
         if self.rank and name not in self.frequencies and tokens.shape[1] <= FACTORED_UP_TO:

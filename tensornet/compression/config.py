@@ -270,7 +270,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def by_blocks(self) -> bool:
-        """True if number formats are planned with little effort, so that blocks are visited one by one."""
+        """True if number formats are planned by predicted losses, so that blocks are visited one by one."""
         networks = self.topology != AUTO or self.param_ratio is not None or not self.budget.unlimited
         gradients = self.objective in ("auto", "curvature") and (self.needs_curvature or bool(self.formats))
         return bool(self.formats) and not networks and gradients

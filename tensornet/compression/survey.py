@@ -94,14 +94,16 @@ def survey(
     """Price the number formats of all targeted layers by the loss increase that they cause.
 
     The model is walked over block by block (see `moments_by_block`). For the layers of a block, the full
-    moment `C` of the inputs and the diagonal of the moment `R` of the gradients are collected. The predicted
-    loss increase of rounding with error feedback along the inputs follows from them in closed form. Then the
-    moments are dropped, so a survey needs the memory of one block, besides hidden states.
+    moment `C` of the inputs and the moment `R` of the gradients are collected; of `R` only the diagonal,
+    unless `config.effort` is `"thorough"`. The predicted loss increase of rounding with error feedback
+    follows from them in closed form. A thorough survey also prices networks in number formats. Then the
+    moments are dropped, so a survey needs the memory of one block, besides hidden states and a factor of low
+    rank of each `R`.
 
     Args:
         model: any module. If its blocks do not form a single chain, it is surveyed as one block.
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
-        config: the options; networks are not priced (see `price`).
+        config: the options, with number formats; for networks alone see `price`.
         loss_fn: see `calibrate`.
         tokens: number of tokens to read; by default `SURVEY_TOKENS` of the effort. If the loss belongs to
             rows instead of tokens, 1,024 rows or 32,768 tokens are read.
