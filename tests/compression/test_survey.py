@@ -460,8 +460,7 @@ def test_factors_have_the_scale_of_a_moment_with_a_mean_diagonal_of_one(effort: 
     """The layers have fewer outputs than the rank, so the factor has the whole trace."""
     torch.manual_seed(0)
     model, batches = perceptron(), [numbers(seed) for seed in range(3)]
-    config = tn.CompressionConfig(bits_per_weight=9, formats=FORMATS[:2], effort=effort)
-    prices = tn.survey(model, batches, replace(config, target_modules="all", formats=("float", "int8:g4")))
+    prices = tn.survey(model, batches, replace(CONFIG, effort=effort))
     stats = statistics(model, batches, diagonal=False)
     assert prices.factors.keys() == stats.rows.keys()
     for name, factor in prices.factors.items():

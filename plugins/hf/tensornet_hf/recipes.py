@@ -31,7 +31,7 @@ from tensornet.calibration.walk import Loaded, in_memory
 from tensornet.compression.allocate import Candidate, CostCurve, PricedLayer, spend_size
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
+from tensornet.compression.survey import survey_or_load
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
 from tensornet.linalg.svd import check_finite
@@ -583,7 +583,7 @@ def plan_recipe(
                 list(data.batches),
                 config,
                 options.prices,
-                tokens=options.calibration_tokens or SURVEY_TOKENS,
+                tokens=options.calibration_tokens,
                 loss_fn=data.loss_fn,
                 source=data.source,
                 states=None if lazy is None else StatesOnDisk(Path(work) / "states"),
