@@ -1,17 +1,21 @@
 """How much less does rounding with feedback increase the loss than llama.cpp's rounding to the same types?
 
-    OMP_NUM_THREADS=1 python benchmarks/codebooks.py [--toy] [--types IQ3_S IQ2_S] [--cache CACHE]
+    OMP_NUM_THREADS=1 python benchmarks/codebooks.py [--toy] [--types IQ3_S IQ2_S] [--narrow] [--cache CACHE]
 
 All matrices of all blocks of SmolLM2-135M, padded and rotated (`subjects.smollm2(wide=True)`), get the same
-GGUF type. llama.cpp's own rounding (package `libgguf`) uses the mean square of every input as importance
-matrix. Ours uses the whole second moments of the inputs, from the same tokens. Neither knows gradients, and
-embedding and head keep their values. The loss is measured on held-out text from another source. `seconds` are
-processor seconds of rounding. Writes `codebooks.json`.
+GGUF type. Padding leaves a quarter of the input directions unused, which favours feedback. With `--narrow`,
+the model is not padded, and only the matrices whose rows fit the types are rounded (`down_proj`).
+
+llama.cpp's own rounding (package `libgguf`) uses the mean square of every input as importance matrix. Ours
+uses the whole second moments of the inputs, from the same tokens. Neither knows gradients, and embedding and
+head keep their values. The loss is measured on held-out text from another source. `seconds` are processor
+seconds of rounding. Rows of the record are kept, unless they are measured again. Writes `codebooks.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +88,7 @@ def by_us(weight: Tensor, kind: str, columns: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="two blocks, few tokens, one type")
+    parser.add_argument("--narrow", action="store_true", help="do not pad the model")
     parser.add_argument("--types", nargs="+", default=TYPES, choices=(*TYPES, *FORMATS))
     parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
     parser.add_argument("--calibration", type=int, default=24, help="number of windows of 512 tokens")
@@ -95,18 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         dense, windows, judged = toy()
         given.types = given.types[:1]
     else:
-        subject = subjects.smollm2(given.cache, given.calibration, given.judged, wide=True)
+        subject = subjects.smollm2(given.cache, given.calibration, given.judged, wide=not given.narrow)
         dense = subject.load()
         windows = torch.cat([batch["input_ids"] for batch in subject.calibration(0)])
         judged = torch.cat([batch["input_ids"] for batch in subject.judged])
     names = [
         name
         for name, module in dense.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("lm_head")
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head") and module.in_features % 256 == 0
     ]
+    which = "toy" if given.toy else subject.name
     known = moments(dense, names, windows)
     originals = {name: dense.get_submodule(name).weight.detach().clone() for name in names}
-    model, rows = (toy()[0] if given.toy else subject.load()), []
+    model, file = (toy()[0] if given.toy else subject.load()), given.records / "codebooks.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.is_file() else []
     for kind in given.types:
         for method, rounded in (("llama.cpp", by_llama_cpp), ("ours", by_us)):
             start = processor_seconds()
@@ -116,8 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             seconds = processor_seconds() - start
             found = divergence(model, dense, judged.flatten(), context=judged.shape[1], batch_size=2)
             bits = NumberFormat.parse(FORMATS.get(kind, kind.lower())).bits_per_weight((1, 256))
+            rows = [x for x in rows if (x["model"], x["type"], x["method"]) != (which, kind, method)]
             rows.append(
                 {
+                    "model": which,
                     "type": kind,
                     "bits_per_weight": 2.625 if kind == "Q2_K" else bits,
                     "method": method,
@@ -131,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 }
             )
             print(kind, method, found.loss_increase, found.mean, f"{seconds:.0f} s", flush=True)
-            file = record("codebooks", rows, folder=given.records)
+            record("codebooks", rows, folder=given.records)
     return file
 
 
