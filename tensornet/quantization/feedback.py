@@ -257,15 +257,9 @@ def by_run(
     book, (stack, out, size) = number_format.book, weight.shape
     assert book is not None
     assert columns.run == RUN
-    (unit, kept), places = columns.feedback, columns.order.expand(stack, -1)
-    # 1. Divide the factor by its diagonal blocks, so that each run has an identity block.
-    inner = unit.unflatten(1, (-1, RUN)).unflatten(3, (-1, RUN)).diagonal(0, 1, 3).permute(0, 3, 1, 2)
-    inner = inner + torch.eye(RUN, dtype=unit.dtype, device=unit.device)  # shape: (1, runs, RUN, RUN)
-    by_columns = unit.unflatten(2, (-1, RUN)).transpose(1, 2)  # shape: (1, runs, in, RUN)
-    couplings = torch.linalg.solve_triangular(inner, by_columns, upper=True, left=False, unitriangular=True)
-    couplings = couplings.transpose(1, 2).flatten(2).expand(stack, -1, -1)
-    factors = (inner * kept.sqrt().unflatten(1, (-1, 1, RUN))).expand(stack, -1, -1, -1)
-    # 2. Sort the columns, and transpose the matrices, so that each step reads contiguous memory.
+    couplings, factors = (x.expand(stack, *x.shape[1:]) for x in columns.feedback_between_runs)
+    # 1. Sort the columns, and transpose the matrices, so that each step reads contiguous memory.
+    places = columns.order.expand(stack, -1)
     work = weight.mT.gather(1, places[..., None].expand(-1, -1, out))
     groups = places[:, ::RUN] // (number_format.group or size)
     scale = scales.to(weight.dtype).mT.gather(1, groups[..., None].expand(-1, -1, out))
@@ -279,14 +273,14 @@ def by_run(
         for first in range(start, stop, TILE):
             last = min(first + TILE, stop)
             for k in range(first, last, RUN):
-                # 3. Choose the codes of one run in all rows.
+                # 2. Choose the codes of one run in all rows.
                 part, b = slice(k, k + RUN), k // RUN
                 aim = (target[:, k - start : k - start + RUN] / divisor[:, b, None]).mT.contiguous()
                 found = book.nearest(aim, factors[:, b])
                 levels[:, part] = found.mT
                 residual = ((aim - found) @ factors[:, b]).square_().sum(-1)
                 losses.addcmul_(residual, scale[:, b].square())
-                # 4. Feed its error back to the later columns of the tile.
+                # 3. Feed its error back to the later columns of the tile.
                 work[:, part].addcmul_(levels[:, part], scale[:, b, None], value=-1)
                 if k + RUN < last:
                     later = target[:, k + RUN - start : last - start]

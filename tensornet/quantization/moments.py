@@ -100,6 +100,24 @@ class Moment:
         return unit, size.square().flip(1).to(dtype)
 
     @cached_property
+    def feedback_between_runs(self) -> tuple[Tensor, Tensor]:
+        """Factors for feedback between runs: `feedback`, with identity blocks for the runs.
+
+        Let `U_b` and `D_b` be the blocks of a run on the diagonals of `U` and `D`.
+
+        Returns:
+            `U`, in which the columns of each run are divided by `U_b`, shape `(stack or 1, n, n)`; its blocks
+            on and below the diagonal are not used. `U_b D_b^1/2` of every run, shape `(stack or 1, n / run,
+            run, run)`.
+        """
+        (unit, kept), run = self.feedback, self.run
+        inner = unit.unflatten(1, (-1, run)).unflatten(3, (-1, run)).diagonal(0, 1, 3).permute(0, 3, 1, 2)
+        inner = inner + torch.eye(run, dtype=unit.dtype, device=unit.device)
+        by_run = unit.unflatten(2, (-1, run)).transpose(1, 2)  # shape: (stack or 1, runs, n, run)
+        divided = torch.linalg.solve_triangular(inner, by_run, upper=True, left=False, unitriangular=True)
+        return divided.transpose(1, 2).flatten(2), inner * kept.sqrt().unflatten(1, (-1, 1, run))
+
+    @cached_property
     def growth(self) -> Tensor:
         """Variance of each error divided by the variance of its rounding residual, `D_i (M^-1)_ii`.
 
