@@ -239,8 +239,11 @@ def test_the_loss_of_rounding_experts_is_not_taken_for_predicted() -> None:
     config = tn.CompressionConfig(formats=("int4",), effort="thorough")
     layers_alone, unmeasured = copy.deepcopy(model), copy.deepcopy(model)
     stats = tn.calibrate(model, batches, config=config)
-    report = tn.compress(model, config, calibration=batches, progress=False)
-    of_layers = tn.compress(layers_alone, report.plan, calibration=batches, progress=False).measured
+    prices = tn.survey(model, batches, config)
+    report = tn.compress(model, config, calibration=batches, prices=prices, progress=False)
+    of_layers = tn.compress(
+        layers_alone, report.plan, calibration=batches, prices=prices, progress=False
+    ).measured
     assert report.measured is not None
     assert report.measured_layers is not None
     assert of_layers is not None
