@@ -23,6 +23,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
         {"loss_increase", "kl", "bytes", "asked_bytes", "predicted", "types", "seconds", "peak_mib"},
     ),
     "codebooks": (2, {"type", "method", "loss_increase", "kl", "bits_per_weight", "seconds", "commit"}),
+    "maps": (1, {"mix", "plan", "ratio", "sum_over_file", "rank_correlation", "cross_ratio", "seconds"}),
     "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
     "generation": (13, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
     "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),

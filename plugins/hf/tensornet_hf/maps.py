@@ -24,6 +24,10 @@ from tensornet_hf.text import first_line
 
 #: Column of the divergences of whole files.
 WHOLE = "group0"
+#: Sum over single tensors, divided by the divergence of the whole file, above which a map is doubtful.
+DOUBTFUL = 2.0
+#: Texts that stand for a divergence that was not measured.
+MISSING = ("", "404")
 #: Type of matrices that were not measured.
 UNMEASURED = "Q8_0"
 _LINE = re.compile(
@@ -83,7 +87,9 @@ def read_map(files: Sequence[str | Path]) -> DamageMap:
                 raise ValueError(f"the first column is {header[0]!r:.40}")
             for row in rows:
                 found = {
-                    name: _divergence(text) for name, text in zip(header[1:], row[1:], strict=True) if text
+                    name: _divergence(text)
+                    for name, text in zip(header[1:], row[1:], strict=True)
+                    if text not in MISSING
                 }
                 if WHOLE in found:
                     whole[row[0].upper()] = found.pop(WHOLE)
@@ -131,6 +137,8 @@ def read_sizes(files: Sequence[str | Path]) -> dict[str, tuple[tuple[int, ...], 
                 if match is None:
                     raise ValueError(f"a line is {line:.60}")
                 shape = tuple(int(x) for x in reversed(match["shape"].split(",")) if x.strip())
+                while len(shape) > 1 and shape[0] == 1:  # files differ in whether they list these
+                    shape = shape[1:]
                 known = found.setdefault(match["name"], (shape, {}))
                 if known[0] != shape:
                     raise ValueError(f"{match['name']} has the shapes {known[0]} and {shape}")
@@ -242,6 +250,20 @@ def plan_map(
     chosen = choose_types(priced, budget)
     by_name = {x.name: x for x in priced}
     notes = ["metadata and vocabulary of the file, some megabytes, are not counted"]
+    exact = [kind for kind, value in damage.files.items() if value == 0 and kind not in ("BF16", "F16")]
+    if exact:
+        notes.append(
+            f"the map compares with a file of {exact[0]}; nothing is known of what such a file loses"
+        )
+    sums = {
+        kind: sum(row.values()) / (damage.files.get(kind) or math.inf) for kind, row in damage.tensors.items()
+    }
+    most = max(sums.values())
+    if most > DOUBTFUL:
+        notes.append(
+            f"single tensors add up to {most:.2g} times the divergence of a file; so their measurements "
+            "have a floor, as in mixtures: the plan protects small tensors too much, the forecast is too low"
+        )
     if rest:
         shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
         notes.append(f"{len(rest)} tensors were not measured and get {UNMEASURED}: {shown}")

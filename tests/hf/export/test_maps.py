@@ -71,13 +71,24 @@ def test_a_plan_costs_no_more_than_a_file_of_one_type(tmp_path: Path) -> None:
 def test_a_measured_row_is_taken_as_it_is(tmp_path: Path) -> None:
     maps, sizes = files(tmp_path)
     text = maps[0].read_text()
-    maps[0].write_text(text + "q4_K,0.01,0.02,,0.03\n")
+    maps[0].write_text(text + "q4_K,0.01,0.02,404,0.03\n")
     damage = read_map(maps)
     assert damage.losses("Q4_K")["blk.0.attn_q.weight"] == pytest.approx(0.2 * 0.02 / 0.06)
     assert damage.losses("Q5_K")["blk.0.attn_q.weight"] == pytest.approx(0.06 * 0.02 / 0.06)  # nearest row
     assert damage.losses("IQ2_XS")["token_embd.weight"] == pytest.approx(2.0 * 0.5 / 0.95)
     assert read_map(maps[:1]).losses("Q4_K")["token_embd.weight"] == 0.01  # no whole files
     assert read_sizes(sizes)["blk.0.ffn_up_exps.weight"][0] == (4, 96, 256)
+
+
+def test_doubts_are_noted(tmp_path: Path) -> None:
+    maps, sizes = files(tmp_path)
+    config = tn.CompressionConfig(bits_per_weight=6)
+    assert len(plan_map(maps, sizes, config).notes) == 1
+    text = maps[1].read_text()
+    maps[1].write_text(text.replace("q8_0,0.004", "q8_0,0").replace("iq2_xs,2.0", "iq2_xs,0.3"))
+    _, exact, doubtful = plan_map(maps, sizes, config).notes
+    assert "a file of Q8_0" in exact
+    assert "3.2 times" in doubtful
 
 
 def test_bad_maps(tmp_path: Path) -> None:
