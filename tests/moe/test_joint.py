@@ -45,13 +45,19 @@ def related(experts: int, spread: float) -> Tensor:
 @pytest.mark.parametrize("shared", [("1",), (), ("0", "2"), ("0", "1", "2")])
 @pytest.mark.parametrize("padded", [False, True])
 def test_planted_cores_are_found_again(padded: bool, shared: tuple[str, ...]) -> None:
+    """The experts are related; unrelated ones often end in a local minimum."""
     chain = tn.topologies.mpo(**DIMS, max_bond=2)
     chain = replace(chain, out_features=11, in_features=10) if padded else chain
-    target = tm.SharedCoreExperts(chain, 3, shared=shared, dtype=torch.float64).expert_matrices().detach()
+    planted = tm.SharedCoreExperts(chain, 3, shared=shared, dtype=torch.float64)
+    with torch.no_grad():
+        for name in {"0", "1", "2"} - set(shared):
+            core = planted.core(name)
+            core.copy_(core[:1] + 0.3 * core)
+    target = planted.expert_matrices().detach()
     fit = fit_shared(target, chain, shared, max_sweeps=400)
     bank = tm.SharedCoreExperts._from_cores((chain,) * 3, shared, fit.cores, fit.error, torch.float64)
     assert relative(bank, target) == pytest.approx(fit.error, rel=1e-6)
-    assert fit.error < (0.3 if padded else 1e-2)  # padding has no weight: fits converge slowly
+    assert fit.error < 1e-2
 
 
 def test_equal_experts_are_found_exactly() -> None:

@@ -35,12 +35,14 @@ def test_eight_bits_cost_far_less_than_four() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_errors_also_cost_under_another_damping(bits: int) -> None:
     """More damping of gradients, no moments at all, and a diagonal one."""
-    rows, columns, matrix = damped(moment(64, 1), 0.1), damped(moment(96, 2), 0.01), weight(64, 96, 3)
+    rows, columns = damped(moment(160, 1), 0.1), damped(moment(192, 2), 0.01)
+    matrix = weight(160, 192, 3)
+    # Each tolerance is the mean deviation over twelve seeds, and five of their standard deviations.
     seen = [
         (Weighting(rows, columns), 0.15),
-        (Weighting(damped(rows, 1.0), columns), 0.3),
+        (Weighting(damped(rows, 1.0), columns), 0.35),
         (Weighting(rows.diagonal(), columns.diagonal()), 0.3),
-        (Weighting(), 0.6),  # a rough estimate, of the Frobenius error alone
+        (Weighting(), 0.7),  # the Frobenius error is predicted too low by about half
     ]
     (predicted,) = predict_losses(matrix, [f"int{bits}"], [each for each, _ in seen], column_damping=0.0)
     kept = round_weight(

@@ -191,7 +191,8 @@ def test_scales_that_are_not_found_cost_little(name: str) -> None:
         if not found[-1]:
             assert rounding_error(small, number_format) < 1.05 * exact
         elif rounding_error(small, number_format) < 1.05 * exact:  # not found long before it costs
-            assert rounding_error(small / 4, number_format) > 1.05 * exact
+            # The first group that is found may have a quarter of the range of the others.
+            assert rounding_error(small / 16, number_format) > 1.05 * exact
     assert found == sorted(found)
     assert found[-1] == (name != "int4")
 
