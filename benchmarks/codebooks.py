@@ -1,6 +1,7 @@
 """How much less does rounding with feedback increase the loss than llama.cpp's rounding to the same types?
 
-    OMP_NUM_THREADS=1 python benchmarks/codebooks.py [--toy] [--types IQ3_S IQ2_S] [--narrow] [--cache CACHE]
+    OMP_NUM_THREADS=1 python benchmarks/codebooks.py [--toy] [--types IQ3_S IQ2_S] [--narrow] [--plans]
+        [--cache CACHE]
 
 All matrices of all blocks of SmolLM2-135M, padded and rotated (`subjects.smollm2(wide=True)`), get the same
 GGUF type. Padding leaves a quarter of the input directions unused, which favours feedback. With `--narrow`,
@@ -9,7 +10,11 @@ the model is not padded, and only the matrices whose rows fit the types are roun
 llama.cpp's own rounding (package `libgguf`) uses the mean square of every input as importance matrix. Ours
 uses the whole second moments of the inputs, from the same tokens. Neither knows gradients, and embedding and
 head keep their values. The loss is measured on held-out text from another source. `seconds` are processor
-seconds of rounding. Rows of the record are kept, unless they are measured again. Writes `codebooks.json`.
+seconds of rounding.
+
+With `--plans`, there is a plan of each type's size instead, with all formats of the menu `gguf`, gradients,
+and the effort `fast`. Its seconds are those of the whole compression. Rows of the record are kept, unless
+they are measured again. Writes `codebooks.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import subjects
 from harness import RECORDS, processor_seconds, provenance, record
 
+import tensornet as tn
 from tensornet.damping import DENSE_COLUMN_DAMPING
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet_hf.evaluate import divergence
@@ -88,6 +95,7 @@ def by_us(weight: Tensor, kind: str, columns: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="two blocks, few tokens, one type")
+    parser.add_argument("--plans", action="store_true", help="measure plans of the same sizes instead")
     parser.add_argument("--narrow", action="store_true", help="do not pad the model")
     parser.add_argument("--types", nargs="+", default=TYPES, choices=(*TYPES, *FORMATS))
     parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
@@ -110,19 +118,29 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if isinstance(module, nn.Linear) and not name.endswith("lm_head") and module.in_features % 256 == 0
     ]
     which = "toy" if given.toy else subject.name
-    known = moments(dense, names, windows)
+    known = {} if given.plans else moments(dense, names, windows)
     originals = {name: dense.get_submodule(name).weight.detach().clone() for name in names}
     model, file = (toy()[0] if given.toy else subject.load()), given.records / "codebooks.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.is_file() else []
+    methods = {"plan": None} if given.plans else {"llama.cpp": by_llama_cpp, "ours": by_us}
     for kind in given.types:
-        for method, rounded in (("llama.cpp", by_llama_cpp), ("ours", by_us)):
-            start = processor_seconds()
-            with torch.no_grad():
-                for name, weight in originals.items():
-                    model.get_submodule(name).weight.copy_(rounded(weight.float(), kind, known[name]))
+        for method, rounded in methods.items():
+            bits = NumberFormat.parse(FORMATS.get(kind, kind.lower())).bits_per_weight((1, 256))
+            start, facts = processor_seconds(), {}
+            if rounded is None:
+                model = toy()[0] if given.toy else subject.load()
+                config = tn.CompressionConfig(
+                    bits_per_weight=bits, formats="gguf", target_modules=names, effort="fast"
+                )
+                report = tn.compress(model, config, calibration=list(windows.split(2)), progress=False)
+                formats = Counter(layer.storage.number_format.name for layer in report.plan)
+                facts = {"formats": formats, "predicted": report.plan.predicted_loss_increase}
+            else:
+                with torch.no_grad():
+                    for name, weight in originals.items():
+                        model.get_submodule(name).weight.copy_(rounded(weight.float(), kind, known[name]))
             seconds = processor_seconds() - start
             found = divergence(model, dense, judged.flatten(), context=judged.shape[1], batch_size=2)
-            bits = NumberFormat.parse(FORMATS.get(kind, kind.lower())).bits_per_weight((1, 256))
             rows = [x for x in rows if (x["model"], x["type"], x["method"]) != (which, kind, method)]
             rows.append(
                 {
@@ -133,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                     "loss_increase": found.loss_increase,
                     "kl": found.mean,
                     "same_top": found.same_top,
+                    **facts,
                     "seconds": seconds,
                     "judged_tokens": judged.numel(),
                     "calibration_tokens": windows.numel(),
