@@ -23,7 +23,7 @@ def test_contract_tests_pass(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4_000:]
     classes = re.findall(r"^class (Test\w+)", code, re.MULTILINE)
-    assert len(classes) == 5
+    assert len(classes) == 6
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None
     assert int(passed[1]) > 8 * len(classes)
