@@ -17,6 +17,7 @@ from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.recipes import Recipe, plan_recipe
 from tensornet_hf.rotation import rotate
 from tensornet_hf.specialist_files import Specialists, load_specialists, specialists
+from tensornet_hf.specializing import SpecializeReport, specialize
 from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
@@ -33,6 +34,7 @@ __all__ = [
     "RouterBiasCallback",
     "RouterStatsCallback",
     "Specialists",
+    "SpecializeReport",
     "TensorNetworkConfig",
     "UpcycleOptions",
     "UpcycleReport",
@@ -50,6 +52,7 @@ __all__ = [
     "save",
     "set_experts_implementation",
     "specialists",
+    "specialize",
     "stock_mixture",
     "upcycle",
 ]

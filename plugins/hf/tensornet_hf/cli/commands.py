@@ -6,7 +6,7 @@ The options of `compress` and `upcycle` are fields of dataclasses; see `with_opt
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +46,7 @@ from tensornet_hf.cli.options import (
     Source,
     collect,
     note,
+    parse_pairs,
     parse_size,
     print_json,
     print_lines,
@@ -73,6 +74,8 @@ from tensornet_hf.inspect import inspect_folder
 from tensornet_hf.maps import plan_map
 from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import compact_bytes, display_command
+from tensornet_hf.specialist_files import DESCRIPTION, load_specialists, read_description
+from tensornet_hf.specializing import specialize as train_specialists
 from tensornet_hf.text import (
     continue_text,
     load_tokenizer,
@@ -457,6 +460,10 @@ def _loaded(path: Path, device: torch.device) -> PreTrainedModel:
 def generate(
     path: Source,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    specialist: Annotated[
+        str | None,
+        typer.Option(help="Specialist of a folder of specialists (default: what its router chooses)."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest length of the continuation in tokens.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     temperature: Annotated[
@@ -487,20 +494,39 @@ def generate(
     folder = resolve_folder(path)
     if experts_cache is not None and device != CPU:
         raise typer.BadParameter("--experts-cache needs the memory of the CPU; leave out --device.")
-    model = on_device(load(folder, experts_cache=experts_cache), device)
+    using: AbstractContextManager[None] = nullcontext()
+    if (folder / DESCRIPTION).is_file():
+        if experts_cache is not None:
+            raise typer.BadParameter("--experts-cache is for a mixture; leave it out for specialists.")
+        specialists = load_specialists(folder)
+        model = on_device(specialists.model, device)
+        folder = resolve_folder(read_description(folder)["trunk"])
+        if specialist is None and specialists.router is None:
+            names = ", ".join(specialists.names)
+            raise typer.BadParameter(f"Choose a specialist by --specialist NAME; there are {names}.")
+        chosen: Any = specialist
+        if specialist is None:
+            ids = token_ids(load_tokenizer(folder), prompt)[None]
+            chosen = {name: float(w) for name, w in specialists.route(input_ids=ids).items()}
+        using = specialists.use(chosen)
+    elif specialist is not None:
+        raise typer.BadParameter(f"{path} is not a folder of specialists; leave out --specialist.")
+    else:
+        model = on_device(load(folder, experts_cache=experts_cache), device)
     if experts_cache is None:
         prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
     tokenizer = load_tokenizer(folder)
     chat = bool(tokenizer.chat_template) if chat is None else chat
-    text = continue_text(
-        model,
-        tokenizer,
-        prompt,
-        chat=chat,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
+    with using:
+        text = continue_text(
+            model,
+            tokenizer,
+            prompt,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
     if as_json:
         options = {"chat": chat, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         print_json({"model": path, "prompt": prompt, "text": text, **options})
@@ -630,6 +656,56 @@ def upcycle(
     ]
     print_table(("network", "dense", "mixture", "shared", "error"), rows)
     print_lines(str(report), *([] if written is None else [f"written to {written}"]))
+
+
+def specialize(
+    source: Source,
+    destination: Annotated[Path, typer.Argument(help="New folder, or folder of specialists to add to.")],
+    domain: Annotated[
+        list[str],
+        typer.Option(help="Name of a specialist and its text file. Repeatable.", metavar="NAME=FILE"),
+    ],
+    share: Annotated[
+        str,
+        typer.Option(help="What the specialists share: ends, in, out, center, or none (LoRA)."),
+    ] = "ends",
+    rank: Annotated[int, typer.Option(help="Rank of the changes.")] = 16,
+    steps: Annotated[int, typer.Option(help="Largest number of training steps for each domain.")] = 400,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-3,
+    batch: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 8,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Number of tokens in a window (default: context of the model, at most 512)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the windows.")] = 0,
+    device: Device = CPU,
+    as_json: Json = False,
+) -> None:
+    """Train a small specialist for each domain on a frozen model; all share their large cores.
+
+    Example: tensornet specialize MODEL DST --domain law=law.txt --domain code=code.txt
+
+    Again with another --domain, it adds a specialist, and leaves the others unchanged.
+    """
+    report = train_specialists(
+        source,
+        destination,
+        {name: str(file) for name, file in parse_pairs("--domain", domain).items()},
+        share=None if share == "none" else share,  # type: ignore[arg-type]  # checked by the function
+        rank=rank,
+        steps=steps,
+        lr=lr,
+        batch_size=batch,
+        context=context,
+        device=device,
+        seed=seed,
+        progress=sys.stderr.isatty() and not as_json,
+    )
+    if as_json:
+        print_json({"source": source, "destination": str(destination), **report.to_dict()})
+        return
+    print_table(*report.rows())
+    print_lines(f"shared cores: {report.bytes['shared']:,} bytes", f"written to {destination}")
 
 
 def demo(

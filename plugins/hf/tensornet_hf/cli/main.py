@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "decompress": commands.decompress,
     "export": commands.export,
     "upcycle": commands.upcycle,
+    "specialize": commands.specialize,
     "demo": commands.demo,
 }
 ALL = "--help-all"

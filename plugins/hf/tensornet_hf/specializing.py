@@ -1,0 +1,376 @@
+"""Train specialists of domains with transformers' `Trainer`: the command `tensornet specialize`."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from tensornet._util import check_size, in_eval_mode
+from tensornet.errors import DestinationError, TargetError
+from tensornet.healing.heal import only_training
+from tensornet_hf.checkpoint import load, on_device, resolve_folder
+from tensornet_hf.specialist_files import DESCRIPTION, Specialists, load_specialists, specialists
+from tensornet_hf.streaming import digest, staging
+from tensornet_hf.text import load_tokenizer, read_text, require_causal, token_ids, usual_context
+from tensornet_moe.specialist_layers import SharedCores
+
+CORES = "cores.safetensors"
+#: Smallest number of windows of a domain; the last tenth, at least two, is held out.
+LEAST_WINDOWS = 12
+#: How often the held-out loss is measured in a phase, and how many times it may fail to improve.
+_MEASURED, _PATIENCE = 8, 2
+_LONGEST = 512
+
+
+@dataclass(frozen=True)
+class SpecializeReport:
+    """Result of `specialize`; `print` shows the losses as a table of domains by specialists.
+
+    Args:
+        losses: held-out loss of each domain by specialist, in nats per token; the specialist `"trunk"` is the
+            trunk alone. Only the domains of this run are measured.
+        bytes: bytes of the shared cores (`"shared"`), of each specialist, and of a new one (`"next"`).
+        steps: number of training steps of each phase.
+
+    Example:
+        >>> losses = {"law": {"trunk": 3.0, "law": 2.5}}
+        >>> print(th.SpecializeReport(losses, {"shared": 4096, "law": 256, "next": 256}, {"law": 40}))
+           held-out loss           trunk             law
+                     law          3.0000          2.5000
+                   bytes                             256
+        shared cores: 4,096 bytes
+    """
+
+    losses: dict[str, dict[str, float]]
+    bytes: dict[str, int]
+    steps: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict for JSON."""
+        return asdict(self)
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the rows of the table."""
+        columns = list(next(iter(self.losses.values())))
+        rows = [[name, *(f"{values[x]:.4f}" for x in columns)] for name, values in self.losses.items()]
+        sizes = ["bytes", "", *(f"{self.bytes[x]:,}" for x in columns[1:])]
+        return ["held-out loss", *columns], [*rows, sizes]
+
+    def __str__(self) -> str:
+        """Return the table."""
+        header, rows = self.rows()
+        lines = ["".join(f"{cell:>16}" for cell in row) for row in (header, *rows)]
+        return "\n".join([*lines, f"shared cores: {self.bytes['shared']:,} bytes"])
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    """Windows of several domains, in turn, each with the number of its specialist."""
+
+    def __init__(self, windows: Sequence[Tensor]) -> None:
+        longest = max(len(x) for x in windows)
+        # A short domain is repeated, so that all domains have equally many windows.
+        self.items = [(k, x[j % len(x)]) for j in range(longest) for k, x in enumerate(windows)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number, ids = self.items[index]
+        return {"input_ids": ids, "labels": ids, "specialist": torch.tensor(number)}
+
+
+class SpecialistTrainer(Trainer):
+    """`Trainer` that uses the specialist of each row, and whose checkpoints contain only trained cores.
+
+    Args:
+        specialists: the specialists of the trained model.
+        names: names by the numbers in the entry `specialist` of the batches.
+        kwargs: arguments of `Trainer`.
+    """
+
+    def __init__(self, *, specialists: Specialists, names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(model=specialists.model, **kwargs)
+        self.specialists, self.names = specialists, list(names)
+        self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of the batch, each row with its specialist."""
+        batch = {key: value for key, value in inputs.items() if key != "specialist"}
+        rows = [self.names[int(k)] for k in inputs["specialist"]]
+        with self.specialists.use(rows[0] if len(set(rows)) == 1 else rows):
+            outputs = model(**batch)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    # The following methods are private, but `Trainer` has no public ones that say what a checkpoint contains.
+    # The ordinary ones would write the whole trunk each time.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_cores(self.specialists, self.names), folder / CORES)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_cores(self.specialists, Path(resume_from_checkpoint) / CORES)
+
+    def _load_best_model(self) -> None:
+        restore_cores(self.specialists, Path(str(self.state.best_model_checkpoint)) / CORES)
+
+
+def trained_cores(specialists: Specialists, names: Sequence[str]) -> dict[str, Tensor]:
+    """Copy the shared cores and those of some specialists to the CPU, keyed by `specialist/layer.core_k`."""
+    parts = {"shared": specialists.tensors(), **{name: specialists.tensors(name) for name in names}}
+    return {
+        f"{name}/{key}": core.detach().cpu().contiguous()
+        for name, cores in parts.items()
+        for key, core in cores.items()
+    }
+
+
+def restore_cores(specialists: Specialists, file: Path) -> None:
+    """Copy the cores of a file that contains `trained_cores` into the model."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, core in load_file(file).items():
+        name, _, rest = key.partition("/")
+        found.setdefault(name, {})[rest] = core
+    specialists.restore(found)
+
+
+def specialize(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    domains: Mapping[str, str | os.PathLike[str]],
+    *,
+    share: SharedCores | None = "ends",
+    rank: int = 16,
+    steps: int = 400,
+    lr: float = 5e-3,
+    batch_size: int = 8,
+    context: int | None = None,
+    target_modules: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
+) -> SpecializeReport:
+    """Train a specialist for each domain, and save them in a folder.
+
+    In a new folder, the specialists are first trained together with the shared cores, which are then frozen.
+    Each specialist is then trained alone. In a folder that already contains specialists, only the new ones
+    are trained, so that all others stay equal bit for bit. The last tenth of each text is held out: training
+    ends early if its loss no longer falls, and the best state is kept. If that is the trunk, the change of
+    the specialist is zero. A run that was interrupted continues
+    from its last checkpoint if it is called again.
+
+    Args:
+        source: folder or hub id of the trunk, a causal language model.
+        destination: a new folder, or one that `specialize` or `Specialists.save` wrote for this trunk.
+        domains: text files by the name of the new specialist.
+        share, rank, target_modules: see `tensornet_moe.specialists`; ignored for an existing folder.
+        steps: largest number of steps for each domain.
+        lr: peak learning rate of AdamW.
+        batch_size: number of windows in a batch.
+        context: number of tokens in a window; the context of the model, at most 512, if absent.
+        device: device of the model.
+        seed: seed of the order of the windows.
+        progress: show progress bars.
+
+    Raises:
+        TargetError: a text is too short, the trunk is not a causal language model, or the folder is of
+            another trunk; nothing was changed.
+        ValueError: a name is taken or not a word, or an option is out of its range; nothing was changed.
+        DestinationError: the destination contains something else, or another run is writing it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> text = th.embedded.heldout_text()
+        >>> _ = Path("first.txt").write_text(text[:6000])
+        >>> _ = Path("second.txt").write_text(text[6000:12000].upper())
+        >>> files = {"first": "first.txt", "second": "second.txt"}
+        >>> report = th.specialize(th.embedded.gpt2_path(), "all", files, steps=8, context=32, rank=4)
+        >>> list(report.losses), list(report.losses["first"])
+        (['first', 'second'], ['trunk', 'first', 'second'])
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("rank", rank)):
+        check_size(name, value, error=ValueError)
+    if not domains:
+        raise TargetError("Name at least one domain: domains={'law': 'law.txt'} (--domain law=law.txt).")
+    texts = {name: read_text(Path(file)) for name, file in domains.items()}
+    folder, target = resolve_folder(os.fspath(source)), Path(destination).expanduser().resolve()
+    old = (target / DESCRIPTION).is_file()
+    model = on_device(load(folder), device)
+    require_causal(model)
+    tokenizer = load_tokenizer(folder)
+    length = context or usual_context(model, _LONGEST)
+    training, held_out = {}, {}
+    for name, text in texts.items():
+        ids = token_ids(tokenizer, text)
+        windows = ids[: len(ids) // length * length].reshape(-1, length)
+        if len(windows) < LEAST_WINDOWS:
+            raise TargetError(
+                f"The text of {name!r} is too short: {len(ids)} tokens, but {LEAST_WINDOWS} windows of "
+                f"{length} are needed. Give more text, or choose shorter windows (context=, --context)."
+            )
+        last = max(len(windows) // 10, 2)
+        training[name], held_out[name] = windows[:-last], windows[-last:]
+    if old:
+        s = load_specialists(target, model)
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DestinationError(
+            f"{target} exists already, and is not a folder of specialists. Choose another name."
+        )
+    else:
+        s = specialists(model, rank=rank, share=share, target_modules=target_modules)
+    for name in domains:
+        s.add(name)
+
+    losses = {name: {"trunk": mean_loss(s, None, x, batch_size)} for name, x in held_out.items()}
+    taken: dict[str, int] = {}
+    key = digest(
+        [str(folder), texts, share, rank, steps, lr, batch_size, length, seed, target_modules, s.names]
+    )
+    with staging(target) as work:
+        run = work / "specialize.json"
+        if not run.exists() or json.loads(run.read_text()) != key:
+            for outdated in work.glob("phase-*"):
+                shutil.rmtree(outdated)
+            run.write_text(json.dumps(key))
+        names = list(domains)
+        phases = [(f"phase-{name}", [name]) for name in names]
+        together = not old and len(s.shared_parameters()) > 0
+        if together:
+            phases.insert(0, ("phase-together", names))
+        for phase, members in phases:
+            joint = phase == "phase-together"
+            count = steps * len(names) // 2 if joint else steps // 2 if together else steps
+            if not joint:
+                s.freeze()
+            taken[phase.removeprefix("phase-")] = _train(
+                s,
+                members,
+                work / phase,
+                [training[name] for name in members],
+                [held_out[name] for name in members],
+                steps=max(count, 1),
+                lr=lr,
+                batch_size=batch_size,
+                device=torch.device(device),
+                seed=seed,
+                progress=progress,
+            )
+        s.save(target, trunk=str(folder))
+        shutil.rmtree(work, ignore_errors=True)
+    for name, windows in held_out.items():
+        losses[name] |= {x: mean_loss(s, x, windows, batch_size) for x in s.names}
+    return SpecializeReport(losses, s.bytes(), taken)
+
+
+def _train(
+    s: Specialists,
+    names: Sequence[str],
+    folder: Path,
+    training: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    device: torch.device,
+    seed: int,
+    progress: bool,
+) -> int:
+    """Train specialists in one phase, and return the number of steps; a finished phase is only restored."""
+    done = folder / CORES
+    if done.exists():
+        restore_cores(s, done)
+        return int((folder / "steps").read_text())
+    every = max(steps // _MEASURED, 1)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=lr,
+        weight_decay=0.0,
+        warmup_steps=0.05,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=every,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        report_to=[],
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=not progress,
+    )
+    start = s.snapshot()
+    with only_training(s.model, s.parameters(*names)):
+        trainer = SpecialistTrainer(
+            specialists=s,
+            names=names,
+            args=arguments,
+            train_dataset=_Windows(training),
+            eval_dataset=_Windows(held_out),
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE)],
+        )
+        if not progress:
+            trainer.remove_callback(PrinterCallback)  # it would print every loss on stdout
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+        taken = int(trainer.state.global_step)
+    if len(names) == 1:
+        keep_best(s, names[0], start, held_out[0], batch_size)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (folder / "steps").write_text(str(taken))
+    save_file(trained_cores(s, names), folder / f"{CORES}.partial")
+    os.replace(folder / f"{CORES}.partial", done)
+    return taken
+
+
+def keep_best(
+    s: Specialists,
+    name: str,
+    start: Mapping[str, Mapping[str, Tensor]],
+    held_out: Tensor,
+    batch_size: int,
+) -> None:
+    """Undo the training of a specialist that did not help, and the whole change if the trunk is better."""
+    zero = {f"{layer}.core_{x.private[0]}" for layer, x in s.layers.items()}
+    trained = s.snapshot()[name]
+    nothing = {key: torch.zeros_like(core) if key in zero else core for key, core in trained.items()}
+    states: list[tuple[float, int, Mapping[str, Tensor]]] = []
+    for cores in (trained, start[name], nothing):
+        s.restore({name: cores})
+        states.append((mean_loss(s, name, held_out, batch_size), len(states), cores))
+    s.restore({name: min(states, key=lambda x: x[:2])[2]})
+
+
+@torch.no_grad()
+def mean_loss(s: Specialists, which: str | None, windows: Tensor, batch_size: int) -> float:
+    """Return the mean cross entropy of windows of tokens, in nats per token."""
+    device, total = next(iter(s.layers.values())).weight.device, 0.0
+    with s.use(which), in_eval_mode(s.model):
+        for ids in windows.to(device).split(batch_size):
+            total += float(s.model(input_ids=ids, labels=ids).loss) * len(ids)
+    return total / len(windows)
