@@ -53,7 +53,8 @@ def test_layers_whose_prices_are_zero(objective: str, topology: str) -> None:
         assert "unfed" in expected
     for name, error in tn.apply_plan(model, plan, stats).items():
         assert error <= 0.9
-        assert error <= expected[name] + 1e-6
+        if objective == "activation":  # a fit to the curvature may increase the relative error
+            assert error <= expected[name] + 1e-6
 
 
 @pytest.mark.parametrize("objective", ["curvature", "activation"])
