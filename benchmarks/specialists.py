@@ -129,7 +129,11 @@ class Trial:
         specialists: tm.Specialists | None = None,
     ) -> None:
         """Train on batches of the domains of `rows`, with a linear schedule."""
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        chosen = {id(p) for p in parameters}
+        # A shared core has a lower rate, so that a rate chosen on few domains also suits more domains.
+        groups = tm.parameter_groups(model, lr=rate)
+        groups = [{**x, "params": [p for p in x["params"] if id(p) in chosen]} for x in groups]
+        optimizer = torch.optim.AdamW([x for x in groups if x["params"]], weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / 20, 1 - k / len(rows))
         )
