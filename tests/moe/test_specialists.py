@@ -74,7 +74,12 @@ def train(model: nn.Module, s: tm.Specialists, which: str, x: Tensor) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("share", [*FORMS, tucker], ids=str)
+def named(share: object) -> str:
+    """Name a form for pytest; the text of a function contains its address."""
+    return getattr(share, "__name__", str(share))
+
+
+@pytest.mark.parametrize("share", [*FORMS, tucker], ids=named)
 def test_a_new_specialist_changes_nothing(share: object) -> None:
     model = Model()
     x = torch.randn(3, 5, SIZE)
@@ -91,7 +96,7 @@ def test_a_new_specialist_changes_nothing(share: object) -> None:
 
 
 @pytest.mark.parametrize("pool", [None, "shape"])
-@pytest.mark.parametrize("share", [*FORMS, tucker], ids=str)
+@pytest.mark.parametrize("share", [*FORMS, tucker], ids=named)
 def test_a_later_specialist_leaves_the_others_equal_bit_for_bit(share: object, pool: str | None) -> None:
     model, s = prepared(share, pool)
     x = torch.randn(3, 5, SIZE)
@@ -112,7 +117,7 @@ def test_a_later_specialist_leaves_the_others_equal_bit_for_bit(share: object, p
     assert torch.equal(outputs(model, s, x, ["c", None, "a"]), before[2])
 
 
-@pytest.mark.parametrize("share", [*FORMS, tucker], ids=str)
+@pytest.mark.parametrize("share", [*FORMS, tucker], ids=named)
 def test_each_row_is_computed_as_if_it_were_alone(share: object) -> None:
     model, s = prepared(share)
     x = torch.randn(5, 3, SIZE)
@@ -132,7 +137,7 @@ def dense_change(layer: tm.SpecialistLinear, name: str) -> Tensor:
     return whole[..., 0]
 
 
-@pytest.mark.parametrize("share", [*FORMS, long_chain], ids=str)
+@pytest.mark.parametrize("share", [*FORMS, long_chain], ids=named)
 def test_a_weighted_sum_equals_merged_matrices(share: object) -> None:
     model, s = prepared(share)
     weights = {"a": 0.7, "c": -1.5}
@@ -164,7 +169,7 @@ def test_weights_of_rows_and_tokens_scale_the_changes() -> None:
         torch.testing.assert_close(outputs(layer, s, x, weights), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", ["ends", "in", None], ids=str)
+@pytest.mark.parametrize("share", ["ends", "in", None], ids=named)
 def test_factors_multiply_to_the_change(share: str | None) -> None:
     _, s = prepared(share)
     for layer in s.layers.values():

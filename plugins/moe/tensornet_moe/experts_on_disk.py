@@ -46,6 +46,13 @@ class ExpertCache:
 
     Raises:
         ValueError: `max_bytes` is not an integer of at least 0.
+
+    Example:
+        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=3)
+        >>> cache = tm.ExpertCache(8 * 8 * 4)
+        >>> shapes = [tuple(cache.matrix(bank, expert).shape) for expert in (0, 0, 1)]
+        >>> shapes[0], cache.hits, cache.misses, cache.num_bytes
+        ((8, 8), 1, 2, 256)
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -271,6 +278,10 @@ class BytesRead(NamedTuple):
         private: bytes of the private tensors of all experts.
         per_token: bytes read for a token.
         hits: fraction of the uses of an expert's matrix that a cache serves.
+
+    Example:
+        >>> print(tm.BytesRead(resident=1000, private=8000, per_token=500.0, hits=0.5))
+        500 bytes read for a token (50% from the cache), 1,000 resident, 8,000 private
     """
 
     resident: int
