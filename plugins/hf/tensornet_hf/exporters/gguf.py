@@ -35,6 +35,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage, encode
 from tensornet.nn.unfuse import PartMatrix
 from tensornet.quantization import NumberFormat
+from tensornet.quantization.codebooks import CODEBOOKS
 from tensornet.quantization.menus import Menu
 from tensornet_hf.exporters.base import (
     ExportReport,
@@ -90,16 +91,14 @@ GGUF_MENU = Menu(
         "nl4:g32:float16",
         "nl4:g32:s6",
         "int3:g16:s6",
-        "iq3_s",
-        "iq3_xxs",
         "int2:g16:s4",
-        "iq2_s",
-        "iq2_xs",
-        "iq2_xxs",
     ),
     _num_bytes,
     whole_model=True,
 )
+#: These formats, and the codebooks of llama.cpp for files below four bits per weight. The price of a codebook
+#: is found by rounding, so a survey takes three times as long.
+GGUF_CODEBOOKS_MENU = replace(GGUF_MENU, formats=(*GGUF_MENU.formats, *CODEBOOKS))
 #: Formats of F16, BF16, F32, Q8_0, Q6_K, Q4_0, Q3_K and Q2_K, for which llama.cpp has fast kernels on x86
 #: processors. With those of Q5_0 and of the IQ types, prompts take up to three times as long.
 GGUF_FAST_MENU = replace(
