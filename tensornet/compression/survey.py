@@ -288,11 +288,11 @@ def survey_or_load(
 
 
 def digest(batches: Iterable[Mapping[str, Any]]) -> str:
-    """Compute a checksum of the tensors in batches, to recognize a text."""
+    """Compute a checksum of the names, dtypes, shapes and values of the tensors in batches."""
     found = hashlib.sha256()
     for batch in batches:
         for name, value in sorted(batch.items()):
             if isinstance(value, Tensor):
-                found.update(name.encode())
+                found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
                 found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -98,10 +98,10 @@ class Target:
 
     @property
     def stack(self) -> str:
-        """Name of the parameter of the model that contains this weight and others; empty if there is none."""
+        """Name of the model's parameter in which this weight is stacked with others; empty if it is alone."""
         for owner, compound in self.owners.items():
             for stack in compound.stacks:
-                if any(f"{owner}.{name}" == self.name for name in stack.names):
+                if self.name.removeprefix(f"{owner}.") in stack.names:
                     return f"{owner}.{stack.parameter}"
         return ""
 

@@ -17,9 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensornet.compression.config import CompressionConfig
-from tensornet.errors import BudgetError, FormatError, TargetError
-from tensornet_hf.compress import OptionError
-from tensornet_hf.recipes import TYPES, PricedTensor, Recipe, choose_types, type_bytes, with_types
+from tensornet.errors import FormatError, TargetError
+from tensornet_hf.recipes import (
+    TYPES,
+    PricedTensor,
+    Recipe,
+    budget_of_tensors,
+    check_one_budget,
+    choose_types,
+    type_bytes,
+    with_types,
+)
 from tensornet_hf.text import first_line
 
 #: Column of the divergences of whole files.
@@ -98,14 +106,12 @@ def read_map(files: Sequence[str | Path]) -> DamageMap:
         except (OSError, ValueError, IndexError) as error:
             raise FormatError(
                 f"{file} is not a map of divergences: {first_line(error)}. Give a CSV file whose first "
-                f"column is "
-                "QTYPE, with a row for each type and a column for each tensor."
+                "column is QTYPE, with a row for each type and a column for each tensor."
             ) from error
     if not tensors:
         raise FormatError(
             f"{' and '.join(map(str, files))} contain no divergences of single tensors; give "
-            f"kld_results.csv of the "
-            "model's folder too."
+            "kld_results.csv of the model's folder too."
         )
     return DamageMap(tensors, whole)
 
@@ -146,7 +152,7 @@ def read_sizes(files: Sequence[str | Path]) -> dict[str, tuple[tuple[int, ...], 
         except (OSError, ValueError) as error:
             raise FormatError(
                 f"{file} does not list the tensors of this model: {first_line(error)}. Give a tensors.*.map "
-                f"file."
+                "file."
             ) from error
     return found
 
@@ -169,8 +175,7 @@ def price_map(
     if other := [name for name in names if name not in tensors]:
         raise TargetError(
             f"The map belongs to another model: it measures {other[0]!r} ({len(other)} of {len(names)} "
-            f"tensors), "
-            "which the sizes do not list. Give the tensors.*.map of this model."
+            "tensors), which the sizes do not list. Give the tensors.*.map of this model."
         )
     losses = {kind: damage.losses(kind) for kind in kinds}
     if not any(losses.values()):
@@ -217,10 +222,7 @@ def plan_map(
         >>> th.plan_map(["kld_results.csv"], ["tensors.map"], config).types
         {'a.weight': 'Q8_0', 'b.weight': 'Q4_0'}
     """
-    if (config.max_bytes is None) == (config.bits_per_weight is None):
-        raise OptionError(
-            "A recipe needs one budget: {max_bytes} (bytes of the tensors) or {bits_per_weight}."
-        )
+    check_one_budget(config)
     damage, tensors = read_map(maps), read_sizes(sizes)
     known = {*damage.tensors, *damage.files}
     kinds = tuple(x.upper() for x in types) or tuple(x for x in TYPES if x in known) or TYPES
@@ -237,17 +239,8 @@ def plan_map(
     )
     more = {name: type_bytes(kind, shape) or 0 for name, (kind, shape) in rest.items()}
     fixed = vectors + sum(more.values())
-    if config.max_bytes is not None:
-        if config.max_bytes <= fixed:
-            raise BudgetError(
-                f"max_bytes={config.max_bytes:,} is too small: the tensors outside of the recipe alone take "
-                f"{fixed:,} bytes. Allow more."
-            )
-        budget: float = config.max_bytes - fixed
-    else:
-        assert config.bits_per_weight is not None
-        budget = config.bits_per_weight / 8 * sum(math.prod(tensors[name][0]) for name in measured)
-    chosen = choose_types(priced, budget)
+    weights = sum(math.prod(tensors[name][0]) for name in measured)
+    chosen = choose_types(priced, budget_of_tensors(config, fixed, weights))
     by_name = {x.name: x for x in priced}
     notes = ["metadata and vocabulary of the file, some megabytes, are not counted"]
     exact = [kind for kind, value in damage.files.items() if value == 0 and kind not in ("BF16", "F16")]

@@ -68,6 +68,10 @@ PRICED_ROWS, EXPERT_ROWS = 64, 8
 OPTIONS = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
 #: Type of tensors that are not in the file; every tensor that the program quantizes is in it.
 DEFAULT_TYPE = "q4_k"
+#: Options of `CompressOptions` that a recipe cannot use.
+_WITHOUT = (
+    "held_out", "refine", "heal", "share_experts", "rotate", "dtype", "workers", "report", "export",
+)  # fmt: skip
 _SPECIAL = re.compile(r"([.^$|()\[\]{}*+?\\])")
 
 
@@ -131,8 +135,7 @@ class Recipe:
             if name != name.lower():
                 raise TargetError(
                     f"llama-quantize converts recipes to lower case, so no recipe can name the tensor "
-                    f"{name!r}. "
-                    "Write the file by tensornet compress instead."
+                    f"{name!r}. Write the file by tensornet compress instead."
                 )
             pattern = _SPECIAL.sub(r"\\\1", name)
             lines.append(f"^{pattern}$={kind.lower()}")
@@ -205,6 +208,34 @@ def choose_types(tensors: Sequence[PricedTensor], num_bytes: float) -> dict[str,
     ]
     chosen = spend_size(curves, num_bytes)
     return {x.name: list(x.costs)[k] for x, k in zip(tensors, chosen, strict=True)}
+
+
+def check_one_budget(config: CompressionConfig) -> None:
+    """Raise OptionError unless a configuration has exactly one of the two budgets of recipes."""
+    if (config.max_bytes is None) == (config.bits_per_weight is None):
+        raise OptionError("A recipe needs one budget: {max_bytes} (bytes) or {bits_per_weight}.")
+
+
+def budget_of_tensors(config: CompressionConfig, fixed: int, weights: int) -> float:
+    """Compute how many bytes the planned tensors may take.
+
+    Args:
+        config: a configuration with one budget (see `check_one_budget`).
+        fixed: bytes of everything else that `max_bytes` counts.
+        weights: number of weights in the planned tensors, which `bits_per_weight` counts.
+
+    Raises:
+        BudgetError: `max_bytes` is not larger than `fixed`.
+    """
+    if config.max_bytes is None:
+        assert config.bits_per_weight is not None
+        return config.bits_per_weight / 8 * weights
+    if config.max_bytes <= fixed:
+        raise BudgetError(
+            f"max_bytes={config.max_bytes:,} is too small: what is outside of the recipe (vocabulary, "
+            f"metadata, other tensors) takes {fixed:,} bytes. Allow more."
+        )
+    return config.max_bytes - fixed
 
 
 # --- prices of the types of llama.cpp ---------------------------------------------------------------
@@ -409,8 +440,7 @@ def layer_inputs(
     if entries and not any(name in places for name in entries):
         raise TargetError(
             f"{what} belongs to another model: it names {next(iter(entries))!r}, and the tensors of this "
-            f"model "
-            f"are {', '.join(list(places)[:2])}, ... Give the importance matrix of this model."
+            f"model are {', '.join(list(places)[:2])}, ... Give the importance matrix of this model."
         )
     for name, place in places.items():
         if name in OPTIONS or name not in entries:
@@ -420,9 +450,8 @@ def layer_inputs(
         if squares.numel() != len(owners) * place.width or (len(counts) not in (1, len(owners))):
             raise TargetError(
                 f"{what} belongs to another model: {name!r} has {squares.numel():,} numbers for "
-                f"{len(counts)} "
-                f"matrices, but the tensor needs {len(owners)} times {place.width:,}. Give the importance "
-                "matrix of this model."
+                f"{len(counts)} matrices, but the tensor needs {len(owners)} times {place.width:,}. Give the "
+                "importance matrix of this model."
             )
         squares = squares.reshape(len(owners), place.width)
         alive = squares.any(1) & (counts > 0)
@@ -431,10 +460,8 @@ def layer_inputs(
             which = f"expert {', '.join(map(str, dead[:4]))}{', ...' if len(dead) > 4 else ''} of "
             raise TargetError(
                 f"{what}: no tokens reached {which if len(owners) > 1 else ''}{name!r}, so nothing is known "
-                f"about "
-                "its inputs. Collect the importance matrix on more text, or leave it out and give a "
-                "calibration "
-                "text (calibration=), where such an expert gets the mean of its mixture."
+                "about its inputs. Collect the importance matrix on more text, or leave it out and give a "
+                "calibration text (calibration=), where such an expert gets the mean of its mixture."
             )
         back = torch.from_numpy(np.argsort(place.columns))
         for own, values in zip(owners, squares, strict=True):
@@ -443,8 +470,7 @@ def layer_inputs(
     if missing:
         raise TargetError(
             f"{what} has no entry for {missing[0]!r} ({len(missing)} of {len(places)} tensors are missing). "
-            f"It may "
-            "belong to another model; or give a calibration text (calibration=) instead."
+            "It may belong to another model; or give a calibration text (calibration=) instead."
         )
     return found
 
@@ -608,8 +634,7 @@ def plan_recipe(
         importance = entries
         notes.append(
             "an importance matrix says nothing about gradients: the plan cannot know which layers matter "
-            "more "
-            "for the loss, nor how much it increases; add a calibration text"
+            "more for the loss, nor how much the loss increases; add a calibration text"
         )
 
     # Collect the tensors of the file; what is not priced keeps 16 bits, and vectors are float32.
@@ -628,18 +653,8 @@ def plan_recipe(
         ],
     )
     fixed = layout.nbytes - sum(layout.parts[name][1] for name in known)
-    if config.max_bytes is not None:
-        if config.max_bytes <= fixed:
-            raise BudgetError(
-                f"max_bytes={config.max_bytes:,} is too small: the vocabulary, metadata and tensors outside "
-                f"of the "
-                f"recipe alone take {fixed:,} bytes. Allow more."
-            )
-        budget: float = config.max_bytes - fixed
-    else:
-        assert config.bits_per_weight is not None
-        budget = config.bits_per_weight / 8 * sum(math.prod(shapes[name]) for name in known)
-    types_of = choose_types(priced, budget)
+    weights = sum(math.prod(shapes[name]) for name in known)
+    types_of = choose_types(priced, budget_of_tensors(config, fixed, weights))
     if kept:
         shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         notes.append(f"{len(kept)} tensors are not planned and get {UNPLANNED}: {shown}")
@@ -680,8 +695,7 @@ def with_types(tensor: PricedTensor, kinds: Sequence[str]) -> PricedTensor:
     if not costs:
         raise FormatError(
             f"None of the types {', '.join(kinds).lower()} fits the rows of {tensor.name!r}; llama-quantize "
-            f"would "
-            f"silently take another one. Add one of {', '.join(tensor.costs).lower()}."
+            f"would silently take another one. Add one of {', '.join(tensor.costs).lower()}."
         )
     return tensor._replace(costs=costs)
 
@@ -695,39 +709,20 @@ def _check_recipe(
         OptionError: an option is missing, or does not apply.
     """
     given = [name for name in _WITHOUT if getattr(options, name)]
-    given += [
-        name for name in ("formats",) if config.formats not in (None, CompressionConfig(max_bytes=1).formats)
-    ]
-    given += [
-        name for name in ("byte_ratio", "loss_increase", "param_ratio") if getattr(config, name) is not None
-    ]
+    if config.formats not in (None, CompressionConfig(max_bytes=1).formats):
+        given.append("formats")
+    given += [x for x in ("byte_ratio", "loss_increase", "param_ratio") if getattr(config, x) is not None]
     if given:
         raise OptionError(
             f"A recipe is a plan for llama-quantize, which rounds the weights itself; leave out "
             f"{' and '.join(f'{{{name}}}' for name in given)}."
         )
-    if (config.max_bytes is None) == (config.bits_per_weight is None):
-        raise OptionError("A recipe needs one budget: {max_bytes} (size of the file) or {bits_per_weight}.")
+    check_one_budget(config)
     if not options.calibration and imatrix is None:
         raise OptionError(
             "A recipe needs to know how errors affect the model: give a text, {calibration}, or an "
-            "importance "
-            "matrix, {imatrix}, or both."
+            "importance matrix, {imatrix}, or both."
         )
     if options.prices is not None and not options.calibration:
         raise OptionError("{prices} are found on a text; add {calibration}, or leave out {prices}.")
     return replace(config, formats=LLAMA_QUANTIZE)
-
-
-#: Options of `CompressOptions` that a recipe cannot use.
-_WITHOUT = (
-    "held_out",
-    "refine",
-    "heal",
-    "share_experts",
-    "rotate",
-    "dtype",
-    "workers",
-    "report",
-    "export",
-)

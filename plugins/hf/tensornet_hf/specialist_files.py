@@ -8,7 +8,6 @@ A folder contains
 - `router.safetensors`: the router, if there is one.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 import tensornet_moe as tm
 from tensornet._util import check_size, in_eval_mode
+from tensornet.compression.survey import digest
 from tensornet.errors import DestinationError, FormatError, TargetError
 from tensornet.io import new_folder, restore
 from tensornet.topology import Topology
@@ -192,7 +192,7 @@ class Specialists(tm.Specialists):
         if not self.names:
             raise TargetError("There is no specialist to save; call add(name) first.")
         shared = {key: core.detach().cpu() for key, core in self.tensors().items()}
-        state = digest(shared)
+        state = digest([shared])
         restore(target)
         old: dict[str, Any] = {}
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -259,7 +259,7 @@ class Specialists(tm.Specialists):
         source: str | os.PathLike[str] | None = None,
         force: bool = False,
     ) -> Path:
-        """Write one specialist as a LoRA adapter, whose product of factors is its change.
+        """Write one specialist as a LoRA adapter; the product of the adapter's factors is the change.
 
         | target | written | read by |
         |---|---|---|
@@ -370,7 +370,7 @@ def load_specialists(
     if unknown := sorted(set(wanted) - set(known)):
         raise TargetError(f"{path} has no specialist {', '.join(unknown)}; it has {', '.join(known)}.")
     shared = _read(path / SHARED)
-    if digest(shared) != description["shared"]:
+    if digest([shared]) != description["shared"]:
         raise FormatError(
             f"{path / SHARED} was changed since {path / DESCRIPTION} was written: somebody trained the "
             "shared cores, so that these specialists would compute something else. Restore the file."
@@ -446,15 +446,6 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"entries {sorted(description)}."
         )
     return description
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of names, dtypes and values, which changes if any value changes."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 @torch.no_grad()

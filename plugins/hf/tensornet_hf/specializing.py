@@ -173,8 +173,8 @@ def specialize(
     Each specialist is then trained alone. In a folder that already contains specialists, only the new ones
     are trained, so that all others stay equal bit for bit. The last tenth of each text is held out: training
     ends early if its loss no longer falls, and the best state is kept. If that is the trunk, the change of
-    the specialist is zero. A run that was interrupted continues
-    from its last checkpoint if it is called again.
+    the specialist is zero. A run that was interrupted continues from its last checkpoint if it is called
+    again.
 
     Args:
         source: folder or hub id of the trunk, a causal language model.

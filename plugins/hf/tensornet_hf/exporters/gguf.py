@@ -251,7 +251,7 @@ def gguf_layout(
 def find_places(
     model: PreTrainedModel, source: Path | None, layers: Iterable[str]
 ) -> tuple[Any, dict[str, ConvertedTensor], dict[str, "Place"]]:
-    """Find the tensors of the GGUF file of a dense model, and the layers of which they consist.
+    """Find the tensors of a dense model's GGUF file, and the layers that each of them contains.
 
     Args:
         model: the dense model; its parameters may be on the meta device.
@@ -393,7 +393,7 @@ class _Planner:
 
 
 class Place(NamedTuple):
-    """The layers, rows and columns of which a tensor of the file consists.
+    """Which layers a tensor of the file contains, and where their rows and columns are.
 
     Args:
         layers: names of layers, and the number of rows of each.
