@@ -278,6 +278,7 @@ def render(page: Page) -> str:
         blocks=_blocks(page),
         unfolded=len(page.report.layers) <= _FEW,
         pictures={name: Markup(svg) for name, svg in _pictures(page).items()},
+        with_svd=any(layer.baseline_error is not None for layer in page.report.plan),
     )
 
 

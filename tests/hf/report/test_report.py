@@ -178,6 +178,16 @@ def test_layers_show_predicted_losses_of_plain_methods(tmp_path: Path) -> None:
     assert {layer.name for layer in content.report.layers} < {v for n, v in page.attributes if n == "title"}
 
 
+def test_baselines_whose_losses_are_unknown_are_not_mentioned(tmp_path: Path) -> None:
+    losses = {"round to nearest": {"0": 0.31, "2": 0.32}, "plain SVD": {"0": 0.41, "2": 0.42}}
+    measured_only = predicted(a_page())
+    texts = [parsed(replace(measured_only, losses=x), tmp_path).text for x in (losses, {})]
+    for word in ("by rounding to nearest", "Nearest and SVD"):
+        assert [word in text for text in texts] == [True, False]
+    assert all("predicted loss increase" in text for text in texts)
+    assert not any("of plain" in text for text in texts)  # the plan knows no errors of SVDs
+
+
 @pytest.mark.slow
 def test_blocks_fold(tmp_path: Path) -> None:
     """A model of 210 layers has one folded table for each block."""
