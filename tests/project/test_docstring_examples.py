@@ -58,6 +58,10 @@ def has_example(found: object) -> bool:
     return bool(doctest.DocTestParser().get_examples(inspect.getdoc(found) or ""))
 
 
+#: Modules whose examples need the extra `gguf`; they run among all tests.
+NEEDS_GGUF = ("tensornet_hf.maps", "tensornet_hf.recipes")
+
+
 @pytest.fixture
 def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo the registrations that examples make."""
@@ -76,6 +80,9 @@ def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_examples_of_a_module_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in NEEDS_GGUF:
+        for package in ("gguf", "libgguf"):
+            pytest.importorskip(package, reason="needs the extra `gguf`")
     report: list[str] = []
     for number, test in enumerate(examples(importlib.import_module(name))):
         folder = tmp_path / str(number)

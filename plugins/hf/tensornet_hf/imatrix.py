@@ -56,9 +56,9 @@ def read_imatrix(path: str | Path) -> dict[str, Importance]:
     Example:
         >>> from tensornet_hf.imatrix import Importance, read_imatrix, write_imatrix
         >>> importance = Importance(torch.ones(1, 4), torch.tensor([8]))
-        >>> write_imatrix("importance.gguf", {"blk.0.attn_q.weight": importance}, source="text.txt")
-        >>> read_imatrix("importance.gguf")["blk.0.attn_q.weight"].counts
-        tensor([8])
+        >>> write_imatrix("importance.dat", {"blk.0.attn_q.weight": importance}, source="text.txt")
+        >>> read_imatrix("importance.dat")["blk.0.attn_q.weight"].squares
+        tensor([[1., 1., 1., 1.]])
     """
     path = Path(path)
     try:

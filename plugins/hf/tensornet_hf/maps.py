@@ -212,6 +212,7 @@ def plan_map(
         OptionError: the configuration has another budget.
         FormatError, TargetError: see `read_map`, `read_sizes` and `price_map`.
         BudgetError: the budget cannot be met.
+        MissingDependencyError: the package `gguf` is not installed.
 
     Example:
         >>> from pathlib import Path

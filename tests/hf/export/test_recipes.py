@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -74,6 +73,8 @@ def carried_out(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
 
 
 def values(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    import gguf
+
     tensors = gguf.GGUFReader(file).tensors
     return {
         x.name: gguf.quants.dequantize(x.data, x.tensor_type).reshape([*map(int, x.shape[::-1])])
@@ -83,6 +84,8 @@ def values(file: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_writes_the_planned_types_and_bytes(name: str, tmp_path: Path) -> None:
+    import gguf
+
     folder = folder_of(name, tmp_path / "model")
     config = tn.CompressionConfig(bits_per_weight=6)
     recipe = plan_recipe(folder, config, options(folder), types=QUICK)
@@ -208,6 +211,8 @@ def test_layers_that_are_not_chosen_keep_sixteen_bits(tmp_path: Path) -> None:
 
 
 def test_the_text_of_a_recipe() -> None:
+    import gguf
+
     names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.10.ffn_up_exps.weight")
     recipe = Recipe(dict.fromkeys(names, "Q5_K"), dict.fromkeys(names, 1), None, 0.0, "nats")
     assert recipe.text == "^blk\\.0\\.attn_q\\.weight$=q5_k\n^blk\\.10\\.ffn_up_exps\\.weight$=q5_k"
