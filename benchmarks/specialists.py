@@ -1,15 +1,15 @@
-"""Compare specialists that share cores with LoRA adapters: nine domains, one small trunk.
+"""Do specialists that share cores reach the losses of LoRA adapters with fewer bytes?
 
-The trunk is the package's GPT-2, trained further on general documentation for 1,500 steps. Eight domains are
-learned, then a ninth. Each row is one way to do so:
+There are nine domains and one small trunk: the package's GPT-2, trained further on general
+documentation for 1,500 steps. Eight domains are learned, then a ninth. Each row is one way to do so:
 
     python benchmarks/specialists.py --cache CACHE --row lora8
     python benchmarks/specialists.py --cache CACHE --report
 
 `CACHE/texts` contains the unpacked packages `postgresql-doc-17`, `python3.13-doc`, `debian-handbook`,
 `fortunes` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the machine. Each rate is
-chosen from `RATES` on three domains, after a third of the steps. The loss of a domain is the mean cross
-entropy on 48 windows from its last tenth, in nats per token.
+chosen on three domains, after a third of the steps. The loss of a domain is the mean cross entropy on 48
+windows from its last tenth, in nats per token. All rows train equally many steps for each domain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import json
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
@@ -34,22 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harness
 import subjects
 
-CONTEXT, BATCH, JUDGED, CHARACTERS = 128, 8, 48, 1_500_000
+CONTEXT, BATCH, JUDGED, CHARACTERS = 128, 4, 48, 1_500_000
 DOMAINS = ("scripture", "kernel", "library", "postgresql", "handbook", "fortunes", "python", "perl")
 NINTH = "c"
 #: Domains on which rates are chosen.
 TUNED = ("kernel", "fortunes", "python")
-#: Rates that are tried for all weights, and for changes.
-RATES = {"all": (3e-4, 1e-3, 3e-3), "changes": (5e-3, 1.2e-2, 3e-2)}
-#: Arguments of `tensornet_moe.specialists` of each row, and of PEFT's LoRA.
-SHARING: dict[str, dict[str, Any]] = {
-    "ends": {"share": "ends", "rank": 32},
-    "ends of a shape": {"share": "ends", "rank": 32, "pool": "shape"},
-    "in": {"share": "in", "rank": 4},
-    "out": {"share": "out", "rank": 4},
-    "center": {"share": "center", "rank": 24},
-}
-LORA = {"lora8": 8, "lora2": 2}
+TARGETS = ["c_attn", "c_proj", "c_fc"]
 HTML = {
     "kernel": [f"linux-doc-6.12/html/{x}" for x in ("admin-guide", "filesystems")],
     "library": ["python3.13/html/library"],
@@ -102,21 +94,30 @@ def windows(cache: Path, name: str) -> tuple[Tensor, Tensor]:
     return ids[:-last], judged[torch.linspace(0, len(judged) - 1, min(JUDGED, len(judged))).long()]
 
 
-class Trial:
-    """Trunk, texts and settings of a row."""
+def toy_windows() -> dict[str, tuple[Tensor, Tensor]]:
+    """Return windows like those of `windows`, for a run of seconds: parts of the package's text."""
+    ids = subjects.token_windows(AutoTokenizer.from_pretrained(gpt2_path()), heldout_text(), length=16)
+    parts = ids.split(32)
+    return {name: (parts[k][:20], parts[k][20:]) for k, name in enumerate((*DOMAINS, NINTH))}
 
-    def __init__(self, cache: Path, steps: int, seed: int) -> None:
+
+class Trial:
+    """Trunk, texts and settings of a row; without a cache, a toy."""
+
+    def __init__(self, cache: Path | None, steps: int, seed: int) -> None:
         self.cache, self.steps, self.seed = cache, steps, seed
-        self.texts = {name: windows(cache, name) for name in (*DOMAINS, NINTH)}
+        self.texts = toy_windows() if cache is None else {x: windows(cache, x) for x in (*DOMAINS, NINTH)}
 
     def trunk(self) -> Any:
         """Load the package's GPT-2, trained further on general documentation; train it if it is absent."""
+        if self.cache is None:
+            return AutoModelForCausalLM.from_pretrained(gpt2_path())
         folder = self.cache / "specialists-trunk"
         if not folder.exists():
             model = AutoModelForCausalLM.from_pretrained(gpt2_path())
             ids, _ = windows(self.cache, "general")
             self.texts["general"] = (ids, ids)
-            self.train(model, list(model.parameters()), [["general"] * BATCH] * 1500, 2e-3)
+            self.train(model, list(model.parameters()), [["general"] * 8] * 1500, 2e-3)
             model.save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder)
 
@@ -128,12 +129,8 @@ class Trial:
         rate: float,
         specialists: tm.Specialists | None = None,
     ) -> None:
-        """Train on batches of the domains of `rows`, with a linear schedule."""
-        chosen = {id(p) for p in parameters}
-        # A shared core has a lower rate, so that a rate chosen on few domains also suits more domains.
-        groups = tm.parameter_groups(model, lr=rate)
-        groups = [{**x, "params": [p for p in x["params"] if id(p) in chosen]} for x in groups]
-        optimizer = torch.optim.AdamW([x for x in groups if x["params"]], weight_decay=0.0)
+        """Train on batches of the domains of `rows`, with a linear schedule; a batch has one specialist."""
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / 20, 1 - k / len(rows))
         )
@@ -142,12 +139,8 @@ class Trial:
         for names in rows:
             picked = [int(torch.randint(len(self.texts[x][0]), (1,), generator=draw)) for x in names]
             ids = torch.stack([self.texts[x][0][k] for x, k in zip(names, picked, strict=True)])
-            which: Any = names[0] if len(set(names)) == 1 else names
-            if specialists is None:
+            with nullcontext() if specialists is None else specialists.use(names[0]):
                 loss = model(input_ids=ids, labels=ids).loss
-            else:
-                with specialists.use(which):
-                    loss = model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -156,10 +149,13 @@ class Trial:
         model.eval()
 
     @torch.no_grad()
-    def loss(self, model: nn.Module, name: str) -> float:
-        ids = self.texts[name][1]
-        parts = [float(model(input_ids=x, labels=x).loss) * len(x) for x in ids.split(16)]
-        return sum(parts) / len(ids)
+    def loss(self, model: nn.Module, name: str, router: th.Specialists | None = None) -> float:
+        """Return the loss of a domain; a router chooses a specialist for each window."""
+        ids, total = self.texts[name][1], 0.0
+        for x in ids.split(16):
+            with nullcontext() if router is None else router.use(router.route(input_ids=x)):
+                total += float(model(input_ids=x, labels=x).loss) * len(x)
+        return total / len(ids)
 
 
 def losses_of(trial: Trial, s: tm.Specialists, names: Sequence[str]) -> dict[str, float]:
@@ -171,9 +167,12 @@ def losses_of(trial: Trial, s: tm.Specialists, names: Sequence[str]) -> dict[str
     return found
 
 
-def alone(name: str, steps: int) -> list[list[str]]:
-    """Rows of batches of one domain."""
-    return [[name] * BATCH] * steps
+def in_turn(names: Sequence[str], steps: int) -> list[list[str]]:
+    """Return the domains of batches of one domain each; several domains take turns.
+
+    Batches of several domains are worse: each specialist then gets more, but noisier, steps.
+    """
+    return [[names[k % len(names)]] * BATCH for k in range(steps * len(names))]
 
 
 def mean(losses: dict[str, float]) -> float:
@@ -182,33 +181,79 @@ def mean(losses: dict[str, float]) -> float:
     return sum(known) / len(known)
 
 
-def run_all(trial: Trial, steps: int, rate: float, domains: Sequence[str], *, ninth: bool) -> dict[str, Any]:
-    """Train all weights on one domain after another."""
-    model = trial.trunk()
-    for name in (*domains, *([NINTH] if ninth else [])):
-        trial.train(model, list(model.parameters()), alone(name, steps), rate)
-        if name == domains[-1]:
-            losses = {x: trial.loss(model, x) for x in domains}
-    after = {x: trial.loss(model, x) for x in (*domains, NINTH)}
-    return {"losses": losses | {NINTH: after[NINTH]}, "lost": mean(after) - mean(losses)}
+#: What a row measures: `losses` by domain; `lost`, by how much the ninth domain raised the mean of the
+#: others; `bytes`, shared and of each specialist.
+Result = dict[str, Any]
 
 
-def run_lora(
-    trial: Trial, steps: int, rate: float, domains: Sequence[str], *, ninth: bool, rank: int
-) -> dict[str, Any]:
-    """Train an adapter of PEFT for each domain."""
+def run_trunk(trial: Trial, steps: int, rate: float, domains: Sequence[str], *, ninth: bool) -> Result:
+    """Measure the trunk."""
+    model = trial.trunk().eval()
+    return {"losses": {x: trial.loss(model, x) for x in (*domains, NINTH)}, "lost": 0.0}
+
+
+def run_one(
+    trial: Trial,
+    steps: int,
+    rate: float,
+    domains: Sequence[str],
+    *,
+    ninth: bool,
+    rank: int | None = None,
+    sequence: bool = True,
+) -> Result:
+    """Train one model, or one LoRA of a rank, on all domains: one after another, or all at once."""
+    model = trial.trunk() if rank is None else with_lora(trial, rank)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for name in domains if sequence else ():
+        trial.train(model, trained, in_turn([name], steps), rate)
+    if not sequence:
+        trial.train(model, trained, in_turn(domains, steps), rate)
+    losses, lost = {x: trial.loss(model, x) for x in domains}, 0.0
+    if ninth:
+        trial.train(model, trained, in_turn([NINTH], steps), rate)
+        after = {x: trial.loss(model, x) for x in (*domains, NINTH)}
+        losses, lost = losses | {NINTH: after[NINTH]}, mean(after) - mean(losses)
+    size = sum(p.nbytes for p in trained)
+    return {"losses": losses, "lost": lost, "bytes": {"shared": size, "next": 0}}
+
+
+def with_lora(trial: Trial, rank: int) -> Any:
+    """Return the trunk with a LoRA adapter of PEFT on all its matrices."""
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(trial.seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, fan_in_fan_out=True)
+    return get_peft_model(trial.trunk(), config)
+
+
+def with_vera(trial: Trial, rank: int) -> Any:
+    """Return the trunk with a VeRA adapter of PEFT: vectors around random matrices that all layers share."""
+    from peft import VeraConfig, get_peft_model
+
+    torch.manual_seed(trial.seed)
+    config = VeraConfig(r=rank, target_modules=TARGETS, fan_in_fan_out=True, save_projection=False)
+    return get_peft_model(trial.trunk(), config)
+
+
+def run_adapters(
+    trial: Trial,
+    steps: int,
+    rate: float,
+    domains: Sequence[str],
+    *,
+    ninth: bool,
+    make: Callable[[Trial, int], Any],
+    rank: int,
+) -> Result:
+    """Train an adapter of PEFT for each domain."""
     losses, size = {}, 0
     for name in (*domains, *([NINTH] if ninth else [])):
-        torch.manual_seed(trial.seed)
-        targets = ["c_attn", "c_proj", "c_fc"]
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=True)
-        model = get_peft_model(trial.trunk(), config)
+        model = make(trial, rank)
         own = [p for p in model.parameters() if p.requires_grad]
-        trial.train(model, own, alone(name, steps), rate)
+        trial.train(model, own, in_turn([name], steps), rate)
         losses[name], size = trial.loss(model, name), sum(p.nbytes for p in own)
-    return {"losses": losses, "bytes": {"shared": 0, "next": size}, "lost": 0.0}
+    return {"losses": losses, "lost": 0.0, "bytes": {"shared": 0, "next": size}}
 
 
 def run_shared(
@@ -219,55 +264,81 @@ def run_shared(
     *,
     ninth: bool,
     first: int | None = None,
+    singular: bool = False,
     **options: Any,
-) -> dict[str, Any]:
-    """Train the first specialists together with the shared cores; then each alone, with frozen ones.
+) -> Result:
+    """Train the first specialists together with the shared cores; then the others alone, with frozen ones.
 
-    Half of the steps of the first domains are used for training them together.
+    With `singular`, the shared ends are singular vectors of the trunk's matrices and are not trained, as in
+    LoRA-XS.
     """
     model = trial.trunk()
-    s = tm.specialists(model, **options)
+    s = th.specialists(model, **options)
     for name in domains:
         s.add(name)
-    together, half = domains[:first], steps // 2
-    mixed = [[together[(k + j) % len(together)] for j in range(BATCH)] for k in range(half * len(together))]
-    trial.train(model, s.parameters(*together), mixed, rate, s)
-    s.freeze()
-    for name in domains:
-        trial.train(model, s.parameters(name), alone(name, half if name in together else steps), rate, s)
-    losses, lost = losses_of(trial, s, domains), 0.0
+    members = domains[:first]
+    if singular:
+        use_singular_vectors(s)
+        s.freeze()
+        members = domains[:0]
+    if members:
+        trial.train(model, s.parameters(*members), in_turn(members, steps), rate, s)
+        s.freeze()
+    for name in domains[len(members) :]:
+        trial.train(model, s.parameters(name), in_turn([name], steps), rate, s)
+    losses = losses_of(trial, s, domains)
+    result: Result = {}
     if ninth:
         rows = trial.texts["kernel"][1][: len(domains)]
         with torch.no_grad(), s.use(list(domains)):
             before = model(input_ids=rows).logits
+        s.fit_router({x: [{"input_ids": ids} for ids in trial.texts[x][0][:400].split(50)] for x in domains})
+        result["routed"] = mean({x: trial.loss(model, x, s) for x in domains})
         s.add(NINTH)
-        trial.train(model, s.parameters(NINTH), alone(NINTH, steps), rate, s)
+        trial.train(model, s.parameters(NINTH), in_turn([NINTH], steps), rate, s)
         with torch.no_grad(), s.use(list(domains)):
             assert torch.equal(model(input_ids=rows).logits, before)
-        lost = mean(losses_of(trial, s, domains)) - mean(losses)
-        losses |= losses_of(trial, s, [NINTH])
-    return {"losses": losses, "bytes": s.bytes(), "lost": lost}
+        after = losses_of(trial, s, [*domains, NINTH])
+        result |= {"lost": mean(after) - mean(losses)}
+        losses[NINTH] = after[NINTH]
+    return {"losses": losses, "bytes": s.bytes(), **result}
 
 
-def run_trunk(
-    trial: Trial, steps: int, rate: float, domains: Sequence[str], *, ninth: bool
-) -> dict[str, Any]:
-    """Measure the trunk."""
-    model = trial.trunk().eval()
-    return {"losses": {x: trial.loss(model, x) for x in (*domains, NINTH)}, "lost": 0.0}
+@torch.no_grad()
+def use_singular_vectors(s: tm.Specialists) -> None:
+    """Set the shared ends to singular vectors of the trunk's matrix; singular values scale the left end."""
+    for layer in s.layers.values():
+        weight = layer.weight.T if type(layer.base_layer).__name__ == "Conv1D" else layer.weight
+        u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+        left, right = layer.shared_parameters().values()
+        rank = left.shape[-1]
+        left.copy_((u * values)[:, :rank].reshape(left.shape))
+        right.copy_(vh[:rank].reshape(right.shape))
 
 
-def run_row(row: str, trial: Trial) -> dict[str, Any]:
+#: Rows: function, its options, and the rates that are tried on three domains for a third of the steps.
+LOW, HIGH, CHAIN = (1e-3, 3e-3), (1e-2, 3e-2, 6e-2), (5e-3, 1e-2, 2e-2)
+ROWS: dict[str, tuple[Callable[..., Result], dict[str, Any], tuple[float, ...]]] = {
+    "trunk": (run_trunk, {}, (0.0,)),
+    "all weights, in sequence": (run_one, {}, LOW),
+    "all weights, at once": (run_one, {"sequence": False}, LOW),
+    "one LoRA of rank 8, in sequence": (run_one, {"rank": 8}, HIGH),
+    "LoRA of rank 8": (run_adapters, {"make": with_lora, "rank": 8}, HIGH),
+    "LoRA of rank 2": (run_adapters, {"make": with_lora, "rank": 2}, HIGH),
+    "VeRA of rank 64": (run_adapters, {"make": with_vera, "rank": 64}, HIGH),
+    "LoRA-XS of rank 32": (run_shared, {"share": "ends", "rank": 32, "singular": True}, HIGH),
+    "ends": (run_shared, {"share": "ends", "rank": 32}, CHAIN),
+    "ends, learned on four": (run_shared, {"share": "ends", "rank": 32, "first": 4}, CHAIN),
+    "ends of all layers of a shape": (run_shared, {"share": "ends", "rank": 24, "pool": "shape"}, CHAIN),
+    "inputs": (run_shared, {"share": "in", "rank": 3}, CHAIN),
+    "outputs": (run_shared, {"share": "out", "rank": 4}, CHAIN),
+    "center": (run_shared, {"share": "center", "rank": 24}, CHAIN),
+}
+
+
+def run_row(row: str, trial: Trial) -> Result:
     """Choose the rate after a third of the steps, and train with it."""
-    base, _, first = row.partition(", first ")
-    options: dict[str, Any] = {}
-    run: Any = {"trunk": run_trunk, "all weights": run_all}.get(base)
-    if base in LORA:
-        run, options = run_lora, {"rank": LORA[base]}
-    elif base in SHARING:
-        run, options = run_shared, dict(SHARING[base])
-        options |= {"first": int(first)} if first else {}
-    rates = (0.0,) if base == "trunk" else RATES["all" if base == "all weights" else "changes"]
+    run, options, rates = ROWS[row]
     start = time.process_time()
     tuned = {}
     if len(rates) > 1:
@@ -285,13 +356,21 @@ def run_row(row: str, trial: Trial) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--row", action="append", default=[])
+    parser.add_argument("--cache", type=Path, help="folder of the texts, the trunk and the finished rows")
+    parser.add_argument("--row", action="append", default=[], choices=tuple(ROWS), metavar="ROW")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", action="store_true", help="write the record of all finished rows")
+    parser.add_argument("--records", type=Path, default=harness.RECORDS)
+    parser.add_argument("--toy", action="store_true", help="three rows on parts of the package's text")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.toy:
+        toys = [run_row(row, Trial(None, 6, 0)) for row in ("trunk", "LoRA of rank 2", "ends")]
+        harness.record("specialists", toys, folder=given.records)
+        return
+    if given.cache is None:
+        parser.error("--cache FOLDER is needed")
     kept = given.cache / f"specialists-rows-{given.steps}.jsonl"
     for row in given.row:
         result = run_row(row, Trial(given.cache, given.steps, given.seed))
@@ -305,17 +384,18 @@ def main() -> None:
                 "row": x["row"],
                 "seed": x["seed"],
                 "loss": round(x["loss"], 4),
+                "routed": round(x["routed"], 4) if "routed" in x else "",
                 "ninth": round(x["ninth"], 4),
                 "shared bytes": x.get("bytes", {}).get("shared"),
                 "bytes of a specialist": x.get("bytes", {}).get("next"),
-                "lost by the ninth": x["lost"],
+                "lost by the ninth": round(x["lost"], 4),
                 "rate": x["rate"],
                 "seconds": round(x["seconds"]),
             }
             for x in rows
         ]
         print(harness.table(shown))
-        harness.record("specialists", rows)
+        harness.record("specialists", rows, folder=given.records)
 
 
 if __name__ == "__main__":

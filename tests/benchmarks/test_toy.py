@@ -33,6 +33,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "moe_from_scratch": (12, {"bytes", "seconds", "history", "flops_per_token"}),
     "mpoe_vs_switch": (9, {"loss", "bytes", "seconds_per_step", "expert_parameters"}),
     "scale": (5, {"question", "case"}),
+    "specialists": (3, {"loss", "losses", "ninth", "lost", "rate", "seconds"}),
     "any_size": (2, {"shape", "blocks", "workers", "processor_seconds", "peak_gb", "disk_gb", "file_gb"}),
 }
 

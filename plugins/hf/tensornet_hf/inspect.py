@@ -1,4 +1,4 @@
-"""Inspect a model folder by its configuration and file headers, without loading weights."""
+"""Inspect a folder of a model or of specialists by its description and headers, without loading weights."""
 
 import math
 from collections.abc import Mapping
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.compression.plan import scheme_name
+from tensornet.io import read_header
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import read_checkpoint, weight_bytes
 from tensornet_hf.quantizer import DTYPES, promised_tensors
+from tensornet_hf.specialist_files import SHARED, read_description
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
@@ -67,6 +69,39 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         "dtypes": dtypes,
         "layers": layers,
         "ties": {} if description is None else dict(description.ties),
+    }
+
+
+def inspect_specialists(folder: str | Path) -> dict[str, Any]:
+    """Describe a folder of specialists by its description and file headers.
+
+    Returns:
+        JSON-ready facts:
+
+        - `trunk`, the folder or hub id of the model, None if unknown
+        - `layers`, the number of layers that have specialists
+        - `shared`, the bytes of the shared cores
+        - `specialists`, the bytes of each specialist by name, and `next`, those of a new one
+        - `router`, the names between which the router chooses, None without a router
+
+    Raises:
+        FormatError: a file is missing or damaged.
+    """
+    path = Path(folder).expanduser()
+    description = read_description(path)
+    files = {"shared": SHARED, **description["specialists"]}
+    sizes = {
+        name: sum(tensor.nbytes for tensor in read_header(path / file).values())
+        for name, file in files.items()
+    }
+    shared = sizes.pop("shared")
+    return {
+        "trunk": description["trunk"],
+        "layers": len(description["layers"]),
+        "shared": shared,
+        "specialists": sizes,
+        "next": next(iter(sizes.values())),  # all specialists of a folder have cores of the same shapes
+        "router": (description.get("router") or {}).get("names"),
     }
 
 

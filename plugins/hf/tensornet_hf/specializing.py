@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -22,6 +21,7 @@ from tensornet_hf.checkpoint import load, on_device, resolve_folder
 from tensornet_hf.specialist_files import DESCRIPTION, Specialists, load_specialists, specialists
 from tensornet_hf.streaming import digest, staging
 from tensornet_hf.text import load_tokenizer, read_text, require_causal, token_ids, usual_context
+from tensornet_moe import parameter_groups
 from tensornet_moe.specialist_layers import SharedCores
 
 CORES = "cores.safetensors"
@@ -30,6 +30,8 @@ LEAST_WINDOWS = 12
 #: How often the held-out loss is measured in a phase, and how many times it may fail to improve.
 _MEASURED, _PATIENCE = 8, 2
 _LONGEST = 512
+#: Column of the losses if the router chooses; no specialist can have this name.
+ROUTED = "router"
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class SpecializeReport:
 
     Args:
         losses: held-out loss of each domain by specialist, in nats per token; the specialist `"trunk"` is the
-            trunk alone. Only the domains of this run are measured.
+            trunk alone, and `"router"` what the router chooses. Only the domains of this run are measured.
         bytes: bytes of the shared cores (`"shared"`), of each specialist, and of a new one (`"next"`).
         steps: number of training steps of each phase.
+        moved: relative change of each specialist that was not trained, see `Specialists.movement`; exactly 0
+            unless the shared cores were trained.
+        routed: the share of correct choices of the router by domain; empty if no router was fitted.
 
     Example:
         >>> losses = {"law": {"trunk": 3.0, "law": 2.5}}
@@ -54,6 +59,8 @@ class SpecializeReport:
     losses: dict[str, dict[str, float]]
     bytes: dict[str, int]
     steps: dict[str, int]
+    moved: dict[str, float] = field(default_factory=dict)
+    routed: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON."""
@@ -63,30 +70,49 @@ class SpecializeReport:
         """Return the header and the rows of the table."""
         columns = list(next(iter(self.losses.values())))
         rows = [[name, *(f"{values[x]:.4f}" for x in columns)] for name, values in self.losses.items()]
-        sizes = ["bytes", "", *(f"{self.bytes[x]:,}" for x in columns[1:])]
+        sizes = ["bytes", *(f"{self.bytes[x]:,}" if x in self.bytes else "" for x in columns)]
         return ["held-out loss", *columns], [*rows, sizes]
 
+    def notes(self) -> list[str]:
+        """Return the lines below the table."""
+        lines = [f"shared cores: {self.bytes['shared']:,} bytes"]
+        if any(self.moved.values()):
+            moved = ", ".join(f"{name} by {value:.2%}" for name, value in self.moved.items())
+            lines.append(f"the shared cores were trained, which changed {moved}")
+        if self.routed:
+            found = ", ".join(f"{name} {value:.0%}" for name, value in self.routed.items())
+            lines.append(f"correct choices of the router: {found}")
+        return lines
+
     def __str__(self) -> str:
-        """Return the table."""
+        """Return the table, and the lines below it."""
         header, rows = self.rows()
         lines = ["".join(f"{cell:>16}" for cell in row) for row in (header, *rows)]
-        return "\n".join([*lines, f"shared cores: {self.bytes['shared']:,} bytes"])
+        return "\n".join([*lines, *self.notes()])
 
 
-class _Windows(Dataset[dict[str, Tensor]]):
-    """Windows of several domains, in turn, each with the number of its specialist."""
+def _example(number: int, ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "labels": ids, "specialist": torch.tensor(number)}
 
-    def __init__(self, windows: Sequence[Tensor]) -> None:
-        longest = max(len(x) for x in windows)
-        # A short domain is repeated, so that all domains have equally many windows.
-        self.items = [(k, x[j % len(x)]) for j in range(longest) for k, x in enumerate(windows)]
 
-    def __len__(self) -> int:
-        return len(self.items)
+def _batches_in_turn(
+    windows: Sequence[Tensor], *, steps: int, batch_size: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Return the examples of `steps` batches: each batch has one domain, and the domains take turns.
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        number, ids = self.items[index]
-        return {"input_ids": ids, "labels": ids, "specialist": torch.tensor(number)}
+    Batches of several domains would train worse: each specialist would get more, but noisier, steps.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    needed = -(-steps // len(windows)) * batch_size
+    orders = []
+    for x in windows:
+        rounds = [torch.randperm(len(x), generator=draw) for _ in range(-(-needed // len(x)))]
+        orders.append(torch.cat(rounds)[:needed].split(batch_size))
+    found = []
+    for step in range(steps):
+        turn, number = divmod(step, len(windows))
+        found += [_example(number, windows[number][k]) for k in orders[number][turn]]
+    return found
 
 
 class SpecialistTrainer(Trainer):
@@ -159,39 +185,46 @@ def specialize(
     share: SharedCores | None = "ends",
     rank: int = 16,
     steps: int = 400,
-    lr: float = 5e-3,
+    lr: float = 1e-2,
     batch_size: int = 8,
     context: int | None = None,
     target_modules: Sequence[str] | None = None,
+    train_shared: bool = False,
+    router: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: bool = False,
 ) -> SpecializeReport:
     """Train a specialist for each domain, and save them in a folder.
 
-    In a new folder, the specialists are first trained together with the shared cores, which are then frozen.
-    Each specialist is then trained alone. In a folder that already contains specialists, only the new ones
-    are trained, so that all others stay equal bit for bit. The last tenth of each text is held out: training
-    ends early if its loss no longer falls, and the best state is kept. If that is the trunk, the change of
-    the specialist is zero. A run that was interrupted continues from its last checkpoint if it is called
-    again.
+    In a new folder, the specialists are trained together with the shared cores, which are then frozen. In a
+    folder that already contains specialists, only the new ones are trained, each alone, so that all others
+    stay equal bit for bit. The last tenth of each text is held out: training ends early if its loss (the mean
+    of the domains that are trained together) no longer falls, and the best state is kept. If that is the
+    trunk, the change of the specialist is zero. A run that was interrupted continues from its last checkpoint
+    if it is called again.
 
     Args:
         source: folder or hub id of the trunk, a causal language model.
         destination: a new folder, or one that `specialize` or `Specialists.save` wrote for this trunk.
-        domains: text files by the name of the new specialist.
+        domains: text files by the name of the new specialist. With `router`, the files of all specialists:
+            those that the folder already contains are not trained again.
         share, rank, target_modules: see `tensornet_moe.specialists`; ignored for an existing folder.
         steps: largest number of steps for each domain.
         lr: peak learning rate of AdamW.
         batch_size: number of windows in a batch.
         context: number of tokens in a window; the context of the model, at most 512, if absent.
+        train_shared: also train the shared cores of an existing folder together with the new specialists, at
+            the rates of `tensornet_moe.parameter_groups`. This changes the others, and the report says by how
+            much.
+        router: fit a router on the texts, see `Specialists.fit_router`, and save it in the folder.
         device: device of the model.
         seed: seed of the order of the windows.
         progress: show progress bars.
 
     Raises:
-        TargetError: a text is too short, the trunk is not a causal language model, or the folder is of
-            another trunk; nothing was changed.
+        TargetError: a text is too short, the trunk is not a causal language model, the folder is of another
+            trunk, or a router lacks the text of a specialist; nothing was changed.
         ValueError: a name is taken or not a word, or an option is out of its range; nothing was changed.
         DestinationError: the destination contains something else, or another run is writing it.
 
@@ -235,48 +268,61 @@ def specialize(
         )
     else:
         s = specialists(model, rank=rank, share=share, target_modules=target_modules)
-    for name in domains:
+    others = [name for name in s.names if name not in domains]
+    if router and (others or len(domains) < 2):
+        raise TargetError(
+            "A router needs the texts of all specialists, at least two: also give domains="
+            f"{{{', '.join(f'{name!r}: FILE' for name in others or ['another'])}}} (--domain NAME=FILE)."
+        )
+    names = [name for name in domains if not (router and name in s.names)]
+    untrained = [name for name in s.names if name not in names]
+    for name in names:
         s.add(name)
+    before = s.snapshot() if train_shared else {}
 
     losses = {name: {"trunk": mean_loss(s, None, x, batch_size)} for name, x in held_out.items()}
     taken: dict[str, int] = {}
-    key = digest(
-        [str(folder), texts, share, rank, steps, lr, batch_size, length, seed, target_modules, s.names]
-    )
+    options = [share, rank, target_modules, train_shared, steps, lr, batch_size, length, seed]
+    key = digest([str(folder), texts, s.names, *options])
     with staging(target) as work:
         run = work / "specialize.json"
         if not run.exists() or json.loads(run.read_text()) != key:
             for outdated in work.glob("phase-*"):
                 shutil.rmtree(outdated)
             run.write_text(json.dumps(key))
-        names = list(domains)
         phases = [(f"phase-{name}", [name]) for name in names]
-        together = not old and len(s.shared_parameters()) > 0
-        if together:
-            phases.insert(0, ("phase-together", names))
+        if together := (train_shared or not old) and len(s.shared_parameters()) > 0 and len(names) > 0:
+            phases = [("phase-together", names)]
+        s.freeze(not together)
         for phase, members in phases:
-            joint = phase == "phase-together"
-            count = steps * len(names) // 2 if joint else steps // 2 if together else steps
-            if not joint:
-                s.freeze()
             taken[phase.removeprefix("phase-")] = _train(
                 s,
                 members,
                 work / phase,
                 [training[name] for name in members],
                 [held_out[name] for name in members],
-                steps=max(count, 1),
+                # Learning shared cores needs the full rate, but other specialists already depend on old ones.
+                slow_shared=old,
+                steps=steps * len(members),
                 lr=lr,
                 batch_size=batch_size,
                 device=torch.device(device),
                 seed=seed,
                 progress=progress,
             )
-        s.save(target, trunk=str(folder))
+        s.freeze()
+        accuracy = {}
+        if router:
+            batches = {name: windows.split(batch_size) for name, windows in training.items()}
+            accuracy = s.fit_router({name: [{"input_ids": ids} for ids in x] for name, x in batches.items()})
+        s.save(target, trunk=str(folder), force=train_shared)
         shutil.rmtree(work, ignore_errors=True)
     for name, windows in held_out.items():
-        losses[name] |= {x: mean_loss(s, x, windows, batch_size) for x in s.names}
-    return SpecializeReport(losses, s.bytes(), taken)
+        columns = [*s.names, *([ROUTED] if router else [])]
+        losses[name] |= {x: mean_loss(s, x, windows, batch_size) for x in columns}
+    moved = s.movement({name: before[name] for name in ("shared", *untrained)}) if before else {}
+    moved = {name: moved.get(name, 0.0) for name in untrained}
+    return SpecializeReport(losses, s.bytes(), taken, moved, accuracy)
 
 
 def _train(
@@ -286,6 +332,7 @@ def _train(
     training: Sequence[Tensor],
     held_out: Sequence[Tensor],
     *,
+    slow_shared: bool,
     steps: int,
     lr: float,
     batch_size: int,
@@ -302,6 +349,7 @@ def _train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
+        train_sampling_strategy="sequential",  # the examples are shuffled already
         learning_rate=lr,
         weight_decay=0.0,
         warmup_steps=0.05,
@@ -323,14 +371,20 @@ def _train(
         use_cpu=device.type == "cpu",
         disable_tqdm=not progress,
     )
-    start = s.snapshot()
     with only_training(s.model, s.parameters(*names)):
+        groups: Any = parameter_groups(s.model, lr=lr) if slow_shared else s.parameters(*names)
         trainer = SpecialistTrainer(
             specialists=s,
             names=names,
             args=arguments,
-            train_dataset=_Windows(training),
-            eval_dataset=_Windows(held_out),
+            optimizers=(torch.optim.AdamW(groups, lr=lr, weight_decay=0.0), None),
+            train_dataset=_batches_in_turn(training, steps=steps, batch_size=batch_size, seed=seed),
+            # Short domains are repeated, so that all domains have the same weight in the held-out loss.
+            eval_dataset=[
+                _example(k, x[j % len(x)])
+                for j in range(max(map(len, held_out)))
+                for k, x in enumerate(held_out)
+            ],
             callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE)],
         )
         if not progress:
@@ -338,8 +392,8 @@ def _train(
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
         taken = int(trainer.state.global_step)
-    if len(names) == 1:
-        keep_best(s, names[0], start, held_out[0], batch_size)
+    for name, windows in zip(names, held_out, strict=True):
+        undo_harm(s, name, windows, batch_size)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     (folder / "steps").write_text(str(taken))
@@ -348,29 +402,21 @@ def _train(
     return taken
 
 
-def keep_best(
-    s: Specialists,
-    name: str,
-    start: Mapping[str, Mapping[str, Tensor]],
-    held_out: Tensor,
-    batch_size: int,
-) -> None:
-    """Undo the training of a specialist that did not help, and the whole change if the trunk is better."""
-    zero = {f"{layer}.core_{x.private[0]}" for layer, x in s.layers.items()}
-    trained = s.snapshot()[name]
-    nothing = {key: torch.zeros_like(core) if key in zero else core for key, core in trained.items()}
-    states: list[tuple[float, int, Mapping[str, Tensor]]] = []
-    for cores in (trained, start[name], nothing):
-        s.restore({name: cores})
-        states.append((mean_loss(s, name, held_out, batch_size), len(states), cores))
-    s.restore({name: min(states, key=lambda x: x[:2])[2]})
+@torch.no_grad()
+def undo_harm(s: Specialists, name: str, held_out: Tensor, batch_size: int) -> None:
+    """Set the change of a specialist to zero if the trunk alone has a lower held-out loss."""
+    if mean_loss(s, name, held_out, batch_size) > mean_loss(s, None, held_out, batch_size):
+        cores = s.tensors(name)
+        for layer_name, layer in s.layers.items():
+            cores[f"{layer_name}.core_{layer.private[0]}"].zero_()
 
 
 @torch.no_grad()
 def mean_loss(s: Specialists, which: str | None, windows: Tensor, batch_size: int) -> float:
-    """Return the mean cross entropy of windows of tokens, in nats per token."""
+    """Return the mean cross entropy of windows of tokens, in nats per token; `"router"` lets it choose."""
     device, total = next(iter(s.layers.values())).weight.device, 0.0
-    with s.use(which), in_eval_mode(s.model):
+    with in_eval_mode(s.model):
         for ids in windows.to(device).split(batch_size):
-            total += float(s.model(input_ids=ids, labels=ids).loss) * len(ids)
+            with s.use(s.route(input_ids=ids) if which == ROUTED else which):
+                total += float(s.model(input_ids=ids, labels=ids).loss) * len(ids)
     return total / len(windows)

@@ -641,18 +641,23 @@ class Specialists:
         The norms are Frobenius norms over all layers. The value is exactly 0 if nothing changed, and infinite
         if a zero change became nonzero.
         """
-        names = [name for name in before if name in self.names]
-        new = {name: self.changes(name) for name in names}
-        now = self.snapshot()
-        try:
-            self.restore({name: before[name] for name in ("shared", *names)})
-            old = {name: self.changes(name) for name in names}
-        finally:
-            self.restore(now)
+        owners = {id(layer): name for name, layer in self.layers.items()}
         found = {}
-        for name in names:
-            gap = sum(float((new[name][k] - old[name][k]).double().square().sum()) for k in self.layers)
-            size = sum(float(old[name][k].double().square().sum()) for k in self.layers)
+        for name in self.names:
+            if name not in before:
+                continue
+            gap = size = 0.0
+            for layer_name, layer in self.layers.items():
+                owner = owners[id(layer.owners[0])] if layer.owners else layer_name
+                cores = {
+                    core: before["shared"][f"{owner}.core_{core}"]
+                    if core in layer.shared
+                    else before[name][f"{layer_name}.core_{core}"]
+                    for core in layer.topology.core_names
+                }
+                old = TensorNetwork(layer.topology, cores).to_matrix().double()
+                gap += float((layer.change(name).double() - old).square().sum())
+                size += float(old.square().sum())
             found[name] = (gap / size) ** 0.5 if size > 0 else (0.0 if gap == 0 else float("inf"))
         return found
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 import tensornet_hf as th
 from tensornet.errors import DestinationError, TargetError
-from tensornet_hf import specializing
-from tensornet_hf.specializing import keep_best, mean_loss
+from tensornet_hf.specializing import _batches_in_turn, mean_loss, undo_harm
 from tensornet_hf.text import load_tokenizer, token_ids
 from tests.hf.cli.conftest import Run
 
@@ -62,7 +61,7 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
         for which, value in values.items():
             found = own_loss(tmp_path / "s", name, None if which == "trunk" else which)
             assert value == pytest.approx(found, abs=1e-4)
-    assert report["steps"].keys() == {"together", "law", "code"}
+    assert report["steps"].keys() == {"together"}
     assert not (tmp_path / ".s.partial").exists()
     kept = {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.safetensors")}
 
@@ -84,6 +83,66 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
     assert "there are law, code, sums" in err
     status, _, err = tensornet("generate", TRUNK, "--prompt", "def f", "--specialist", "code")
     assert (status, "not a folder of specialists" in err) == (2, True)
+
+
+def test_a_router_chooses_and_inspect_counts(tensornet: Run, tmp_path: Path) -> None:
+    first, second, third = (("--domain", f"{name}={name}.txt") for name in TEXTS)
+    few = (*SHORT, "--steps", 30)
+    status, _, err = tensornet("specialize", TRUNK, "s", *first, *few)
+    assert status == 0, err
+    for domains, word in ((second, "law"), (first, "another")):  # nothing is trained for a router of too few
+        status, _, err = tensornet("specialize", TRUNK, "s", *domains, *few, "--router")
+        assert status != 0
+        assert "texts of all specialists" in err
+        assert word in err
+    kept = (tmp_path / "s" / "law.safetensors").read_bytes()
+    status, out, err = tensornet(
+        "specialize", TRUNK, "s", *first, *second, *third, *few, "--router", "--json"
+    )
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["steps"].keys() == {"code", "sums"}
+    assert (tmp_path / "s" / "law.safetensors").read_bytes() == kept
+    assert report["moved"] == {"law": 0.0}
+    assert min(report["routed"].values()) > 0.9
+    for name, values in report["losses"].items():
+        assert list(values) == ["trunk", "law", "code", "sums", "router"]
+        assert values["router"] == pytest.approx(values[name], abs=0.02)
+    status, out, err = tensornet("generate", "s", "--prompt", TEXTS["code"][:80], "--json")
+    assert status == 0, err
+    chosen = json.loads(out)["text"]
+    status, out, _ = tensornet(
+        "generate", "s", "--prompt", TEXTS["code"][:80], "--json", "--specialist", "code"
+    )
+    assert json.loads(out)["text"] == chosen
+
+    status, out, err = tensornet("inspect", "s", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    s = th.load_specialists(tmp_path / "s")
+    assert found["router"] == ["law", "code", "sums"]
+    assert {"shared": found["shared"], **found["specialists"], "next": found["next"]} == s.bytes()
+    status, out, _ = tensornet("inspect", "s")
+    assert status == 0
+    assert f"{found['shared']:,} bytes" in out
+
+
+def test_shared_cores_can_be_trained_further(tensornet: Run, tmp_path: Path) -> None:
+    few = (*SHORT, "--steps", 20)
+    for name, more in (("law", ()), ("code", ("--train-shared",))):
+        before = th.load_specialists(tmp_path / "s") if more else None
+        arguments = ("specialize", TRUNK, "s", "--domain", f"{name}={name}.txt", *few, *more, "--json")
+        status, out, err = tensornet(*arguments)
+        assert status == 0, err
+    assert before is not None
+    old, new = before.changes("law"), th.load_specialists(tmp_path / "s").changes("law")
+    gap = sum(float((new[key] - old[key]).square().sum()) for key in old)
+    size = sum(float(x.square().sum()) for x in old.values())
+    report = json.loads(out)
+    assert report["moved"]["law"] == pytest.approx((gap / size) ** 0.5, rel=1e-3)
+    assert 0.001 < report["moved"]["law"] < 1
+    assert report["steps"].keys() == {"together"}
+    assert th.load_specialists(tmp_path / "s").names == ["law", "code"]
 
 
 def test_bad_input_changes_nothing(tensornet: Run, tmp_path: Path) -> None:
@@ -119,28 +178,28 @@ def test_training_that_does_harm_is_undone() -> None:
     ids = token_ids(load_tokenizer(TRUNK), th.embedded.calibration_text()[:2_000])
     held_out = ids[: len(ids) // 32 * 32].reshape(-1, 32)
     trunk = mean_loss(s, None, held_out, 8)
-    start = s.snapshot()
-    for noisy_start in (False, True):
-        for core in s.tensors("law").values():
-            torch.nn.init.normal_(core, std=1.0)
-        assert mean_loss(s, "law", held_out, 8) > trunk
-        keep_best(s, "law", s.snapshot() if noisy_start else start, held_out, 8)
-        assert mean_loss(s, "law", held_out, 8) == trunk
+    undo_harm(s, "law", held_out, 8)
+    for core in s.tensors("law").values():
+        torch.nn.init.normal_(core, std=1.0)
+    assert mean_loss(s, "law", held_out, 8) > trunk
+    undo_harm(s, "law", held_out, 8)
+    assert mean_loss(s, "law", held_out, 8) == trunk
 
 
-def test_shared_cores_are_frozen_before_a_specialist_is_trained_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, bool] = {}
-
-    def recorded(s: th.Specialists, names: list[str], folder: Path, *data: Any, **options: Any) -> int:
-        seen[folder.name] = s.frozen
-        return 0
-
-    monkeypatch.setattr(specializing, "_train", recorded)
-    files = {name: tmp_path / f"{name}.txt" for name in ("law", "code")}
-    th.specialize(TRUNK, tmp_path / "s", files, context=32, rank=4)
-    assert seen == {"phase-together": False, "phase-law": True, "phase-code": True}
+def test_a_batch_has_one_domain_and_the_domains_take_turns() -> None:
+    windows = [torch.arange(0, 10)[:, None], torch.arange(100, 103)[:, None]]
+    found = _batches_in_turn(windows, steps=8, batch_size=4, seed=0)
+    for step in range(8):
+        batch = found[4 * step : 4 * step + 4]
+        assert {int(x["specialist"]) for x in batch} == {step % 2}
+        assert all((int(x["input_ids"]) >= 100) == step % 2 for x in batch)
+    for number, x in enumerate(windows):
+        seen = [int(example["input_ids"]) for example in found if int(example["specialist"]) == number]
+        assert len(seen) == 16
+        for first in range(0, 16 - len(x), len(x)):  # each window once before any of them again
+            assert sorted(seen[first : first + len(x)]) == x.flatten().tolist()
+    other = _batches_in_turn(windows, steps=8, batch_size=4, seed=1)
+    assert [int(x["input_ids"]) for x in other] != [int(x["input_ids"]) for x in found]
 
 
 @pytest.mark.slow

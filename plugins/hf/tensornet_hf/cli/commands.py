@@ -70,7 +70,7 @@ from tensornet_hf.exporters.base import GGUF
 from tensornet_hf.exporters.export import TARGETS, find_target
 from tensornet_hf.exporters.export import export as export_model
 from tensornet_hf.imatrix import write_imatrix
-from tensornet_hf.inspect import inspect_folder
+from tensornet_hf.inspect import inspect_folder, inspect_specialists
 from tensornet_hf.maps import plan_map
 from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import compact_bytes, display_command
@@ -314,11 +314,20 @@ def _spelled(match: re.Match[str]) -> str:
 def inspect(path: Source, as_json: Json = False) -> None:
     """List the layers of a saved model with their topologies, number formats and sizes.
 
-    No weights are loaded.
+    For a folder of specialists, the sizes of the specialists are listed. No weights are loaded.
     """
-    found = inspect_folder(resolve_folder(path))
+    folder = resolve_folder(path)
+    specialists = (folder / DESCRIPTION).is_file()
+    found = inspect_specialists(folder) if specialists else inspect_folder(folder)
     if as_json:
         print_json(found)
+        return
+    if specialists:
+        routed = found["router"] or ()
+        sizes = [(x, f"{n:,}", "yes" if x in routed else "no") for x, n in found["specialists"].items()]
+        print_lines(f"specialists of {found['trunk'] or 'an unknown trunk'}: {found['layers']} layers", "")
+        print_table(("specialist", "bytes", "routed"), [*sizes, ("the next one", f"{found['next']:,}", "")])
+        print_lines(f"shared cores: {found['shared']:,} bytes")
         return
     version, size = found["format_version"], compact_bytes(found["bytes"])
     form = "not compressed" if version is None else f"tensornet format {version}"
@@ -671,12 +680,23 @@ def specialize(
     ] = "ends",
     rank: Annotated[int, typer.Option(help="Rank of the changes.")] = 16,
     steps: Annotated[int, typer.Option(help="Largest number of training steps for each domain.")] = 400,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-2,
     batch: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 8,
     context: Annotated[
         int | None,
         typer.Option(help="Number of tokens in a window (default: context of the model, at most 512)."),
     ] = None,
+    train_shared: Annotated[
+        bool,
+        typer.Option(
+            "--train-shared",
+            help="Also train the shared cores of an existing folder; this changes the other specialists.",
+        ),
+    ] = False,
+    router: Annotated[
+        bool,
+        typer.Option("--router", help="Fit a router; needs the texts of all specialists of the folder."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the order of the windows.")] = 0,
     device: Device = CPU,
     as_json: Json = False,
@@ -686,6 +706,8 @@ def specialize(
     Example: tensornet specialize MODEL DST --domain law=law.txt --domain code=code.txt
 
     Again with another --domain, it adds a specialist, and leaves the others unchanged.
+
+    With --router, tensornet generate chooses the specialist by the prompt.
     """
     report = train_specialists(
         source,
@@ -697,6 +719,8 @@ def specialize(
         lr=lr,
         batch_size=batch,
         context=context,
+        train_shared=train_shared,
+        router=router,
         device=device,
         seed=seed,
         progress=sys.stderr.isatty() and not as_json,
@@ -705,7 +729,7 @@ def specialize(
         print_json({"source": source, "destination": str(destination), **report.to_dict()})
         return
     print_table(*report.rows())
-    print_lines(f"shared cores: {report.bytes['shared']:,} bytes", f"written to {destination}")
+    print_lines(*report.notes(), f"written to {destination}")
 
 
 def demo(
