@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             if rounded is None:
                 model = toy()[0] if given.toy else subject.load()
                 config = tn.CompressionConfig(
-                    bits_per_weight=bits, formats="gguf-codebooks", target_modules=names, effort="fast"
+                    bits_per_weight=bits, formats="gguf", target_modules=names, effort="fast"
                 )
                 report = tn.compress(model, config, calibration=list(windows.split(2)), progress=False)
                 formats = Counter(layer.storage.number_format.name for layer in report.plan)

@@ -103,9 +103,8 @@ class CompressionConfig(LayerSelection):
             is a list of formats for an export target, and is planned without networks. tensornet_hf registers
             the menus `"gguf"`, `"mlx"` and `"compressed-tensors"`. They contain the formats of these file
             types, and sizes are then the bytes in such a file. `"gguf-fast"` is the part of `"gguf"` for
-            which llama.cpp has fast kernels; `"gguf-codebooks"` adds its codebooks, for files below four bits
-            per weight, and makes planning slower. Menus of GGUF and MLX plan embeddings and heads too. If
-            formats follow the name of a menu, only these formats of the menu are used, as in
+            which llama.cpp has fast kernels. Menus of GGUF and MLX plan embeddings and heads too. If formats
+            follow the name of a menu, only these formats of the menu are used, as in
             `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.

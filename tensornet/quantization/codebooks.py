@@ -41,7 +41,8 @@ class _Tables(NamedTuple):
     Args:
         points: digits of every point, uint8, shape `(points, length)`.
         inverse: index of the point in each cell; -1 for cells without a point, shape `(cells,)`.
-        near: the points that are nearest to each cell, the nearest one first, shape `(cells, compared)`.
+        near: magnitudes of the points that are nearest to each cell, the nearest one first, float32, shape
+            `(cells, compared, length)`.
         values: magnitudes of every point, float32, shape `(points, length)`.
         magnitudes: the same as int8.
         signs: factors 1 and -1 for every number that `split` returns as signs, int8, shape `(256, RUN)`. If
@@ -101,7 +102,8 @@ class Codebook:
         """Choose the points and signs of runs `t` such that the cost `|(t - q) F|^2` is small.
 
         Weights keep their signs, except for one weight of each run in which the number of negative weights
-        must be changed. Of all points, those that are nearest to the cell of the target are compared.
+        must be changed. Of all points, those that are nearest to the cell of the target are compared. The
+        weight that changes its sign is chosen for the first of them.
 
         Args:
             target: runs as multiples of their scale, shape `(stack, n, RUN)`.
@@ -114,52 +116,91 @@ class Codebook:
             Levels in the dtype of the target, in its shape.
         """
         if not compare:
-            tables, vectors = self.tables(target.device), target.abs().unflatten(-1, (-1, self.length))
-            points = tables.values.to(target.dtype)[tables.near[self._cells(vectors), 0]].flatten(-2)
-            found = torch.copysign(points, target)
-            return _with_even_signs(found, points * target.abs()) if self.even else found
+            sizes = target.abs()
+            points = self._near(sizes.unflatten(-1, (-1, self.length)), 1).flatten(-3)
+            return points * (
+                self._signs(target, points, sizes, False)
+                if self.even
+                else torch.ones_like(target).copysign_(target)
+            )
         if self.length == RUN:
             return self._closest(target, factor, False if self.even else None)[0]
-        # The errors of the first vector change the targets of the second one.
-        half = self.length
+        # The errors of the first vector change the targets of the second one. If the number of negative
+        # weights must be even, both vectors may also have an odd number, which is tried too.
+        half, count, odd = self.length, target.shape[1], None
+        if self.even:
+            odd = torch.arange(2 * count, device=target.device)[:, None] >= count
+            target = torch.cat([target, target], 1)
         first, second = target[..., :half], target[..., half:]
         if factor is None:
             own = after = coupling = None
         else:
             own, after = factor[..., :half, :half], factor[..., half:, half:]
             coupling = torch.linalg.solve_triangular(after, factor[..., :half, half:], upper=True, left=False)
-
-        def both(odd: bool | None) -> tuple[Tensor, Tensor]:
-            """Choose both vectors, both with an odd number of negative weights, or both with an even one."""
-            before, cost = self._closest(first, own, odd)
-            aim = second if coupling is None else second + (first - before) @ coupling
-            behind, more = self._closest(aim, after, odd)
-            return torch.cat([before, behind], -1), cost + more
-
+        before, cost = self._closest(first, own, odd)
+        aim = second if coupling is None else second + (first - before) @ coupling
+        behind, more = self._closest(aim, after, odd)
+        found = torch.cat([before, behind], -1)
         if not self.even:
-            return both(None)[0]
-        (even, cost), (odd, other) = both(False), both(True)
-        return torch.where((other < cost).unsqueeze(-1), odd, even)
+            return found
+        cost += more
+        other = cost[:, count:] < cost[:, :count]
+        return torch.where(other[..., None], found[:, count:], found[:, :count])
 
-    def _closest(self, target: Tensor, factor: Tensor | None, odd: bool | None) -> tuple[Tensor, Tensor]:
+    def _closest(
+        self, target: Tensor, factor: Tensor | None, odd: Tensor | bool | None
+    ) -> tuple[Tensor, Tensor]:
         """Choose a point and signs for each vector, and return the levels and their cost; see `nearest`.
 
         Args:
             target, factor: as for `nearest`, but for single vectors.
-            odd: whether the number of negative weights must be odd, or even; None without a restriction.
+            odd: whether the number of negative weights must be odd, or even, shape `(n, 1)` or one for all;
+                None without a restriction.
         """
-        tables, size = self.tables(target.device), target.abs()
-        points = tables.values.to(target.dtype)[tables.near[self._cells(size)]]
-        tried = torch.copysign(points, target.unsqueeze(-2))  # shape: (stack, n, compared, length)
-        if odd is not None:
-            gap = size if factor is None else size * factor.square().sum(-1).unsqueeze(-2)
-            tried = _with_even_signs(tried, points * gap.unsqueeze(-2), odd)
-        error = tried - target.unsqueeze(-2)
+        sizes = target.abs()
+        points = self._near(sizes)  # shape: (stack, n, compared, length)
+        if odd is None:
+            signs = torch.ones_like(target).copysign_(target)
+        else:
+            gap = sizes if factor is None else sizes * factor.square().sum(-1).unsqueeze(-2)
+            signs = self._signs(target, points[..., 0, :], gap, odd)
+        error = points * signs.unsqueeze(-2)
+        error -= target.unsqueeze(-2)
         if factor is not None:
             error = (error.flatten(1, 2) @ factor).view(error.shape)
         cost, best = error.square_().sum(-1).min(-1)
         place = best[..., None, None].expand(*best.shape, 1, self.length)
-        return tried.gather(-2, place).squeeze(-2), cost
+        return points.gather(-2, place).squeeze(-2).mul_(signs), cost
+
+    def _near(self, sizes: Tensor, count: int | None = None) -> Tensor:
+        """Find the points that are nearest to the cells of vectors.
+
+        Args:
+            sizes: absolute values, shape `(..., length)`.
+            count: number of points; by default, the number of those that are compared.
+
+        Returns:
+            Magnitudes, shape `(..., count, length)`, in the dtype of `sizes`.
+        """
+        near = self.tables(sizes.device).near[:, :count]
+        found = near.flatten(1).index_select(0, self._cells(sizes).flatten())
+        return found.view(*sizes.shape[:-1], -1, self.length).to(sizes.dtype)
+
+    @staticmethod
+    def _signs(target: Tensor, points: Tensor, gap: Tensor, odd: Tensor | bool) -> Tensor:
+        """Return the signs of vectors, of which one is changed if the number of negative ones is wrong.
+
+        Args:
+            target: vectors, shape `(..., n)`.
+            points: magnitudes of the points that replace them.
+            gap: increase of the cost if the sign of an element changes, divided by its magnitude in `points`,
+                up to a factor.
+            odd: whether the number of negative elements must be odd.
+        """
+        signs = torch.ones_like(target).copysign_(target)
+        wrong = ((signs < 0).sum(-1, keepdim=True) % 2 == 1) != odd
+        place = (points * gap).argmin(-1, keepdim=True)
+        return signs.scatter(-1, place, torch.where(wrong, -1.0, 1.0).to(signs) * signs.gather(-1, place))
 
     def _cells(self, size: Tensor) -> Tensor:
         """Compute the cell of each vector of absolute values, shape `(..., length)`."""
@@ -261,8 +302,8 @@ def _tables(codebook: Codebook, device: torch.device) -> _Tables:
         inverse[cells] = torch.arange(len(cells), dtype=torch.int32)
         magnitudes = torch.tensor(codebook.magnitudes, dtype=torch.float32)
         every = magnitudes[digits]
-        near = torch.cdist(every, every[cells]).topk(_COMPARED * length, largest=False).indices
         points, values = digits[cells].to(torch.uint8), every[cells]
+        near = values[torch.cdist(every, values).topk(_COMPARED * length, largest=False).indices]
         bits = torch.arange(2**RUN)[:, None] >> torch.arange(RUN) & 1
         if codebook.even:
             bits[:, -1] = bits[:, :-1].sum(1) % 2
@@ -274,20 +315,6 @@ def _tables(codebook: Codebook, device: torch.device) -> _Tables:
 def _bases(count: int, length: int, like: Tensor) -> Tensor:
     """Return the powers of `count` that belong to the digits of a cell, in the dtype of `like`."""
     return torch.tensor([count**k for k in range(length)], dtype=like.dtype, device=like.device)
-
-
-def _with_even_signs(levels: Tensor, gaps: Tensor, odd: bool = False) -> Tensor:
-    """Change the sign of one element of each vector in which the number of negative elements is not even.
-
-    Args:
-        levels: vectors, shape `(..., n)`.
-        gaps: increase of the cost if the sign of an element changes, up to a factor, in the same shape.
-        odd: whether the number of negative elements must be odd instead.
-    """
-    wrong = ((levels < 0).sum(-1, keepdim=True) % 2 == 1) != odd
-    place = gaps.argmin(-1, keepdim=True)
-    value = levels.gather(-1, place)
-    return levels.scatter(-1, place, torch.where(wrong, -value, value))
 
 
 #: Codebooks by the names of their formats, in order of decreasing size.

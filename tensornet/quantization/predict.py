@@ -7,7 +7,7 @@ grid. So each squared residual is averaged over the feedback that the element ma
 estimated from a sample of rows.
 
 With one-sided feedback the rows are independent. So with 2 and 3 bits, where predictions are least accurate,
-and with codebooks, the sampled rows are rounded.
+the sampled rows are rounded. With a codebook too, and there the losses of the sampled rows are exact.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from tensornet.quantization.moments import (
     rounding_dtype,
 )
 from tensornet.quantization.rounding import Rounding, fed_back, importance, possible_roundings
-from tensornet.quantization.scales import group_ranges, refit_scales, refits_final_scales, search_scales
+from tensornet.quantization.scales import group_ranges, refits_final_scales, search_scales
 
 #: Number of quadrature nodes for the feedback to an element.
 _NODES = 9
@@ -37,6 +37,8 @@ _NODES = 9
 _CLAMPED_BITS = 4
 #: Up to this number of bits, one-sided feedback is predicted by rounding the sampled rows.
 _ROUNDED_BITS = 3
+#: With a codebook, the loss after the final scales are refitted, divided by the loss before.
+_REFITTED = 0.935
 #: Number of rows of a factor that are sampled to predict its residuals.
 SAMPLED_ROWS = 128
 
@@ -95,16 +97,14 @@ def predict_losses(
     part = work if sample is None else work[:, sample]
     losses = []
     for number_format in formats:
-        # 2. Predict the residuals for each rounding method that may be the best.
-        fed, methods, weights = columns, ways, importance(columns, ways[-1])
         if number_format.book is not None:
-            fed = None if columns is None else columns.in_runs
-            methods = possible_roundings(rounding, None, fed)
-            weights = importance(fed, methods[-1])
-        scales, zeros = search_scales(part, number_format, weights)
-        tried = methods if (number_format.bits or 0) <= _CLAMPED_BITS else methods[-1:]
+            losses.append(_losses_of_rows(work, number_format, weightings, columns, rounding, sample))
+            continue
+        # 2. Predict the residuals for each rounding method that may be the best.
+        scales, zeros = search_scales(part, number_format, importance(columns, ways[-1]))
+        tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
         expected = [
-            expect(work, number_format, scales, zeros, rows, fed, way, sample) for way in reversed(tried)
+            expect(work, number_format, scales, zeros, rows, columns, way, sample) for way in reversed(tried)
         ]
         # 3. Compute the losses of these residuals under every weighting.
         found = [
@@ -121,6 +121,50 @@ def predict_losses(
         ]
         losses.append(min(found, key=lambda values: float(values[0])))
     return torch.stack(losses)
+
+
+def _losses_of_rows(
+    work: Tensor,
+    number_format: NumberFormat,
+    weightings: Sequence[Weighting],
+    columns: Moment | None,
+    rounding: Rounding,
+    sample: Tensor | None,
+) -> Tensor:
+    """Round a sample of rows with a codebook, and estimate the loss of all rows under every weighting.
+
+    The squared errors of a row are assumed to be in proportion to the squared ranges of its groups, and the
+    errors of different rows to be independent.
+
+    Args:
+        work: matrix, shape `(1, out, in)`.
+        number_format: format with a codebook.
+        columns: damped moment of the inputs.
+        weightings, rounding, sample: see `predict_losses`.
+
+    Returns:
+        Losses, shape `(weightings,)`.
+    """
+    size = work.shape[2]
+    sample = torch.arange(work.shape[1], device=work.device) if sample is None else sample
+    fed = None if columns is None else columns.in_runs
+    way = possible_roundings(rounding, None, fed)[-1]
+    part = work[:, sample]
+    scales, _ = search_scales(part, number_format, importance(fed, way))
+    codes, _ = round_with_feedback(part, scales, None, number_format, *fed_back(way, None, fed))
+    error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0]
+    ranges = group_ranges(work, number_format.group, number_format.zero_point)[0].square()
+    found = []
+    for each in weightings:
+        own = (times(each.columns, error.mT).mT * error).sum(1, dtype=torch.float64)
+        moment = ranges.new_ones(size) if each.columns is None else each.columns
+        diagonal = (moment if moment.ndim == 1 else moment.diagonal()).to(ranges)
+        known = (ranges @ number_format.grouped(diagonal).sum(-1)).double()
+        if each.rows is not None:
+            of_rows = (each.rows if each.rows.ndim == 1 else each.rows.diagonal()).to(known)
+            own, known = own * of_rows[sample], known * of_rows
+        found.append(0.5 * known.sum() * _ratio(own[None], known[None, sample])[0])
+    return torch.stack(found) * (_REFITTED if refits_final_scales(number_format) else 1.0)
 
 
 @torch.no_grad()
@@ -299,15 +343,8 @@ def expect(
     fed = along[1]
     if way == "nearest":
         square = (part - grid.points(grid.codes(part))).square_()
-    elif (
-        along[0] is None
-        and fed is not None
-        and ((number_format.bits or 0) <= _ROUNDED_BITS or number_format.book is not None)
-    ):
+    elif along[0] is None and fed is not None and (number_format.bits or 0) <= _ROUNDED_BITS:
         codes, _ = round_with_feedback(part, scales, zeros, number_format, None, fed)
-        if refits_final_scales(number_format):
-            fitted = number_format.storable(refit_scales(part, codes, number_format, fed.values))
-            grid = Grid.of(number_format, number_format.spread(fitted.to(weight.dtype), size), zero)
         error = (part - grid.points(codes)).gather(2, fed.order[:, None].expand(part.shape))
         residual = torch.baddbmm(error, error, fed.feedback[0].expand(len(part), -1, -1))
         square = residual.square_().gather(2, fed.order.argsort(1)[:, None].expand(part.shape))

@@ -30,6 +30,8 @@ _CODEBOOK_NARROWEST, _CODEBOOK_TRIED = 0.76, 5
 _POLISHED = 2
 #: Largest number of bits of a code for `refits_final_scales`.
 _REFITTED_BITS = 3
+#: Number of rows that `refit_scales` processes at a time, so that they fit into the cache.
+_REFITTED_ROWS = 64
 #: Number of elements that are processed at a time in the search. On a CPU, it is small, so that they fit into
 #: the cache; on other devices, it only limits memory.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
@@ -236,13 +238,17 @@ def refit_scales(
         normal = number_format.grouped(weighed * points).sum(-1)
         right = number_format.grouped(weighed * weight).sum(-1)
         return torch.where(normal > 0, right / torch.where(normal > 0, normal, 1.0), 0.0)
-    width = number_format.group or size
-    normals = []
-    for start in range(0, size, width):
-        part = slice(start, min(start + width, size))
-        seen = (points[..., part] @ columns[..., part, :]).mul_(points)
-        normals.append(number_format.grouped(seen).sum(-1))
-    normal = torch.stack(normals, -2)  # shape: (..., out, groups, groups)
+    width, groups = number_format.group or size, number_format.groups(size)
+    normal = points.new_zeros(*points.shape[:-1], groups, groups)
+    for group in range(groups):  # the matrices are symmetric
+        first = group * width // (number_format.span or size) * (number_format.span or size)
+        part, later = slice(group * width, (group + 1) * width), slice(first, None)
+        for rows in range(0, points.shape[-2], _REFITTED_ROWS):
+            some = points[..., rows : rows + _REFITTED_ROWS, :]
+            seen = (some[..., part] @ columns[..., part, later]).mul_(some[..., later])
+            found = number_format.grouped(seen).sum(-1)
+            normal[..., rows : rows + _REFITTED_ROWS, group, first // width :] = found
+    normal = normal.triu() + normal.triu(1).mT  # shape: (..., out, groups, groups)
     right = number_format.grouped((weight @ columns).mul_(points)).sum(-1)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     # Regularize the system, so that groups of zeros and linearly dependent groups get finite scales.

@@ -11,7 +11,8 @@ from tensornet.compression import candidates
 from tensornet.compression.candidates import format_losses, layer_formats, losses_of_parts
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
-from tensornet.quantization import NumberFormat, predict, predict_losses
+from tensornet.quantization import NumberFormat, Rounding, predict, predict_losses
+from tensornet.quantization.codebooks import CODEBOOKS
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet.quantization.predict import predict_product_losses, spaced_rows
 from tensornet.topologies.dense import round_dense
@@ -46,6 +47,21 @@ def test_some_rows_stand_for_all_with_codebooks(name: str, monkeypatch: pytest.M
     error = matrix - round_dense(matrix, number_format, sensitivity.weighting).dequantize()
     assert found.cost == pytest.approx(sensitivity.weighting.cost(error), rel=0.25)
     assert found.predicted_loss == pytest.approx(sensitivity.forecast.cost(error), rel=0.25)
+
+
+@pytest.mark.parametrize("rounding", ["one_sided", "two_sided"])
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_a_few_rows_stand_for_all_with_codebooks(name: str, rounding: Rounding) -> None:
+    """If only mean squares of gradients are known, nothing but these rows is rounded."""
+    rows, columns = moment(300, 1).diagonal(), damped(moment(512, 2, tokens=2048), 0.01)
+    sensitivity = Sensitivity(Weighting(rows, columns), Weighting(2 * rows, columns), rounding)
+    matrix, number_format = weight(300, 512, 3), NumberFormat.parse(name)
+    (found,) = format_losses(matrix, sensitivity, [number_format])
+    made = round_dense(matrix, number_format, sensitivity.weighting, rounding=rounding).dequantize()
+    exact = sensitivity.weighting.cost(matrix - made)
+    assert found.cost == pytest.approx(exact, rel=0.2)
+    assert found.predicted_loss == pytest.approx(2 * found.cost)
+    assert found.error == pytest.approx(float((matrix - made).norm() / matrix.norm()), rel=0.2)
 
 
 def test_a_small_matrix_is_measured_exactly() -> None:

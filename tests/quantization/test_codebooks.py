@@ -96,7 +96,7 @@ def test_no_vector_is_much_closer(name: str) -> None:
     least = torch.tensor([least_cost(book, t, factor) for t in target[0]], dtype=torch.float64)
     found = error.square().sum(2)[0]
     assert bool((found >= least * (1 - 1e-9)).all())
-    assert float(found.mean()) <= 1.02 * float(least.mean())
+    assert float(found.mean()) <= 1.04 * float(least.mean())
     exact = book.nearest(target)
     assert torch.equal(book.nearest(exact, factor[None]), exact)
 

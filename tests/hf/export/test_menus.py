@@ -109,14 +109,14 @@ def test_codebooks_where_rows_fit_them() -> None:
     """Plans of few bits use them."""
     model = llama(hidden=256)
     stats = stats_of(model)
-    config = tn.CompressionConfig(bits_per_weight=3, formats="gguf-codebooks", rounding="one_sided")
+    config = tn.CompressionConfig(bits_per_weight=3, formats="gguf", rounding="one_sided")
     plan = price(model, config, stats).plan()
     formats = {layer.name: layer.storage.number_format for layer in plan}
     assert any(x.book is not None for x in formats.values())
     assert all(x.book is None for name, x in formats.items() if "down_proj" in name)  # rows of 128
     size = sum(bytes_for("gguf", formats[x.name], x.shape, torch.float32) for x in plan)
     assert size == plan.bytes_after
-    assert not any(NumberFormat.parse(name).book for name in MENUS["gguf"].formats)
+    assert not any(NumberFormat.parse(name).book for name in MENUS["gguf-fast"].formats)
 
 
 def test_bytes_are_those_of_the_file() -> None:

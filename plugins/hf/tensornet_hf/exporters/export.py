@@ -19,7 +19,6 @@ from tensornet_hf.exporters.compressed_tensors import (
 )
 from tensornet_hf.exporters.folder import folder_constraints
 from tensornet_hf.exporters.gguf import (
-    GGUF_CODEBOOKS_MENU,
     GGUF_FAST_MENU,
     GGUF_MENU,
     check_files,
@@ -62,7 +61,6 @@ def register_target(name: str, target: Target) -> None:
 
 register_target("gguf", Target(export_gguf, file_constraints, GGUF_MENU))
 MENUS.add("gguf-fast", GGUF_FAST_MENU)
-MENUS.add("gguf-codebooks", GGUF_CODEBOOKS_MENU)
 register_target(
     "compressed-tensors",
     Target(

@@ -92,13 +92,11 @@ GGUF_MENU = Menu(
         "nl4:g32:s6",
         "int3:g16:s6",
         "int2:g16:s4",
+        *CODEBOOKS,
     ),
     _num_bytes,
     whole_model=True,
 )
-#: These formats, and the codebooks of llama.cpp for files below four bits per weight. The price of a codebook
-#: is found by rounding, so a survey takes three times as long.
-GGUF_CODEBOOKS_MENU = replace(GGUF_MENU, formats=(*GGUF_MENU.formats, *CODEBOOKS))
 #: Formats of F16, BF16, F32, Q8_0, Q6_K, Q4_0, Q3_K and Q2_K, for which llama.cpp has fast kernels on x86
 #: processors. With those of Q5_0 and of the IQ types, prompts take up to three times as long.
 GGUF_FAST_MENU = replace(
