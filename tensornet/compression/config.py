@@ -105,7 +105,8 @@ class CompressionConfig(LayerSelection):
             types, and sizes are then the bytes in such a file. `"gguf-fast"` is the part of `"gguf"` for
             which llama.cpp has fast kernels. Menus of GGUF and MLX plan embeddings and heads too. If formats
             follow the name of a menu, only these formats of the menu are used, as in
-            `("gguf", "int4:g32:float16", "float")`.
+            `("gguf", "int4:g32:float16", "float")`. The formats `"mxfp4"` and `"nvfp4"` of the menus
+            `"gguf"` and `"compressed-tensors"` are planned only if they are named so.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
@@ -375,7 +376,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
         if config.topology != AUTO:
             raise FormatError(f"formats={menu!r} has no networks; leave out topology={config.topology!r}.")
         names = dict.fromkeys(NumberFormat.parse(name).name for name in chosen)
-        possible = MENUS[menu].formats
+        possible = (*MENUS[menu].formats, *MENUS[menu].on_request)
         menu_names = {NumberFormat.parse(name).name for name in possible}
         if others := [name for name in names if name not in menu_names]:
             raise FormatError(f"The formats of {menu!r} are {', '.join(possible)}; got {', '.join(others)}.")

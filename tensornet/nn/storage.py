@@ -40,9 +40,21 @@ from tensornet.topology import Topology
 FLOAT = NumberFormat()
 #: Integer dtype in which the bits of each floating-point dtype are stored, since `module.to(dtype)` does not
 #: convert integers.
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e5m2: torch.uint8}
+_BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
+}
 #: Number of bits of the exponent and of the mantissa of each dtype.
-_PARTS = {torch.bfloat16: (8, 7), torch.float16: (5, 10), torch.float8_e5m2: (5, 2)}
+_PARTS = {
+    torch.bfloat16: (8, 7),
+    torch.float16: (5, 10),
+    torch.float8_e5m2: (5, 2),
+    torch.float8_e4m3fn: (4, 3),
+    torch.float8_e8m0fnu: (8, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -252,7 +264,7 @@ class PackedCore(nn.Module):
         if not scales.is_floating_point():
             scales = _floating(scales, number_format.scale_dtype)
         if number_format.scale_bits is None:
-            return scales
+            return scales if number_format.fp4 is None else scales.float() * number_format.scale_unit
         groups = number_format.groups(self.columns)
         return number_format.scales_of(unpack(tensors["scales"], number_format.scale_bits, groups), scales)
 
@@ -610,7 +622,8 @@ def stored_core(
         assert number_format.bits is not None
         tensors["codes"] = number_format.pack(value.codes)
         if number_format.scale_bits is None:
-            tensors["scales"] = _bits(value.scales, number_format.scale_dtype)
+            scales = value.scales if number_format.fp4 is None else value.scales / number_format.scale_unit
+            tensors["scales"] = _bits(scales, number_format.scale_dtype)
         else:
             integers, steps = number_format.factored(value.scales)
             tensors["scales"] = pack(integers, number_format.scale_bits)

@@ -11,6 +11,10 @@ Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take a
 with 16-bit scales. They are more accurate, since codes are chosen after the scale is rounded. Scales may also
 be integers of 4, 6 or 8 bits times a step in float16 that 256 weights of a row share.
 
+The formats `mxfp4` and `nvfp4` have the 15 values of floating-point numbers of 4 bits (E2M1) as levels, and
+scales of 8 bits without a sign. In `mxfp4`, 32 weights share a power of two (E8M0). In `nvfp4`, 16 weights
+share a number of four significant bits (E4M3), or fewer below 1/64. No scale is shared by a whole matrix.
+
 The formats `iq2_xxs` to `iq3_s` have tables and such scales too. A codebook restricts the codes of 4 or 8
 neighbouring weights (see `codebooks`), so that a weight takes 2.06 to 3.44 bits in all.
 """
@@ -48,6 +52,12 @@ LEVELS = {
     3: (-127, -76, -44, -17, 9, 35, 65, 105),
     2: (-127, -41, 21, 92),
 }
+#: Twice the values of E2M1, which are the levels of `mxfp4` and `nvfp4`. Therefore, scales count half.
+FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
+#: Size of groups and dtype of scales of these formats.
+FP4 = {"mxfp4": (32, torch.float8_e8m0fnu), "nvfp4": (16, torch.float8_e4m3fn)}
+#: Number of weights in a block of `nvfp4` in files; rows consist of whole blocks.
+_NVFP4_BLOCK = 64
 #: Numbers of bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights
 #: that share a step. Scales of 4 bits have no sign; only the symmetric values of int2 and of codebooks allow
 #: this.
@@ -95,6 +105,8 @@ class NumberFormat:
             8 bits have a sign. Integers of 4 bits, for two-bit codes only, have none; their steps have 9
             significant bits, so that 1.5 times a step is exact too. With a codebook, scales are odd integers
             from 1 to 31 times a step and times `Codebook.unit`.
+        fp4: name of the format with levels of E2M1, one of `FP4`; None in other formats. The name determines
+            all other arguments.
         codebook: name of the codebook that restricts the codes of neighbouring weights, one of `CODEBOOKS`;
             None without one. The name determines all other arguments.
 
@@ -116,8 +128,18 @@ class NumberFormat:
     table: bool = False
     scale_bits: int | None = None
     codebook: str | None = None
+    fp4: str | None = None
 
     def __post_init__(self) -> None:
+        if self.fp4 is not None:
+            others = (self.zero_point, self.dtype, self.scale_bits, self.codebook)
+            kind = (self.bits, self.group, self.scale_dtype, self.table)
+            if kind != (4, *FP4.get(self.fp4, ()), True) or any(others):
+                raise FormatError(
+                    f"A format with levels of E2M1 is one of {', '.join(FP4)}, read by NumberFormat.parse; "
+                    f"got {self!r}."
+                )
+            return
         if self.codebook is not None:
             book = CODEBOOKS.get(self.codebook)
             given = (self.bits, self.group, self.zero_point, self.scale_dtype, self.dtype, self.table)
@@ -172,11 +194,11 @@ class NumberFormat:
         """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"` or `"int3:g64:zero"`.
 
         Args:
-            name: `"float"`, `"bf16"`, the name of a codebook, such as `"iq3_s"`, or the name of another
-                integer format. It begins with `int2` ... `int8` or, with a table, `nl2` ... `nl4`. Optional
-                suffixes, in this order: the group, `:g16`, `:g32`, `:g64` (the default), `:g128` or `:row`;
-                `:zero` for zero points; `:float16` or `:float8` for the dtype of scales, or `:s4`, `:s6` or
-                `:s8` for integer scales.
+            name: `"float"`, `"bf16"`, `"mxfp4"`, `"nvfp4"`, the name of a codebook, such as `"iq3_s"`, or the
+                name of another integer format. It begins with `int2` ... `int8` or, with a table, `nl2` ...
+                `nl4`. Optional suffixes, in this order: the group, `:g16`, `:g32`, `:g64` (the default),
+                `:g128` or `:row`; `:zero` for zero points; `:float16` or `:float8` for the dtype of scales,
+                or `:s4`, `:s6` or `:s8` for integer scales.
 
         Raises:
             FormatError: the name is unknown; the message lists the known names.
@@ -187,6 +209,8 @@ class NumberFormat:
             return cls()
         if name == "bf16":
             return cls(dtype=torch.bfloat16)
+        if isinstance(name, str) and name in FP4:
+            return cls(4, FP4[name][0], scale_dtype=FP4[name][1], table=True, fp4=name)
         if isinstance(name, str) and name in CODEBOOKS:
             return cls(
                 _code_bits(CODEBOOKS[name]),
@@ -219,8 +243,8 @@ class NumberFormat:
         """Shortest name that `parse` accepts for this format."""
         if self.bits is None:
             return "float" if self.dtype is None else "bf16"
-        if self.codebook is not None:
-            return self.codebook
+        if self.codebook is not None or self.fp4 is not None:
+            return self.codebook or self.fp4 or ""
         parts = [f"nl{self.bits}" if self.table else f"int{self.bits}"]
         if self.group != DEFAULT_GROUP:
             parts.append("row" if self.group is None else f"g{self.group}")
@@ -246,7 +270,12 @@ class NumberFormat:
 
     @property
     def span(self) -> int | None:
-        """Number of neighbouring elements of a row that share a scale or a step; None means the whole row."""
+        """Number of neighbouring elements of a row that share a scale or a step, or a block of `nvfp4`.
+
+        None means the whole row.
+        """
+        if self.fp4 == "nvfp4":
+            return _NVFP4_BLOCK
         return self.group if self.scale_bits is None else SUPER_BLOCK
 
     @property
@@ -257,6 +286,8 @@ class NumberFormat:
     @property
     def level_values(self) -> tuple[int, ...]:
         """Levels of all codes as multiples of the scale, in formats with a table."""
+        if self.fp4 is not None:
+            return FP4_LEVELS
         return LEVELS[self._integer_bits()] if self.book is None else self.book.levels
 
     @property
@@ -343,11 +374,14 @@ class NumberFormat:
                 absent, all weights are equal.
 
         Returns:
-            Scales in `scale_dtype`, or in float32 if they are integers times steps.
+            Scales in `scale_dtype`, or in float32 if they are integers times steps or count half.
         """
         if self.scale_bits is not None:
             return self.scales_of(*self.factored(scales, importance))
         limit = torch.finfo(self.scale_dtype).max
+        if self.fp4 is not None:  # these scales have no sign
+            found = (scales.abs() / self.scale_unit).clamp(max=limit).to(self.scale_dtype)
+            return found.float() * self.scale_unit
         return scales.clamp(-limit, limit).to(self.scale_dtype)
 
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -371,7 +405,7 @@ class NumberFormat:
         zero, each, odd = self._zero_scale(), SUPER_BLOCK // self.group, self.book is not None
         lowest, highest = -zero, 2**self.scale_bits - 1 - zero
         blocks = scales.reshape(*scales.shape[:-1], scales.shape[-1] // each, each)
-        blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32)) / self._scale_unit()
+        blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32)) / self.scale_unit
         blocks = blocks if zero else blocks.abs()
 
         def rounded(x: Tensor) -> Tensor:
@@ -416,11 +450,14 @@ class NumberFormat:
         assert self.scale_bits is not None
         blocks = integers.reshape(*steps.shape, -1) if steps.numel() else integers.unsqueeze(-1)
         whole = blocks.float() - self._zero_scale() if self.book is None else 2 * blocks.float() + 1
-        values = whole * steps.float().unsqueeze(-1) * self._scale_unit()
+        values = whole * steps.float().unsqueeze(-1) * self.scale_unit
         return values.reshape(integers.shape)
 
-    def _scale_unit(self) -> float:
-        """Return the factor of all scales that are integers times steps, a power of two."""
+    @property
+    def scale_unit(self) -> float:
+        """Factor of all stored scales, a power of two."""
+        if self.fp4 is not None:
+            return 0.5
         return 1.0 if self.book is None else self.book.unit
 
     def _zero_scale(self) -> int:
@@ -596,15 +633,15 @@ class NumberFormat:
     def _integer_bits(self) -> int:
         if self.bits is None:
             raise FormatError(
-                f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4, iq2_xxs ... "
-                "iq3_s."
+                f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4, mxfp4, "
+                "nvfp4, iq2_xxs ... iq3_s."
             )
         return self.bits
 
 
 def format_names() -> tuple[str, ...]:
-    """List all format names without suffixes: floating point, integers, tables of levels, codebooks."""
-    return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS), *CODEBOOKS)
+    """List all format names without suffixes: floats, integers, tables of levels, 4-bit floats, codebooks."""
+    return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS), *FP4, *CODEBOOKS)
 
 
 def _code_bits(book: Codebook) -> int:

@@ -33,6 +33,8 @@ class Menu:
         num_bytes: function that computes how many bytes a matrix takes in a file of the target. Its arguments
             are the format and the shape `(out, in)` of the matrix, and the dtype of the model.
         whole_model: True if the target stores embeddings and heads in these formats too.
+        on_request: names of formats that the target can store too, but that plans use only if they are
+            named, since other formats of the same size lose less.
         group: function of the name of a layer and of its stack (see `by_stack`). Layers with equal keys need
             the same format in this target.
     """
@@ -40,6 +42,7 @@ class Menu:
     formats: tuple[str, ...]
     num_bytes: Callable[[NumberFormat, Sequence[int], torch.dtype], int] = NumberFormat.nbytes
     whole_model: bool = False
+    on_request: tuple[str, ...] = ()
     group: Callable[[str, str], Hashable] = by_stack
 
 

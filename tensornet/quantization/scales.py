@@ -100,7 +100,7 @@ def search_scales(
     found = torch.cat(scales).reshape(shape)
     if number_format.scale_bits is not None:
         return number_format.storable(found, torch.cat(totals).reshape(shape)), None
-    found = found.to(number_format.scale_dtype)
+    found = number_format.storable(found)
     if not number_format.zero_point:
         return found, None
     return found, torch.cat(zeros).reshape(shape).to(torch.uint8)
@@ -171,12 +171,14 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
         others = [(1, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
     else:
         whole = torch.where(high > -low, high, low) / number_format.lowest
-        symmetric = center % 1 != 0 or number_format.book is not None
+        symmetric = center % 1 != 0 or number_format.book is not None or number_format.fp4 is not None
         others = [(sign, torch.full_like(low, center)) for sign in ((1,) if symmetric else (1, -1))]
     narrowest = 1 - 1.6 / top**0.7 if top > 3 else 0.3
     tried = _TRIED[number_format.bits or 0]
     if number_format.book is not None:
         narrowest, tried = _CODEBOOK_NARROWEST, _CODEBOOK_TRIED
+    if number_format.scale_dtype == torch.float8_e8m0fnu:  # two neighbouring powers of two
+        narrowest = 0.5
     shares = torch.linspace(narrowest, _WIDEST, tried, device=flat.device)
     scales = _stored(shares.to(flat)[:, None] * whole, number_format)
     few = number_format.scale_dtype.itemsize == 1
@@ -278,8 +280,8 @@ def scale_fault(
     if bits is not None:  # small multiples of the smallest step are inaccurate
         smallest, largest = {4: 8, 6: 4, 8: 16}[bits] * smallest, 2.0 ** (bits - 1) * largest
     if number_format.book is not None:
-        unit = number_format.book.unit
-        smallest, largest = unit * smallest / 2, 31 * unit * limits.max
+        smallest, largest = smallest / 2, 31 * limits.max
+    smallest, largest = number_format.scale_unit * smallest, number_format.scale_unit * largest
     ranges = group_ranges(weight, number_format.group, number_format.zero_point).double()
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
     small, large = steps < smallest, steps > largest
@@ -307,12 +309,14 @@ def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
     """Widen the scales of a format to 16 bits, and enlarge its groups to keep about the same number of bytes.
 
     Groups become twice as large, or four times as large if scales had 4 bits, provided such sizes exist. A
-    format with a codebook becomes one of integers with about as many bits.
+    format with a codebook or with levels of E2M1 becomes one of integers with about as many bits.
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
         return number_format
     if number_format.book is not None:
         return NumberFormat((number_format.bits or 0) - 1, DEFAULT_GROUP)
+    if number_format.fp4 is not None:
+        return NumberFormat(4, DEFAULT_GROUP)
     group = number_format.group
     few = number_format.scale_dtype.itemsize == 1 or number_format.scale_bits is not None
     if few and group is not None:

@@ -24,6 +24,14 @@ class TestLevels(laws.FormatLaws):
     number_format = "nl4:g32:float16"
 
 
+class TestMxfp4(laws.FormatLaws):
+    number_format = "mxfp4"
+
+
+class TestNvfp4(laws.FormatLaws):
+    number_format = "nvfp4"
+
+
 WIDE = strategies.matrices(shape=(3, 512), dtype=torch.float32, spectrum="gaussian", scales=False)
 
 

@@ -36,6 +36,8 @@ SUPER_BLOCKS = st.sampled_from(
 FORMATS = INTEGERS | SUPER_BLOCKS
 CODEBOOKS = st.sampled_from([NumberFormat.parse(f"iq{x}") for x in ("3_s", "3_xxs", "2_s", "2_xs", "2_xxs")])
 
+FLOATS = st.sampled_from([NumberFormat.parse("mxfp4"), NumberFormat.parse("nvfp4")])
+
 #: 16 levels as in IQ4_NL of llama.cpp, eight, and four.
 LEVELS = {
     4: [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
@@ -49,11 +51,42 @@ def fitting(number_format: NumberFormat, size: int) -> int:
     return size if number_format.scale_bits is None else 256 * (1 + size % 2)
 
 
-@given(st.one_of(FORMATS, CODEBOOKS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
+@given(
+    st.one_of(
+        FORMATS, CODEBOOKS, FLOATS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])
+    )
+)
 def test_names_are_read_back(number_format: NumberFormat) -> None:
     assert NumberFormat.parse(number_format.name) == number_format
     assert NumberFormat.parse(number_format) is number_format
     assert str(number_format) == number_format.name
+
+
+@given(FLOATS, st.integers(1, 3), st.integers(0, 1000), st.integers(-20, 4))
+def test_four_bit_floats_are_those_of_their_standards(
+    number_format: NumberFormat, groups: int, seed: int, power: int
+) -> None:
+    """Sign, exponent and mantissa of E2M1, times a scale of E8M0 or of E4M3 without a sign."""
+    size, width = 64 * groups, 32 if number_format.name == "mxfp4" else 16
+    matrix = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    rounded = round_weight(matrix, number_format)
+    assert rounded.nbytes == 2 * (size // 2 + size // width)
+    exponents, mantissas = torch.meshgrid(torch.arange(4), torch.arange(2), indexing="ij")
+    normal = 2.0 ** (exponents - 1) * (1 + mantissas / 2)
+    magnitudes = torch.where(exponents == 0, mantissas / 2, normal).flatten()
+    if width == 32:
+        scales = 2.0 ** torch.arange(-100, 100)
+    else:
+        steps = torch.arange(8)
+        scales = torch.cat([steps / 512, *((1 + steps / 8) * 2.0**k for k in range(-6, 9))])
+    values = rounded.dequantize().unflatten(1, (-1, width))
+    found = 2 * rounded.scales
+    assert bool((found[..., None] == scales).any(-1).all())
+    assert bool((values.abs()[..., None] == found[..., None, None] * magnitudes).any(-1).all())
+    # No value that can be stored with this scale is closer.
+    nearest = (matrix.unflatten(1, (-1, width)).abs()[..., None] - found[..., None, None] * magnitudes).abs()
+    error = (values - matrix.unflatten(1, (-1, width))).abs()
+    torch.testing.assert_close(error, nearest.amin(-1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +111,8 @@ def test_unknown_names_list_the_known(name: object) -> None:
 
 
 def test_combinations_that_do_not_exist() -> None:
+    with pytest.raises(FormatError, match="mxfp4"):
+        NumberFormat(4, 16, table=True, fp4="mxfp4")
     with pytest.raises(FormatError, match="floating-point format"):
         NumberFormat(group=64)
     with pytest.raises(FormatError, match="no dtype"):
@@ -128,11 +163,12 @@ def test_bytes_of_the_usual_cases() -> None:
     assert NumberFormat.parse("bf16").nbytes((3, 5)) == 30
     assert NumberFormat.parse("int4").nbytes((2, 3, 65)) == 6 * (33 + 4)
     sizes = {"nl4:g32:float16": 4.5, "nl4:g32:s6": 4.25, "int3:g16:s6": 3.4375, "int6:g16:s8": 6.5625}
-    for name, bits_per_weight in sizes.items():  # of IQ4_NL, IQ4_XS, Q3_K and Q6_K in GGUF
+    sizes |= {"mxfp4": 4.25, "nvfp4": 4.5}
+    for name, bits_per_weight in sizes.items():  # of types of GGUF
         assert NumberFormat.parse(name).bits_per_weight((128, 512)) == bits_per_weight
     int2 = NumberFormat.parse("int2:g16:s4")
     assert int2.bits_per_weight((128, 512)) == 2.3125
-    assert len(format_names()) == 17
+    assert len(format_names()) == 19
     with pytest.raises(TopologyError, match="sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
 

@@ -80,7 +80,19 @@ def test_growth_is_that_of_the_inverse(monkeypatch: pytest.MonkeyPatch, probed: 
 
 
 @pytest.mark.parametrize(
-    "name", ["int8:g32", "int5:g32", "int4:g32", "nl4:g32", "int3:g32", "int2:g32", "iq3_xxs", "iq2_s"]
+    "name",
+    [
+        "int8:g32",
+        "int5:g32",
+        "int4:g32",
+        "nl4:g32",
+        "int3:g32",
+        "int2:g32",
+        "mxfp4",
+        "nvfp4",
+        "iq3_xxs",
+        "iq2_s",
+    ],
 )
 def test_a_sample_of_rows_predicts_one_sided_rounding(name: str) -> None:
     columns, matrix = damped(moment(256, 2), 0.01), weight(96, 256, 3)

@@ -44,8 +44,10 @@ from tensornet_hf.lazy_model import LazyModel
 from tensornet_hf.quantizer import GUARD_SHAPE, config_of, is_inside, replaced_names
 from tensornet_hf.report import compact_bytes
 
-#: Names of dtypes in the headers of safetensors files.
-NAMES = {dtype: name for name, dtype in MAPPED.items()}
+#: Dtypes of tensors that are written, by their names in the headers of safetensors files, and these names.
+#: F8_E4M3 is only written: in other files, the scales of such weights are tensors of their own.
+_DTYPES = MAPPED | {"F8_E4M3": torch.float8_e4m3fn}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: File with the relative error of each finished layer, a line of JSON for each.
 ERRORS = "errors.jsonl"
 #: Modules that replace those that use a weight, and the relative error of the weight.
@@ -310,7 +312,7 @@ class FolderWriter:
 
     def _write(self, name: str, tensor: Tensor) -> None:
         if name in self._missing and name not in self.found.copied:
-            dtype = MAPPED[self.found.tensors[name][0]]
+            dtype = _DTYPES[self.found.tensors[name][0]]
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             self._files[self.index[name]].write(name, [_bytes(tensor)])
             self._missing.discard(name)

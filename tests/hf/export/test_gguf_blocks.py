@@ -46,6 +46,13 @@ def matrix(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Points that fill the range of a type, and scales that it stores."""
     if TYPES[kind].codebook is not None:
         return in_codebook(kind, seed)
+    if TYPES[kind].fp4 is not None:
+        rng = np.random.default_rng(seed)
+        points = rng.choice([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12], (6, 512))
+        if kind == "MXFP4":
+            return points, np.ldexp(np.float32(1), rng.integers(-60, 60, (6, 16)))
+        scales = rng.integers(0, 15, (6, 16)) / 512 * 2.0 ** rng.integers(0, 14, (6, 16))
+        return points, (scales / 2).astype(np.float32)
     rng, found = np.random.default_rng(seed), TYPES[kind]
     shape = (6, 512)
     codes = rng.integers(0, 2**found.bits, shape)
@@ -95,6 +102,11 @@ def test_half_steps_are_odd_numbers_of_half_scales(kind: str) -> None:
         ("Q8_0", np.full((1, 256), 1), 1e-9, "float16"),
         ("Q8_0", np.full((1, 256), 1), 1 + 2.0**-12, "float16"),
         ("IQ4_NL", np.full((1, 256), 2), 1.0, "levels"),
+        ("MXFP4", np.full((1, 256), 5), 1.0, "levels"),
+        ("MXFP4", np.full((1, 256), 1), 1.5, "powers"),
+        ("NVFP4", np.full((1, 96), 1), 1.0, "multiple"),
+        ("NVFP4", np.full((1, 256), 1), -1.0, "E4M3"),
+        ("NVFP4", np.full((1, 256), 1), 17 / 16, "E4M3"),
         ("IQ2_S", np.full((1, 256), 9), 1.0, "levels"),
         ("IQ3_S", np.full((1, 256), 15), 1.0, "codebook"),
         ("IQ3_S", np.full((1, 256), 1), 1 / 3, "float16"),

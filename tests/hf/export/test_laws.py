@@ -37,6 +37,10 @@ class TestGguf(ExportLaws):
         return matrices(load_gguf(destination))
 
 
+class TestGgufFloats(TestGguf):
+    formats = ("mxfp4", "nvfp4")
+
+
 class TestCompressedTensors(ExportLaws):
     target = "compressed-tensors"
 
@@ -44,6 +48,13 @@ class TestCompressedTensors(ExportLaws):
         model = AutoModelForCausalLM.from_pretrained(destination)
         model(torch.arange(3)[None])  # the first pass decompresses the weights
         return matrices(model)
+
+
+class TestCompressedTensorsFloats(TestCompressedTensors):
+    formats = ("nvfp4", "mxfp4")
+
+    def model(self) -> PreTrainedModel:
+        return super().model().bfloat16()
 
 
 class TestMlx(ExportLaws):

@@ -105,6 +105,18 @@ def test_the_fast_menu_has_no_slow_types() -> None:
     assert fast == {"int8:g32:float16", "int4:g32:float16"}  # no rows are divisible by 256, as Q6_K needs
 
 
+@pytest.mark.parametrize("target", ["gguf", "compressed-tensors"])
+def test_formats_on_request_are_planned_only_if_they_are_named(target: str) -> None:
+    usual = tn.CompressionConfig(bits_per_weight=5, formats=target).number_formats
+    assert not {x.name for x in usual} & {"mxfp4", "nvfp4"}
+    config = tn.CompressionConfig(bits_per_weight=4.4, formats=(target, "mxfp4", "nvfp4"))
+    model = llama()
+    plan = price(model, config, stats_of(model)).plan()
+    assert {x.storage.number_format.name for x in plan} == {"mxfp4", "nvfp4"}
+    with pytest.raises(FormatError, match="nvfp4"):
+        tn.CompressionConfig(bits_per_weight=5, formats=("mlx", "nvfp4"))
+
+
 def test_codebooks_where_rows_fit_them() -> None:
     """Plans of few bits use them."""
     model = llama(hidden=256)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
@@ -185,6 +186,29 @@ def test_layers_are_packed_or_dense_for_a_reason(target: str, dtype: torch.dtype
             assert torch.equal(state[f"{name}.weight"], model.get_submodule(name).to_matrix())
     assert len(report.packed) + len(report.dense) == len(LAYERS)
     assert "up_proj: a network" in str(report)
+
+
+@pytest.mark.slow
+def test_four_bit_floats_are_loaded_bit_for_bit(tmp_path: Path) -> None:
+    """Beside integers, by a plan that names these formats; the package unpacks them to bfloat16."""
+    torch.manual_seed(0)
+    dense = random(LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 256}))).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    chosen = ("compressed-tensors", "nvfp4", "mxfp4", "int8")
+    config = tn.CompressionConfig(bits_per_weight=4.7, formats=chosen, target_modules="*_proj")
+    calibration = [{"input_ids": torch.arange(48).reshape(4, 12)}]
+    model = th.load(tmp_path / "dense")
+    tn.compress(model, config, calibration=calibration, progress=False)
+    report = th.export(model, tmp_path / "out", target="compressed-tensors")
+    assert set(report.packed.values()) == {"nvfp4", "mxfp4", "int8"}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    read(torch.arange(3)[None])  # the first pass unpacks the weights
+    for name in report.packed:
+        exact = model.get_submodule(name).to_matrix()
+        assert torch.equal(read.get_submodule(name).weight, exact), name
+    report = th.export(model.float(), tmp_path / "wide", target="compressed-tensors")
+    assert set(report.packed.values()) == {"int8"}
+    assert any("bfloat16" in why for why in report.dense.values())
 
 
 def test_words_are_one_stream_of_bits_for_each_row() -> None:

@@ -27,8 +27,8 @@ SIZES = {
     "vocab_size": 48, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-#: Formats of both menus, and two that are written dense in one of them.
-FORMATS = ("int4", "int4:g32", "int8", "int6", "int5", "int4:g128", "int8:row")
+#: Formats of both menus, and four that are written dense in one of them.
+FORMATS = ("int4", "int4:g32", "int8", "int6", "int5", "nvfp4", "int4:g128", "int8:row", "mxfp4")
 
 
 def source_of(name: str, folder: Path) -> Path:

@@ -1,8 +1,10 @@
 """Export integer layers as a compressed-tensors checkpoint, which transformers and vLLM can load.
 
 In this format the weight of a linear layer becomes three tensors: `weight_packed`, codes of 2 to 8 bits as a
-stream of bits for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The
-configuration lists the layers of each number format as a group. transformers cannot load packed embeddings.
+stream of bits for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. Layers in
+`mxfp4` and `nvfp4` have pairs of 4-bit numbers instead, and no shape. `nvfp4` also has a scale of the whole
+matrix, which is 1 here. The package unpacks both to bfloat16. The configuration lists the layers of each
+number format as a group. transformers cannot load packed embeddings.
 
 In exported layers, the middle code always means zero. The format supports zero points too, but transformers
 (5.24, with compressed-tensors 0.18 to 0.20) fails to load them. So codes of layers with zero points are
@@ -21,6 +23,7 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
+from tensornet.quantization.formats import FP4, FP4_LEVELS
 from tensornet.quantization.menus import Menu
 from tensornet_hf.checkpoint import Checkpoint
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks
@@ -60,8 +63,12 @@ def _group(name: str, stack: str) -> Hashable:
 #: Number formats that can be packed.
 COMPRESSED_TENSORS_MENU = Menu(
     ("float", "int8", "int8:g128", "int6", "int5", "int4:g32", "int4", "int4:g128", "int3:g32"),
+    on_request=tuple(FP4),
     group=_group,
 )
+#: How compressed-tensors calls the layout of integers, and that of other formats.
+_LAYOUTS = {"mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+_PACKED, _MIXED = "pack-quantized", "mixed-precision"
 
 
 @torch.no_grad()
@@ -172,14 +179,19 @@ def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
         weights["strategy"] = "channel" if found.group is None else "group"
         if found.group is not None:
             weights["group_size"] = found.group
+        if found.fp4 is not None:
+            weights["type"] = "float"
+            scales = {"mxfp4": ("group", "torch.uint8"), "nvfp4": ("tensor_group", "torch.float8_e4m3fn")}
+            weights["strategy"], weights["scale_dtype"] = scales[found.fp4]
         groups[f"group_{number}"] = {
             "targets": [EXPERTS] if experts else targets[name, experts],
             "weights": weights,
-            "format": "pack-quantized",
+            "format": _LAYOUTS.get(name, _PACKED),
         }
+    layouts = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [],
@@ -194,6 +206,16 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     rows, columns = points.shape
     if group is not None and columns % group:
         return f"groups of {group} do not divide {columns} inputs"
+    if (name := matrix.number_format.fp4) is not None:
+        if dtype != torch.bfloat16:
+            return f"compressed-tensors unpacks {name} to bfloat16, but the model has {dtype}"
+        signed = matrix.codes.to(torch.int8) - len(FP4_LEVELS) // 2
+        codes = torch.where(signed < 0, 8 - signed, signed).to(torch.uint8)
+        stored = (scales / matrix.number_format.scale_unit).to(matrix.number_format.scale_dtype)
+        tensors = {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4}
+        if name == "mxfp4":
+            return matrix.number_format, {**tensors, "weight_scale": stored.view(torch.uint8)}
+        return matrix.number_format, {**tensors, "weight_scale": stored, "weight_global_scale": torch.ones(1)}
     if torch.any(points % 1):  # halve the scale, so that the half-integers of int2 become odd integers
         points, scales = 2 * points, scales / 2
     # Without zero points, codes may need more bits.

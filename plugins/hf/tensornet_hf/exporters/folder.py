@@ -339,6 +339,8 @@ def packed_contents(
         packed = NumberFormat.parse(found.packed[name]) if name in found.packed else None
         if packed is None or packed.bits != number_format.bits or number_format.scale_bits is not None:
             return None  # the codes are other ones, or none
+        if number_format.fp4 is not None:
+            return None  # signs and magnitudes instead of codes
         assert number_format.bits is not None
         words = next((x for x in ("weight", "weight_packed") if f"{name}.{x}" in tensors), "weight")
         scales = read(f"{name}.scales" if words == "weight" else f"{name}.weight_scale")
@@ -369,8 +371,7 @@ def _layout(
     number_format, (rows, columns) = matrix.number_format, matrix.shape
     if number_format.zero_point:
         return "its packed size depends on its zero points, which are not known before it is compressed"
-    assert number_format.bits is not None
-    codes = (torch.arange(columns) % 2**number_format.bits).to(torch.uint8)[None]
+    codes = (torch.arange(columns) % (number_format.top + 1)).to(torch.uint8)[None]
     scales = number_format.storable(torch.ones(1, number_format.groups(columns)))
     rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
     topology, storage = (

@@ -36,6 +36,7 @@ from tensornet.nn.storage import PackedCore, Storage, encode
 from tensornet.nn.unfuse import PartMatrix
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.codebooks import CODEBOOKS
+from tensornet.quantization.formats import FP4
 from tensornet.quantization.menus import Menu
 from tensornet_hf.exporters.base import (
     ExportReport,
@@ -96,6 +97,7 @@ GGUF_MENU = Menu(
     ),
     _num_bytes,
     whole_model=True,
+    on_request=tuple(FP4),
 )
 #: Formats of F16, BF16, F32, Q8_0, Q6_K, Q4_0, Q3_K and Q2_K, for which llama.cpp has fast kernels on x86
 #: processors. With those of Q5_0 and of the IQ types, prompts take up to three times as long.
@@ -618,7 +620,7 @@ def _file_type(gguf: ModuleType, packed: Mapping[str, str]) -> Any:
     if not packed:
         return kinds.MOSTLY_F16
     most = Counter(packed.values()).most_common(1)[0][0]
-    names = (f"MOSTLY_{most}", f"MOSTLY_{most}_M", f"MOSTLY_{most}_S")
+    names = (f"MOSTLY_{most}", f"MOSTLY_{most}_M", f"MOSTLY_{most}_S", f"MOSTLY_{most}_MOE")
     return next(kinds[name] for name in names if name in kinds.__members__)
 
 

@@ -1,15 +1,17 @@
 """Encode integer matrices exactly in the block types of GGUF.
 
-A block has one of two sizes:
+A block is of one of these kinds:
 
 - 32 weights with one 16-bit scale (`Q4_0`, `Q8_0`, ...)
+- 32 weights with a power of two (`MXFP4`), or 64 weights with four 8-bit scales (`NVFP4`)
 - 256 weights with a small integer scale for each 16 or 32 weights, and one 16-bit factor for all of these
   scales (K types, `IQ4_XS`)
 
-Codes have one of four meanings. The code of the value zero is half the range; or the block stores a minimum
-(`Q4_1`, `Q4_K`, ...); or codes are indices into a table of 16 levels (`IQ4_NL`, `IQ4_XS`); or they are
-replaced by indices of the points of a codebook, and signs (`IQ2_XXS` to `IQ3_S`). Whether a type can store a
-matrix exactly depends on the matrix; `write_blocks` raises an error if it cannot.
+Codes have one of five meanings. The code of the value zero is half the range; or the block stores a minimum
+(`Q4_1`, `Q4_K`, ...); or codes are indices into a table of 16 levels (`IQ4_NL`, `IQ4_XS`); or
+they are floating-point numbers (`MXFP4`, `NVFP4`); or they are replaced by indices of the points of a
+codebook, and signs (`IQ2_XXS` to `IQ3_S`). Whether a type can store a matrix exactly depends on the matrix;
+`write_blocks` raises an error if it cannot.
 
 Reference: the layout of `ggml-common.h` of llama.cpp; the package `gguf` has a decoder of every type.
 """
@@ -46,6 +48,8 @@ class BlockType(NamedTuple):
         table: True if codes are indices into `LEVELS`.
         codebook: name of the codebook that the type uses. Then `write` takes the indices of points, signs as
             for `Codebook.split`, integer scales `k` for `2 k + 1`, and their 16-bit steps.
+        fp4: only for numbers of 4 bits (E2M1): number of weights in a block, number of weights with the same
+            scale, and the function that encodes scales in 8 bits.
     """
 
     bits: int
@@ -54,10 +58,13 @@ class BlockType(NamedTuple):
     sub: tuple[int, int, int] | None = None
     table: bool = False
     codebook: str | None = None
+    fp4: tuple[int, int, Callable[[str, Array], Array]] | None = None
 
     @property
     def block(self) -> int:
         """Number of weights in a block; the columns of a matrix must be a multiple of it."""
+        if self.fp4 is not None:
+            return self.fp4[0]
         return BLOCK if self.sub is None else SUPER_BLOCK
 
 
@@ -82,6 +89,7 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     # The type has a scale for each `width` weights. If the given scales are for more weights, repeat them; if
     # they are for fewer weights, they must be equal within each group of `width`.
     width, given = found.sub[0] if found.sub else BLOCK, points.shape[1] // scales.shape[1]
+    width = found.fp4[1] if found.fp4 else width
     scales = scales.astype(np.float32).repeat(max(given // width, 1), axis=1)
     equal = scales.reshape(-1, max(width // given, 1))
     if np.any(equal != equal[:, :1]):
@@ -89,6 +97,14 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     points = points.reshape(-1, width)
     steps: Array = equal[:, :1]
     minima = None
+    if found.fp4 is not None:
+        codes = np.searchsorted(formats.FP4_LEVELS, points).clip(0, len(formats.FP4_LEVELS) - 1)
+        if not np.array_equal(np.array(formats.FP4_LEVELS)[codes], points):
+            raise FormatError(f"{kind} has 15 levels, but these weights have other values.")
+        magnitudes = codes - len(formats.FP4_LEVELS) // 2
+        codes = np.where(magnitudes < 0, 8 - magnitudes, magnitudes).astype(np.uint8)
+        parts = [codes.reshape(-1, found.block), found.fp4[2](kind, steps).reshape(-1, found.block // width)]
+        return np.concatenate(found.write(*parts), axis=-1).reshape(rows, -1)
     if found.codebook is not None:
         steps = steps.reshape(rows, -1)
         return _with_codebook(kind, points.reshape(rows, -1), steps).reshape(rows, -1)
@@ -151,6 +167,24 @@ def _half(kind: str, values: Array) -> Array:
     if not np.array_equal(half.astype(np.float32), values):
         raise FormatError(f"{kind} has scales in float16, in which some of these scales are not exact.")
     return half.reshape(-1, 1).view(np.uint8)
+
+
+def _e8m0(kind: str, scales: Array) -> Array:
+    """Return twice the scales in the format E8M0; raise FormatError if they are not powers of two."""
+    mantissa, exponent = np.frexp(scales)
+    found = exponent + 127  # scales are 2^(exponent - 1)
+    if np.any(mantissa != 0.5) or found.min() < 0 or found.max() > 254:
+        raise FormatError(f"{kind} has scales that are powers of two, but some of these scales are not.")
+    return found.astype(np.uint8)
+
+
+def _e4m3(kind: str, scales: Array) -> Array:
+    """Return twice the scales in the format E4M3; raise FormatError if they are not exact, or negative."""
+    doubled = torch.from_numpy(2 * scales)
+    found = doubled.clamp(max=torch.finfo(torch.float8_e4m3fn).max).to(torch.float8_e4m3fn)
+    if not torch.equal(found.float(), doubled) or bool((doubled < 0).any()):
+        raise FormatError(f"{kind} has scales in E4M3, in which some of these scales are not exact.")
+    return found.view(torch.uint8).numpy()
 
 
 def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array, Array]:
@@ -313,6 +347,14 @@ def _iq3_s(indices: Array, signs: Array, scales: Array, step: Array) -> list[Arr
     return [step, _low(indices), _high_bits(indices, 1), _low(signs), _pairs(scales)]
 
 
+def _mxfp4(codes: Array, scales: Array) -> list[Array]:
+    return [scales, _nibbles(codes, 16)]
+
+
+def _nvfp4(codes: Array, scales: Array) -> list[Array]:
+    return [scales, _nibbles(codes, 8)]
+
+
 #: All types, by increasing size.
 TYPES: dict[str, BlockType] = {
     "IQ2_XXS": BlockType(3, None, _iq2_xxs, (32, 1, 31), codebook="iq2_xxs"),
@@ -323,9 +365,11 @@ TYPES: dict[str, BlockType] = {
     "Q3_K": BlockType(3, 4, _q3_k, (16, -32, 31)),
     "IQ3_S": BlockType(4, None, _iq3_s, (32, 1, 31), codebook="iq3_s"),
     "IQ4_XS": BlockType(4, None, _iq4_xs, (32, -32, 31), table=True),
+    "MXFP4": BlockType(4, None, _mxfp4, fp4=(32, 32, _e8m0)),
     "Q4_0": BlockType(4, 8, _q4),
     "IQ4_NL": BlockType(4, None, _q4, table=True),
     "Q4_K": BlockType(4, None, _q4_k, (32, 0, 63)),
+    "NVFP4": BlockType(4, None, _nvfp4, fp4=(64, 16, _e4m3)),
     "Q4_1": BlockType(4, None, _q4),
     "Q5_0": BlockType(5, 16, _q5),
     "Q5_K": BlockType(5, None, _q5_k, (32, 0, 63)),
