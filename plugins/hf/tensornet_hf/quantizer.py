@@ -147,7 +147,13 @@ def config_of(model: nn.Module, *, compression: Mapping[str, Any] | None = None)
     """
     layers = layer_descriptions(model)
     base = getattr(model, "base_model_prefix", "")
-    ties = shared_tensors(model.state_dict(keep_vars=True), layers, base=base)
+    tensors = model.state_dict(keep_vars=True)
+    declared: Collection[str] = tensors.keys()
+    if isinstance(model, PreTrainedModel):
+        # transformers ties what its classes declare, and what an earlier description of the model listed.
+        old = getattr(getattr(model.config, "quantization_config", None), "ties", {})
+        declared = model.all_tied_weights_keys.keys() - old.keys()
+    ties = shared_tensors(tensors, layers, base=base, declared=declared)
     joins = joins_aux_losses(model)
     return TensorNetworkConfig(layers=layers, ties=ties, aux_losses=joins, compression=compression)
 
@@ -166,8 +172,13 @@ def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, base: str) -> dict[str, str]:
-    """Map the names of shared tensors in compressed modules to the names under which they are stored.
+def shared_tensors(
+    tensors: Mapping[str, Tensor], layers: Collection[str], *, base: str, declared: Collection[str]
+) -> dict[str, str]:
+    """Map the names of shared tensors to the names under which they are stored.
+
+    The result contains tensors in compressed modules, and others that the model's class does not tie itself,
+    for example those of layers that run in several passes.
 
     A tensor is stored under its first name outside the compressed modules. If it has no such name, it is
     stored under its first name. Names in the base model come before names in a head, so that the base model
@@ -177,6 +188,7 @@ def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, ba
         tensors: state dict of the model with the parameters themselves (`keep_vars=True`).
         layers: names of the compressed modules.
         base: name of the base model within the model; empty if there is none.
+        declared: names of dense tensors that the class of the model ties itself.
     """
     named = [(name, id(tensor)) for name, tensor in tensors.items()]
     base_first = sorted(named, key=lambda item: not item[0].startswith(f"{base}."))
@@ -185,7 +197,11 @@ def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, ba
         for name, key in base_first:
             if is_inside(name, layers) is inside:
                 owners.setdefault(key, name)
-    return {name: owners[key] for name, key in named if is_inside(name, layers) and owners[key] != name}
+    return {
+        name: owners[key]
+        for name, key in named
+        if owners[key] != name and (is_inside(name, layers) or name not in declared)
+    }
 
 
 def is_inside(name: str, layers: Collection[str]) -> bool:
@@ -311,7 +327,10 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
             )
     for name, owner in compression.ties.items():
         there, wanted = tensors.get(in_file(owner)), expected.get(name)
-        if there is None or owner in compression.ties or wanted is None or there.shape != wanted.shape:
+        fits = not is_inside(name, compression.layers) or (
+            there is not None and wanted is not None and there.shape == wanted.shape
+        )
+        if there is None or owner in compression.ties or not fits:
             raise FormatError(
                 f"{where}: quantization_config ties {name} to {owner}, which is not a stored tensor of the "
                 "same shape."
@@ -368,7 +387,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         self.experts_spread = experts_spread
         self._layers: list[str] = []
         self._stored: tuple[str, ...] = ()
-        self._tied_buffers: dict[str, str] = {}
+        self._tied_later: dict[str, str] = {}
 
     def is_serializable(self) -> bool:
         """Return True: every compressed model can be saved unless its experts are distributed over processes.
@@ -449,14 +468,16 @@ class TensorNetworkQuantizer(HfQuantizer):
                 continue
             path, _, key = name.rpartition(".")
             module = model.get_submodule(path)
-            if key in dict(module.named_parameters(recurse=False)):
+            if is_inside(target, layers) and key in dict(module.named_parameters(recurse=False)):
                 # transformers ties the parameters that this dict lists, and does not expect them in files.
                 model.all_tied_weights_keys[name] = owner
-            else:  # make it a plain attribute, since transformers would look for a buffer in the files
-                buffer = getattr(module, key)
+            else:
+                # Make it a plain attribute: transformers would look for a buffer in the files, and would
+                # adapt the bias of a dense layer to the shape of its tied weight, as in an output head.
+                tensor = getattr(module, key)
                 delattr(module, key)
-                vars(module)[key] = buffer
-                self._tied_buffers[name] = owner
+                vars(module)[key] = tensor
+                self._tied_later[name] = owner
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Disable the renaming of stored tensors if their names already match the model.
@@ -490,7 +511,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             compress(model, options, progress=logging.is_progress_bar_enabled())
             prepare_for_saving(model, compression=compression)
             return
-        for name, owner in self._tied_buffers.items():
+        for name, owner in self._tied_later.items():
             tie(model, name, owner)
         layers = set(self._layers)
         for name, tensor in model.state_dict(keep_vars=True).items():

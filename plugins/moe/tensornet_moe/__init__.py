@@ -12,6 +12,7 @@ from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancin
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.mixtures import mixture
+from tensornet_moe.passes import unroll
 from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.rates import parameter_groups
 from tensornet_moe.routers import (
@@ -61,5 +62,6 @@ __all__ = [
     "router_z_loss",
     "shared_parameters",
     "specialists",
+    "unroll",
     "update_biases",
 ]

@@ -348,7 +348,7 @@ def test_the_words_are_those_of_a_mixture() -> None:
     signature = inspect.signature(tm.mixture).parameters
     options = {field.name: field for field in fields(th.UpcycleOptions)}
     only_new = {"d_model", "d_ff", "activation", "gated", "device", "dtype"}
-    only_upcycled = {"balance", "noise", "seed", "target_modules", "matrices"}
+    only_upcycled = {"balance", "passes", "noise", "seed", "target_modules", "matrices"}
     assert signature.keys() - only_new == options.keys() - only_upcycled
     assert options["experts"].default == 8  # None in a mixture, since a pool has experts already
     for name in signature.keys() - only_new - {"experts", "router_options"}:
