@@ -55,6 +55,8 @@ class LayerSelection:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             _check_patterns(name, value)
+            if value is not None and not isinstance(value, str):  # options that were saved come back as lists
+                object.__setattr__(self, name, tuple(value))
 
 
 #: Reasons to skip a weight that could be compressed with another configuration.

@@ -446,6 +446,19 @@ def test_compress_takes_loaded_prices(tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected[name])
 
 
+def test_saved_prices_know_the_layers_that_were_left_out(tmp_path: Path) -> None:
+    """A file has lists where the configuration had tuples; both mean the same layers."""
+    model, _ = surveyed()
+    config = replace(CONFIG, exclude_modules=("lm_head", "*.q_proj"))
+    tn.survey(model, [text(1)], config).save(tmp_path / "prices.safetensors")
+    loaded = PriceList.load(tmp_path / "prices.safetensors")
+    for names in (("lm_head", "*.q_proj"), ["lm_head", "*.q_proj"]):
+        again = replace(config, bits_per_weight=8, exclude_modules=names)
+        assert loaded.with_config(again).plan().bits_per_weight <= 8
+    with pytest.raises(BudgetError, match="exclude_modules"):
+        loaded.with_config(replace(config, exclude_modules=("lm_head",)))
+
+
 def test_prices_only_serve_plans_that_use_them() -> None:
     model, prices = surveyed()
     config = tn.CompressionConfig(param_ratio=0.5)
