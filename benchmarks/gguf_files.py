@@ -1,14 +1,18 @@
-"""How much do our plans and llama.cpp's presets increase the loss, in GGUF files of equal bytes?
+"""How much of our small loss in GGUF files is due to the plan, and how much to the rounding?
 
     OMP_NUM_THREADS=1 python benchmarks/gguf_files.py [--toy] [--models gpt2 smollm2] [--cache CACHE]
-        [--tools LLAMA_CPP/build/bin] [--work FOLDER] [--steps files speed]
+        [--tools LLAMA_CPP/bin] [--work FOLDER] [--steps files llama.cpp speed]
 
-Presets are made by `llama-quantize` with an importance matrix of `llama-imatrix`, from the same calibration
-text as our plans. For every preset there is a plan with `formats="gguf"` whose `max_bytes` is the size of the
-preset's file, and there is one plan for three quarters of the bytes of Q4_K_M. Plans include the embedding
-and the output head. transformers dequantizes every file. All files are judged on one held-out text, from
-a source that calibration does not use, by the loss increase over the dense model and the KL divergence, with
-standard errors over tokens. `predicted` is the predicted loss increase of the plan.
+For each preset of llama.cpp there are files of the same size: the types of the preset or those of a plan,
+each rounded by `llama-quantize` with an importance matrix or by this library. The plan that `llama-quantize`
+rounds is a recipe, planned for its rounding (`th.plan_recipe`). The types of our own plan, rounded by
+`llama-quantize`, show what the rounding alone gives. One more plan has three quarters of the bytes of Q4_K_M.
+Importance matrix and plans read the same calibration text. Plans include the embedding and the output head.
+
+transformers dequantizes every file. All files are judged on one held-out text, from a source that
+calibration does not use, by the loss increase over the dense model and the KL divergence, with standard
+errors over tokens. The step `llama.cpp` judges all files again by `llama-perplexity --kl-divergence` against
+the dense file; it tokenizes the held-out text itself, and counts the second half of each window.
 
 The step `speed` measures the tokens per second of every file with `llama-bench` on one thread, in turn, and
 their ratio to those of the preset of the same size. llama.cpp rounds activations to 8 bits, so
@@ -16,12 +20,11 @@ their ratio to those of the preset of the same size. llama.cpp rounds activation
 
 The residual stream of SmolLM2 is rotated, since the weights of the published file lie on a 4-bit grid.
 `smollm2-wide` is the same model, padded with zeros before rotation such that its rows are multiples of 256,
-as K types need. With `--fast` plans do not use Q5_0 and IQ4 (rows `fast plan`). Without `--tools` only plans
-are measured, for the sizes `--megabytes`. Seconds are processor seconds. Rows in the record and files in the
-work folder are not made again.
+as K types need. Without `--tools` only plans are measured, for the sizes `--megabytes`. Seconds are processor
+seconds. Rows in the record and files in the work folder are not made again.
 
-The tools come from the source package of `llama-cpp-python`: run `cmake -B build -DLLAMA_CURL=OFF`, then
-`cmake --build build` in its folder `vendor/llama.cpp`. Writes `gguf_files.json`.
+The tools come from llama.cpp, or from packages of it such as Debian's llama.cpp-tools and
+llama.cpp-tools-extra. Writes `gguf_files.json`.
 """
 
 from __future__ import annotations
@@ -29,16 +32,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -48,10 +55,10 @@ from subjects import Subject, tokens_of
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression import PriceList, price
 from tensornet_hf.checkpoint import load_gguf
-from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
+from tensornet_hf.exporters.gguf import find_places
+from tensornet_hf.recipes import IMATRIX_METADATA
 
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
 #: A preset, and the budget of an additional plan as a fraction of the preset's bytes.
@@ -63,12 +70,35 @@ TITLES = {
     "smollm2": "SmolLM2-135M, rotated",
     "smollm2-wide": "SmolLM2-135M, padded to 768",
 }
-STEPS = ("files", "others", "speed")
-#: Style and label of each method in the picture.
+STEPS = ("files", "others", "llama.cpp", "speed")
+#: Style and label of the files, by who chose their types and what rounded their weights.
 STYLES = {
-    "plan": ("o-", "tensornet, one plan"),
-    "llama-quantize": ("s", "llama.cpp, with importance matrix"),
-    "other": ("^", "other tools"),
+    ("preset", "llama-quantize"): ("C1s", "preset, rounded by llama-quantize"),
+    ("preset", "tensornet"): ("C1o", "preset, rounded by tensornet"),
+    ("recipe", "llama-quantize"): ("C0s--", "plan, rounded by llama-quantize"),
+    ("plan", "tensornet"): ("C0o-", "plan, rounded by tensornet"),
+    ("preset", "other"): ("C2^", "other tools"),
+}
+#: Files whose points have the name of the preset.
+NAMED = (("preset", "llama-quantize"), ("preset", "other"))
+#: What `llama-perplexity` says about a file.
+SAID = {
+    "loss_increase": r"Mean ln\(PPL\(Q\)/PPL\(base\)\)",
+    "kl": r"Mean\s+KLD",
+    "kl_99_9": r"99\.9%\s+KLD",
+    "same_top": r"Same top p",
+}
+#: Number format of each type.
+FORMATS = {
+    "Q8_0": "int8:g32:float16",
+    "Q6_K": "int6:g16:s8",
+    "Q5_0": "int5:g32:float16",
+    "Q4_0": "int4:g32:float16",
+    "IQ4_NL": "nl4:g32:float16",
+    "IQ4_XS": "nl4:g32:s6",
+    "Q3_K": "int3:g16:s6",
+    "Q2_K": "int2:g16:s4",
+    **{x: x.lower() for x in ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")},
 }
 Row = dict[str, Any]
 
@@ -90,12 +120,28 @@ class Bench:
         self.tokens = torch.cat([batch["input_ids"].flatten() for batch in subject.judged])
         self.context = subject.judged[0]["input_ids"].shape[1]
         self.dense = subject.load()
-        self.prices: PriceList | None = None
-        self.prefix = "fast plan " if given.fast else "plan "
+        self.text = self.work / "text.txt"
+        if not self.text.is_file():
+            windows = [x for batch in subject.calibration(0) for x in batch["input_ids"]]
+            self.text.write_text(self.decode(torch.cat(windows)))
+        self.options = th.CompressOptions(
+            calibration=self.text,
+            prices=self.work / f"{given.effort}-{given.formats}.prices",
+            export="gguf",
+            force=True,
+        )
 
-    def row(self, name: str) -> Row | None:
-        """Find the row of a file by its name; None if it was not measured."""
-        return next((x for x in self.rows if (x["model"], x["name"]) == (self.subject.name, name)), None)
+    def decode(self, tokens: Tensor) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def row(self, file: Path) -> Row | None:
+        """Find the row of a file; None if it was not measured."""
+        return next((x for x in self.rows if (x["model"], x["name"]) == (self.subject.name, file.stem)), None)
+
+    def file(self, name: str) -> Path:
+        """Return the file of a name, such as `plan Q4_K_M`."""
+        return self.work / f"{name}.gguf"
 
     def write(self) -> Path:
         return record("gguf_files", self.rows, folder=self.given.records)
@@ -107,22 +153,34 @@ class Bench:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
         return done.stdout + done.stderr
 
-    def judge(self, name: str, file: Path, **facts: Any) -> None:
-        """Measure a file on the test windows, and add a row with the results and `facts` to the record."""
+    def judge(self, file: Path, size: str, types: str, rounding: str, **facts: Any) -> None:
+        """Measure a file on the test windows, and add a row with the results and `facts` to the record.
+
+        Args:
+            file: the GGUF file.
+            size: preset that has this size.
+            types: who chose the types: preset, plan, or recipe.
+            rounding: program that rounded the weights.
+        """
         found = divergence(load_gguf(file), self.dense, self.tokens, context=self.context)
         origin = {x: provenance()[x] for x in ("date", "commit", "dirty", "device", "load", "threads")}
-        size, weights = file.stat().st_size, sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)
+        weights = sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)
         row = {
             "model": self.subject.name,
-            "name": name,
-            "bytes": size,
-            "bits_per_weight": 8 * size / weights,
+            "name": file.stem,
+            "size": size,
+            "types": types,
+            "rounding": rounding,
+            "bytes": file.stat().st_size,
+            "bits_per_weight": 8 * file.stat().st_size / weights,
             "loss_increase": found.loss_increase,
             "kl": found.mean,
             "kl_median": found.median,
             "kl_99": found.percentile_99,
+            "kl_99_9": found.percentile_99_9,
             "same_top": found.same_top,
             "perplexity": found.perplexity.perplexity,
+            "counts": dict(Counter(types_of(file).values())),
             **facts,
             "judged_tokens": len(self.tokens),
             "calibration_tokens": tokens_of(self.subject.calibration(0)),
@@ -130,30 +188,61 @@ class Bench:
         }
         self.rows.append(row)
         self.write()
-        print(name, size, found.loss_increase, found.mean, flush=True)
+        print(file.stem, row["bytes"], found.loss_increase, found.mean, flush=True)
+
+    def dense_file(self) -> Path:
+        """Write the dense model as a GGUF file."""
+        file = self.file("dense")
+        if not file.is_file():
+            th.export(self.dense, file, source=self.subject.folder)
+        return file
+
+    def importance(self) -> Path:
+        """Collect the importance matrix of llama.cpp on the calibration text."""
+        file = self.work / "importance.gguf"
+        if not file.is_file():
+            how = ("-f", self.text, "-o", file, "-c", self.context, "-t", 1)
+            self.tool("llama-imatrix", "-m", self.dense_file(), *how)
+        return file
+
+    def quantize(self, file: Path, kind: str, *options: object) -> None:
+        """Write a file by `llama-quantize`."""
+        how = ("--imatrix", self.importance(), *options)
+        self.tool("llama-quantize", *how, self.dense_file(), file, kind, 1)
 
     def presets(self) -> None:
-        """Write the file of every preset of llama.cpp, and measure its loss."""
-        dense, matrix, text = (self.work / x for x in ("dense.gguf", "importance.gguf", "text.txt"))
-        if not dense.is_file():
-            th.export(self.dense, dense, source=self.subject.folder)
-        if not matrix.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
-            windows = [x for batch in self.subject.calibration(0) for x in batch["input_ids"]]
-            text.write_text(tokenizer.decode(torch.cat(windows), skip_special_tokens=True))
-            self.tool("llama-imatrix", "-m", dense, "-f", text, "-o", matrix, "-c", self.context, "-t", 1)
+        """Write the file of every preset, and one with the same types that this library rounds."""
         for name in self.given.presets:
-            file = self.work / f"{name}.gguf"
+            file, ours = self.file(name), self.file(f"{name} rounded by tensornet")
             if not file.is_file():
-                self.tool("llama-quantize", "--imatrix", matrix, dense, file, name, 1)
-            if self.row(name) is None:
-                self.judge(name, file, method="llama-quantize")
+                self.quantize(file, name)
+            if self.row(file) is None:
+                self.judge(file, name, "preset", "llama-quantize")
+            if self.row(ours) is None:
+                self.round_types(ours, types_of(file))
+                self.judge(ours, name, "preset", "tensornet")
+
+    def round_types(self, file: Path, types: Mapping[str, str]) -> None:
+        """Round the weights of a file to given types by this library."""
+        config = tn.CompressionConfig(
+            max_bytes=self.dense_file().stat().st_size, formats=self.given.formats, effort=self.given.effort
+        )
+        plan = th.plan_folder(self.subject.folder, config, self.options).plan
+        _, _, places = find_places(self.dense, self.subject.folder, [x.name for x in plan])
+        for tensor, place in places.items():
+            for layer in place.layers:
+                plan = plan.replace_layer(layer, None, FORMATS[types[tensor]])
+        th.compress_folder(self.subject.folder, file, plan, self.options)
+        written = types_of(file)
+        wrong = {x: (written[x], types[x]) for x in places if written[x] != types[x]}
+        if wrong:
+            raise SystemExit(f"{file}: other types than asked for: {wrong}")
 
     def plans(self) -> None:
-        """Write a plan's file for each given size and for the size of each preset, and measure its loss."""
+        """Write a plan's file for each given size, those of all presets and three quarters of Q4_K_M."""
         sizes = {f"{x:g} MB": round(1e6 * x) for x in self.given.megabytes}
         if self.given.tools is not None:
-            sizes |= {x: (self.work / f"{x}.gguf").stat().st_size for x in self.given.presets}
+            sizes |= {x: self.file(x).stat().st_size for x in self.given.presets}
             if POPULAR in sizes:
                 sizes[f"{SHARE:g} {POPULAR}"] = round(SHARE * sizes[POPULAR])
         done: list[int] = []
@@ -161,59 +250,94 @@ class Bench:
             if any(abs(size / x - 1) < 0.002 for x in done):
                 continue
             done.append(size)
-            if self.row(f"{self.prefix}{name}") is None:
-                self.plan(f"{self.prefix}{name}", size)
+            file = self.file(f"{self.prefix} {name}")
+            if self.row(file) is None:
+                self.plan(file, name, size)
+            if self.given.tools is not None and self.prefix == "plan":
+                self.rounded_by_llama_cpp(file, name, size)
 
-    def plan(self, name: str, size: int) -> None:
+    @property
+    def prefix(self) -> str:
+        """Name of the plans: `plan`, with the effort and the menu unless they are the defaults."""
+        words = ("thorough",) * (self.given.effort == "thorough") + ("fast",) * (self.given.formats != "gguf")
+        return " ".join((*words, "plan"))
+
+    def plan(self, file: Path, name: str, size: int) -> None:
         """Write the file of the plan for one size, and measure its loss."""
-        subject = self.subject
-        formats = "gguf-fast" if self.given.fast else "gguf"
-        asked = tn.CompressionConfig(max_bytes=size, formats=formats, effort="thorough")
-        config = for_target("gguf", asked, self.dense, subject.folder)
-        seconds = {}
+        config = tn.CompressionConfig(max_bytes=size, formats=self.given.formats, effort=self.given.effort)
         start = processor_seconds()
-        stats = self.statistics(config)
-        if self.prices is None:
-            seconds["calibrate"], start = processor_seconds() - start, processor_seconds()
-            self.prices = price(self.dense, config, stats)
-            seconds["prepare"] = processor_seconds() - start
-        plan = self.prices.plan(max_bytes=config.max_bytes)
-        small, start = subject.load(), processor_seconds()
-        tn.apply_plan(small, plan, stats)
-        seconds["round"], start = processor_seconds() - start, processor_seconds()
-        file = self.work / f"{name.replace(' ', '-')}.gguf"
-        report = th.export(small, file, source=subject.folder, force=True)
-        seconds["export"] = processor_seconds() - start
+        done = th.compress_folder(self.subject.folder, file, config, self.options)
+        plan = done.report.plan
         facts = {
-            "method": self.prefix.strip(),
+            "effort": self.given.effort,
+            "formats": self.given.formats,
             "asked_bytes": size,
             "predicted": plan.predicted_loss_increase,
-            "types": dict(Counter(report.packed.values())),
-            "seconds": seconds,
+            "seconds": processor_seconds() - start,
             "peak_mib": peak_mib(),
         }
-        self.judge(name, file, **facts)
+        self.judge(file, name, "plan", "tensornet", **facts)
 
-    def statistics(self, config: tn.CompressionConfig) -> tn.CalibrationStats:
-        """Collect calibration statistics, or read them from the work folder."""
-        file = self.work / "moments.safetensors"
-        if file.is_file():
-            return tn.CalibrationStats.load(file)
-        batches = self.subject.calibration(0)
-        options: dict[str, Any] = {"autocast": torch.bfloat16, "tokens": tokens_of(batches)}
-        stats = tn.calibrate(self.dense, batches, config=config, **options)
-        stats.save(file)
-        return stats
+    def rounded_by_llama_cpp(self, plan: Path, name: str, size: int) -> None:
+        """Let `llama-quantize` round the types of a plan, and those of a recipe for its own rounding."""
+        same = self.file(f"{plan.stem} rounded by llama-quantize")
+        if self.row(same) is None:
+            self.apply_recipe(same, th.Recipe(types_of(plan, matrices=True), {}, None, 0.0, ""))
+            self.judge(same, name, "plan", "llama-quantize")
+        file = self.file(f"recipe {name}")
+        if self.row(file) is None:
+            options = replace(self.options, prices=self.work / "recipe.prices", export=None)
+            config = tn.CompressionConfig(max_bytes=size)
+            recipe = th.plan_recipe(self.subject.folder, config, options, imatrix=self.importance())
+            self.apply_recipe(file, recipe)
+            if not 0 <= recipe.num_bytes - file.stat().st_size <= IMATRIX_METADATA:
+                raise SystemExit(f"{file}: {file.stat().st_size} bytes, but {recipe.num_bytes} were planned")
+            self.judge(file, name, "recipe", "llama-quantize", predicted=recipe.predicted)
+
+    def apply_recipe(self, file: Path, recipe: th.Recipe) -> None:
+        """Write the file of a recipe by the command that it prints, after a run without writing."""
+        place = file.with_suffix(".txt")
+        recipe.save(place)
+        words = shlex.split(recipe.command(str(place), str(self.importance())))
+        dense, _, kind = words[-3:]
+        assert dense == "model-bf16.gguf"
+        self.tool(words[0], *words[1:-3], "--dry-run", self.dense_file(), kind)
+        self.tool(words[0], *words[1:-3], self.dense_file(), file, kind, 1)
+        written = types_of(file)
+        wrong = {x: (written[x], kind) for x, kind in recipe.types.items() if written[x] != kind}
+        if wrong:
+            raise SystemExit(f"{file}: llama-quantize chose other types: {wrong}")
+
+    def judge_by_llama_cpp(self) -> None:
+        """Judge all files by `llama-perplexity`, against the predictions of the dense file."""
+        text = self.work / "judged.txt"
+        if not text.is_file():
+            text.write_text(self.decode(self.tokens))
+        logits = self.work / "dense.logits"
+        how = ("-f", text, "-c", self.context, "-t", 1, "--kl-divergence-base", logits)
+        for row in (x for x in self.rows if x["model"] == self.subject.name and "llama_cpp" not in x):
+            if not self.file(row["name"]).is_file():
+                continue
+            if not logits.is_file():
+                self.tool("llama-perplexity", "-m", self.dense_file(), *how)
+            row["llama_cpp"] = self.divergence_by_llama_cpp(self.file(row["name"]), *how)
+            self.write()
+            print(row["name"], row["llama_cpp"], flush=True)
+        logits.unlink(missing_ok=True)
+
+    def divergence_by_llama_cpp(self, file: Path, *how: object) -> dict[str, tuple[float, float | None]]:
+        """Judge a file by `llama-perplexity`, which sometimes exits before it has printed its last lines."""
+        for _ in range(10):
+            said = self.tool("llama-perplexity", "-m", file, *how, "--kl-divergence")
+            found = {key: numbers(said, label) for key, label in SAID.items()}
+            if None not in found.values():
+                return {key: x for key, x in found.items() if x is not None}
+        raise SystemExit(f"llama-perplexity says nothing about {file}: {said[-1000:]}")
 
     def speed(self) -> None:
         """Measure `own_divergence` and llama.cpp's tokens per second for the files of plans and presets."""
-        pairs = {
-            row["name"]: row["name"].removeprefix(self.prefix)
-            for row in self.rows
-            if row["model"] == self.subject.name
-            and row["name"].removeprefix(self.prefix) in self.given.presets
-        }
-        files = {name: self.work / f"{name.replace(' ', '-')}.gguf" for name in pairs}
+        mine = [x for x in self.rows if x["model"] == self.subject.name and x["size"] in self.given.presets]
+        files = {x["name"]: self.file(x["name"]) for x in mine if self.file(x["name"]).is_file()}
         rates: dict[str, dict[str, list[float]]] = {x: {"generated": [], "read": []} for x in files}
         for _ in range(self.given.repeats):
             for name, file in files.items():
@@ -222,57 +346,70 @@ class Bench:
                 )
                 for test in json.loads(said[said.index("[") : said.rindex("]") + 1]):
                     rates[name]["generated" if test["n_gen"] else "read"].append(test["avg_ts"])
-        for name, preset in pairs.items():
-            row = self.row(name)
-            assert row is not None
-            for kind, values in rates[name].items():
+        for row in (x for x in mine if x["name"] in files):
+            for kind, values in rates[row["name"]].items():
                 row[f"{kind}_per_second"] = statistics.median(values)
-                ratios = [a / b for a, b in zip(values, rates[preset][kind], strict=True)]
+                ratios = [a / b for a, b in zip(values, rates[row["size"]][kind], strict=True)]
                 row[f"{kind}_over_preset"] = statistics.median(ratios)
-            row["own_kl"] = self.own_divergence(files[name])
+            row["own_kl"] = self.own_divergence(files[row["name"]])
             self.write()
 
     def own_divergence(self, file: Path) -> float:
         """Measure the KL divergence of a file in llama.cpp from the same weights stored in float32."""
-        text = self.work / "judged.txt"
-        if not text.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
-            text.write_text(tokenizer.decode(self.tokens, skip_special_tokens=True))
         with tempfile.TemporaryDirectory(dir=self.work) as scratch:
             wide, logits = Path(scratch) / "wide.gguf", Path(scratch) / "logits"
             self.tool("llama-quantize", "--allow-requantize", file, wide, "F32", 1)
+            text = self.work / "judged.txt"
             how = ("-f", text, "-c", self.context, "--chunks", 6, "-t", 1, "--kl-divergence-base", logits)
             self.tool("llama-perplexity", "-m", wide, *how)
-            said = self.tool("llama-perplexity", "-m", file, *how, "--kl-divergence")
-        return float(re.search(r"Mean\s+KLD:\s+([-\d.e]+)", said)[1])  # type: ignore[index]
+            return self.divergence_by_llama_cpp(file, *how)["kl"][0]
+
+
+def types_of(file: Path, *, matrices: bool = False) -> dict[str, str]:
+    """Read the type of each tensor of a GGUF file, or of each matrix that is not stored as float32."""
+    from gguf import GGUFReader
+
+    found = {x.name: x.tensor_type.name for x in GGUFReader(file).tensors}
+    return {name: kind for name, kind in found.items() if kind != "F32"} if matrices else found
+
+
+def numbers(said: str, label: str) -> tuple[float, float | None] | None:
+    """Find the number after a label in the output of `llama-perplexity`, with its standard error."""
+    found = re.search(rf"{label}\s*:\s*([-\d.e+]+)(?:\s*±\s*([-\d.e+]+))?", said)
+    return found and (float(found[1]), None if found[2] is None else float(found[2]))
 
 
 def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
-    """Draw the KL divergence over the bits per weight of the file, plans as a line and presets as points."""
+    """Draw the KL divergence over the bits per weight of the file; the same types have the same color."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(names), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(names), 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         some = sorted((x for x in rows if x["model"] == name), key=lambda x: x["bits_per_weight"])
-        for method, (style, label) in STYLES.items():
-            found = [x for x in some if x["method"] == method]
+        for (types, rounding), (style, label) in STYLES.items():
+            found = [x for x in some if (x["types"], x["rounding"]) == (types, rounding) and is_default(x)]
             if not found:
                 continue
             bits, kl = ([x["bits_per_weight"] for x in found], [x["kl"][0] for x in found])
             axes.plot(bits, kl, style, label=label, markersize=5, linewidth=1.5)
-            for row in found if method != "plan" else ():
-                place, left = (row["bits_per_weight"], row["kl"][0]), row["name"] in SMALLEST
-                height = -7 if row["name"].startswith("IQ") else 0  # its point is just below another one
+            for row in found if (types, rounding) in NAMED else ():
+                place, left = (row["bits_per_weight"], row["kl"][0]), row["size"] in SMALLEST
+                height = -7 if row["size"].startswith("IQ") else 0  # its point is just below another one
                 offset, side = ((-6, height), "right") if left else ((6, height), "left")
-                axes.annotate(row["name"], place, offset, textcoords="offset points", ha=side, fontsize=9)
+                axes.annotate(row["size"], place, offset, textcoords="offset points", ha=side, fontsize=9)
         axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="KL divergence, nats a token")
         axes.set_title(TITLES.get(name, name))
         axes.grid(alpha=0.3)
         axes.margins(x=0.14)
-        axes.legend(fontsize=9, loc="lower left")
+        axes.legend(fontsize=8, loc="lower left")
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
         figure.savefig(file, metadata={"Date": None})
+
+
+def is_default(row: Row) -> bool:
+    """Return True unless a plan has another effort or menu than the default."""
+    return (row.get("effort", "fast"), row.get("formats", "gguf")) == ("fast", "gguf")
 
 
 def models(given: argparse.Namespace) -> dict[str, Any]:
@@ -298,9 +435,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "--others", nargs="*", default=[], metavar="NAME=FILE", help="GGUF files of other tools"
     )
     parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
-    parser.add_argument(
-        "--fast", action="store_true", help="plans without Q5_0 and IQ4, whose kernels are slow"
-    )
+    parser.add_argument("--formats", default="gguf", help="menu of number formats of the plans")
+    parser.add_argument("--effort", default="fast", choices=("fast", "thorough"))
     parser.add_argument("--repeats", type=int, default=5, help="number of runs of llama-bench")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, default=Path("gguf-work"), help="folder for the GGUF files")
@@ -323,8 +459,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 bench.plans()
             if "others" in given.steps:
                 for label, other in (x.split("=", 1) for x in given.others):
-                    if bench.row(label) is None:
-                        bench.judge(label, Path(other), method="other")
+                    if bench.row(bench.file(label)) is None:
+                        shutil.copy(other, bench.file(label))
+                        bench.judge(bench.file(label), label.split()[-1], "preset", "other")
+            if "llama.cpp" in given.steps and given.tools is not None:
+                bench.judge_by_llama_cpp()
             if "speed" in given.steps and given.tools is not None:
                 bench.speed()
     finally:

@@ -20,7 +20,18 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     ),
     "gguf_files": (
         1,
-        {"loss_increase", "kl", "bytes", "asked_bytes", "predicted", "types", "seconds", "peak_mib"},
+        {
+            "loss_increase",
+            "kl",
+            "bytes",
+            "asked_bytes",
+            "predicted",
+            "types",
+            "rounding",
+            "counts",
+            "seconds",
+            "peak_mib",
+        },
     ),
     "codebooks": (2, {"type", "method", "loss_increase", "kl", "bits_per_weight", "seconds", "commit"}),
     "maps": (1, {"mix", "plan", "ratio", "sum_over_file", "rank_correlation", "cross_ratio", "seconds"}),
@@ -88,7 +99,7 @@ def test_files_of_llama_cpp_have_the_size_that_was_asked_for(
     (row,) = records("gguf_files")["rows"]
     assert row["bytes"] == pytest.approx(row["asked_bytes"], rel=0.01)
     assert row["bytes"] <= row["asked_bytes"]
-    preset = {**row, "name": "Q4_0", "method": "llama-quantize"}
+    preset = {**row, "name": "Q4_0", "size": "Q4_0", "types": "preset", "rounding": "llama-quantize"}
     load_benchmark("gguf_files").picture([row, preset], ["gpt2"], tmp_path / "x.svg")
     assert "Q4_0" in (tmp_path / "x.svg").read_text()
 

@@ -262,8 +262,8 @@ class Divergence:
     Each value is a pair of an estimate and its standard error, which assumes independent tokens.
 
     Args:
-        mean, median, percentile_99: statistics of the Kullback-Leibler divergence `KL(reference || model)` of
-            the next token in nats.
+        mean, median, percentile_99, percentile_99_9: statistics of the Kullback-Leibler divergence
+            `KL(reference || model)` of the next token in nats.
         same_top: share of tokens for which both models consider the same token the most likely.
         loss_increase: mean difference of the losses in nats.
         perplexity: perplexity of the model on the text.
@@ -272,6 +272,7 @@ class Divergence:
     mean: tuple[float, float]
     median: tuple[float, float]
     percentile_99: tuple[float, float]
+    percentile_99_9: tuple[float, float]
     same_top: tuple[float, float]
     loss_increase: tuple[float, float]
     perplexity: Perplexity
@@ -283,6 +284,7 @@ class Divergence:
                 ("mean", self.mean),
                 ("median", self.median),
                 ("99th percentile", self.percentile_99),
+                ("99.9th percentile", self.percentile_99_9),
             )
         )
         share, error = self.same_top
@@ -350,6 +352,7 @@ def divergence(
         mean_and_error(found),
         _quantile(found, 0.5),
         _quantile(found, 0.99),
+        _quantile(found, 0.999),
         mean_and_error(agreed),
         mean_and_error(increase),
         _perplexity(float(every.mean()), len(every), batches, context, stride),

@@ -66,6 +66,8 @@ MENUS.add(LLAMA_QUANTIZE, Menu((), whole_model=True))
 PRICED_ROWS, EXPERT_ROWS = 64, 8
 #: Tensors whose types are options of `llama-quantize` of their own.
 OPTIONS = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
+#: Bytes that `llama-quantize` may add to the metadata: names of the importance matrix and of its text.
+IMATRIX_METADATA = 512
 #: Type of tensors that are not in the file; every tensor that the program quantizes is in it.
 DEFAULT_TYPE = "q4_k"
 #: Options of `CompressOptions` that a recipe cannot use.
@@ -98,7 +100,8 @@ class Recipe:
     Args:
         types: type of every tensor that `llama-quantize` quantizes, by name.
         sizes: bytes of these tensors, by name.
-        num_bytes: bytes of the file; None if only the tensors of the recipe are known.
+        num_bytes: bytes of the file, with `IMATRIX_METADATA` for what `llama-quantize` adds to its metadata;
+            None if only the tensors of the recipe are known.
         predicted: sum of the losses of all tensors.
         unit: what `predicted` is, such as `"loss increase in nats per token"`.
         notes: what a reader should know about the recipe.
@@ -653,6 +656,7 @@ def plan_recipe(
         ],
     )
     fixed = layout.nbytes - sum(layout.parts[name][1] for name in known)
+    fixed += IMATRIX_METADATA if importance else 0
     weights = sum(math.prod(shapes[name]) for name in known)
     types_of = choose_types(priced, budget_of_tensors(config, fixed, weights))
     if kept:
