@@ -129,7 +129,7 @@ class Trial:
         rate: float,
         specialists: tm.Specialists | None = None,
     ) -> None:
-        """Train on batches of the domains of `rows`, with a linear schedule; a batch has one specialist."""
+        """Train on batches of the domains of `rows`, with a linear schedule."""
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / 20, 1 - k / len(rows))
@@ -139,7 +139,8 @@ class Trial:
         for names in rows:
             picked = [int(torch.randint(len(self.texts[x][0]), (1,), generator=draw)) for x in names]
             ids = torch.stack([self.texts[x][0][k] for x, k in zip(names, picked, strict=True)])
-            with nullcontext() if specialists is None else specialists.use(names[0]):
+            which = names[0] if len(set(names)) == 1 else names
+            with nullcontext() if specialists is None else specialists.use(which):
                 loss = model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()
@@ -265,12 +266,13 @@ def run_shared(
     ninth: bool,
     first: int | None = None,
     singular: bool = False,
+    mixed: bool = False,
     **options: Any,
 ) -> Result:
     """Train the first specialists together with the shared cores; then the others alone, with frozen ones.
 
     With `singular`, the shared ends are singular vectors of the trunk's matrices and are not trained, as in
-    LoRA-XS.
+    LoRA-XS. With `mixed`, the rows of a batch have different domains while specialists are trained together.
     """
     model = trial.trunk()
     s = th.specialists(model, **options)
@@ -282,7 +284,11 @@ def run_shared(
         s.freeze()
         members = domains[:0]
     if members:
-        trial.train(model, s.parameters(*members), in_turn(members, steps), rate, s)
+        batches = in_turn(members, steps)
+        if mixed:
+            count = len(members)
+            batches = [[members[(k + j) % count] for j in range(BATCH)] for k in range(steps * count)]
+        trial.train(model, s.parameters(*members), batches, rate, s)
         s.freeze()
     for name in domains[len(members) :]:
         trial.train(model, s.parameters(name), in_turn([name], steps), rate, s)
@@ -328,6 +334,7 @@ ROWS: dict[str, tuple[Callable[..., Result], dict[str, Any], tuple[float, ...]]]
     "VeRA of rank 64": (run_adapters, {"make": with_vera, "rank": 64}, HIGH),
     "LoRA-XS of rank 32": (run_shared, {"share": "ends", "rank": 32, "singular": True}, HIGH),
     "ends": (run_shared, {"share": "ends", "rank": 32}, CHAIN),
+    "ends, mixed batches": (run_shared, {"share": "ends", "rank": 32, "mixed": True}, CHAIN),
     "ends, learned on four": (run_shared, {"share": "ends", "rank": 32, "first": 4}, CHAIN),
     "ends of all layers of a shape": (run_shared, {"share": "ends", "rank": 24, "pool": "shape"}, CHAIN),
     "inputs": (run_shared, {"share": "in", "rank": 3}, CHAIN),

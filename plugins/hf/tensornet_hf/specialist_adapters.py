@@ -72,7 +72,7 @@ class SpecialistsConfig(PeftConfig):
         ['law', 'code']
     """
 
-    r: int = field(default=16)
+    r: int = field(default=32)
     share: SharedCores | None = field(default="ends")
     pool: Literal["shape"] | None = field(default=None)
     target_modules: list[str] | str | None = field(default=None)

@@ -183,7 +183,7 @@ def specialize(
     domains: Mapping[str, str | os.PathLike[str]],
     *,
     share: SharedCores | None = "ends",
-    rank: int = 16,
+    rank: int = 32,
     steps: int = 400,
     lr: float = 1e-2,
     batch_size: int = 8,

@@ -298,7 +298,7 @@ def change_form(
 def specialists(
     model: nn.Module,
     *,
-    rank: int = 16,
+    rank: int = 32,
     share: SharedCores | MakeChange | None = "ends",
     pool: Literal["shape"] | None = None,
     target_modules: str | Sequence[str] | None = None,

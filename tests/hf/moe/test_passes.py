@@ -21,6 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import TargetError
@@ -139,6 +140,22 @@ def test_a_saved_model_stays_tied(name: str, tmp_path: Path) -> None:
     th.save(loaded, tmp_path / "trained")
     assert count(th.load(tmp_path / "trained")) == size
     torch.testing.assert_close(logits(th.load(tmp_path / "trained").eval()), logits(loaded.eval()))
+
+
+def test_a_compressed_model_stays_tied(tmp_path: Path) -> None:
+    model = deepened("gpt2")
+    config = tn.CompressionConfig(bits_per_weight=8.5, formats=("int8",), exclude_modules=["lm_head"])
+    tn.compress(model, config, calibration=[IDS], progress=False)
+    th.save(model, tmp_path / "small")
+    loaded = th.load(tmp_path / "small").eval()
+    torch.testing.assert_close(logits(loaded), logits(model))
+    for number in (0, 1):  # all passes of a layer have the same integers and scales
+        stored = [
+            {id(x) for x in block.attn.state_dict(keep_vars=True).values()}
+            for block in loaded.get_submodule("transformer.h")[number::LAYERS]
+        ]
+        assert len(stored) == PASSES
+        assert all(x == stored[0] for x in stored)
 
 
 def test_routers_and_experts_differ_between_passes() -> None:

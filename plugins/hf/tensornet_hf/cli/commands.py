@@ -678,7 +678,7 @@ def specialize(
         str,
         typer.Option(help="What the specialists share: ends, in, out, center, or none (LoRA)."),
     ] = "ends",
-    rank: Annotated[int, typer.Option(help="Rank of the changes.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of the changes.")] = 32,
     steps: Annotated[int, typer.Option(help="Largest number of training steps for each domain.")] = 400,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-2,
     batch: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 8,
