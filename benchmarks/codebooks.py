@@ -41,7 +41,7 @@ from tensornet.quantization import NumberFormat, round_weight
 from tensornet_hf.evaluate import divergence
 
 #: Number formats of GGUF types that are not called by the same name.
-FORMATS = {"Q2_K": "int2:g16:s4", "Q3_K": "int3:g16:s6"}
+FORMATS = {"Q2_K": "int2:g16:s4:min", "Q3_K": "int3:g16:s6"}
 TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 
 
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 {
                     "model": which,
                     "type": kind,
-                    "bits_per_weight": 2.625 if kind == "Q2_K" else bits,
+                    "bits_per_weight": bits,
                     "method": method,
                     "loss_increase": found.loss_increase,
                     "kl": found.mean,

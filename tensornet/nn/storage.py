@@ -178,11 +178,11 @@ PLAIN = Storage()
 class PackedCore(nn.Module):
     """Core that is not stored as a plain parameter, but pivoted, in bfloat16, or as integers.
 
-    An integer core is stored as packed `codes` and `scales`. Some formats add `zeros` (packed zero points) or
-    `steps` (factors of integer scales). A floating-point core is stored as `values`. A pivoted core also has
-    `order`, the position of each of its rows. Values in the dtype of the model are a parameter. All other
-    tensors are integer buffers: scales, steps and bfloat16 values are viewed as integers with the same bits.
-    So `.to()` and `.half()` do not convert them. Tied layers share this module.
+    An integer core is stored as packed `codes` and `scales`. Some formats add `zeros` (packed zero points or
+    minima) or `steps` (factors of integer scales). A floating-point core is stored as `values`. A pivoted
+    core also has `order`, the position of each of its rows. Values in the dtype of the model are a parameter.
+    All other tensors are integer buffers: scales, steps and bfloat16 values are viewed as integers with the
+    same bits. So `.to()` and `.half()` do not convert them. Tied layers share this module.
 
     Args:
         number_format: format of the elements.
@@ -517,7 +517,7 @@ def _stored_parts(
             yield name, part, kept, own, math.prod(kept)
             continue
         rows, columns = kept
-        groups, bits = number_format.groups(columns), number_format.bits
+        groups = number_format.groups(columns)
         yield name, "codes", (rows, number_format.packed_bytes(columns)), torch.uint8, rows * columns
         if number_format.scale_bits is None:
             yield name, "scales", (rows, groups), _BITS[number_format.scale_dtype], rows * groups
@@ -525,8 +525,8 @@ def _stored_parts(
             packed, blocks = packed_bytes(groups, number_format.scale_bits), columns // SUPER_BLOCK
             yield name, "scales", (rows, packed), torch.uint8, rows * groups
             yield name, "steps", (rows, blocks), _BITS[number_format.scale_dtype], rows * blocks
-        if number_format.zero_point:
-            yield name, "zeros", (rows, packed_bytes(groups, bits)), torch.uint8, rows * groups
+        if length := number_format.zero_bytes(columns):
+            yield name, "zeros", (rows, length), torch.uint8, rows * groups
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
@@ -629,7 +629,7 @@ def stored_core(
             tensors["scales"] = pack(integers, number_format.scale_bits)
             tensors["steps"] = _bits(steps, number_format.scale_dtype)
         if value.zeros is not None:
-            tensors["zeros"] = pack(value.zeros, number_format.bits)
+            tensors["zeros"] = number_format.pack_zeros(value.zeros)
     else:
         own = number_format.dtype
         tensors["values"] = value.to(dtype).contiguous() if own is None else _bits(value, own)
@@ -732,13 +732,13 @@ def unpacked(
         number_format: format of the integers.
         codes: packed codes, or unpacked floating-point codes during training.
         scales: floating-point scales, shape `(..., rows, groups)`.
-        zeros: packed zero points; None if the format has none.
+        zeros: packed zero points or minima; None if the format has none.
         columns: number of columns of the matrix.
         dtype: dtype of the values.
     """
     if codes.is_floating_point():
         assert number_format.bits is not None
-        zeros = zeros if zeros is None else unpack(zeros, number_format.bits, scales.shape[-1])
+        zeros = zeros if zeros is None else number_format.unpack_zeros(zeros, scales.shape[-1])
         return number_format.decode(codes, scales, zeros, dtype)
     return number_format.decode_packed(codes, scales, zeros, columns, dtype)
 

@@ -325,20 +325,23 @@ def descend(
     for k in range(sweeps):
         points = codes - zero
         error, product = passed(points, scales)
-        before = None
-        if loss is None or k > 0:
-            before, loss = weighed(error, product)
-        own = scales.to(weight.dtype)
-        exact = sweep_scales(weight, points, own, number_format, rows, columns, product.clone())
-        moved = number_format.storable(exact)
-        gradient, found = weighed(*passed(points, moved))
-        better = found < loss
-        if not bool(better.all()):
-            before = weighed(error, product)[0] if before is None else before
-            gradient = torch.where(better[:, None, None], gradient, before)
-            scales = torch.where(better[:, None, None], moved, scales)
+        if number_format.minimum:  # scales stay, since minima would not fit other scales
+            gradient = weighed(error, product)[0]
         else:
-            scales = moved
+            before = None
+            if loss is None or k > 0:
+                before, loss = weighed(error, product)
+            own = scales.to(weight.dtype)
+            exact = sweep_scales(weight, points, own, number_format, rows, columns, product.clone())
+            moved = number_format.storable(exact)
+            gradient, found = weighed(*passed(points, moved))
+            better = found < loss
+            if not bool(better.all()):
+                before = weighed(error, product)[0] if before is None else before
+                gradient = torch.where(better[:, None, None], gradient, before)
+                scales = torch.where(better[:, None, None], moved, scales)
+            else:
+                scales = moved
         grid = Grid.of(number_format, spread(scales), zero)
         sweep = sweep_codes if grid.book is None else sweep_runs
         codes = sweep(weight, codes, grid, rows, columns, gradient)

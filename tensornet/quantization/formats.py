@@ -9,7 +9,10 @@ equally spaced levels.
 
 Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
 with 16-bit scales. They are more accurate, since codes are chosen after the scale is rounded. Scales may also
-be integers of 4, 6 or 8 bits times a step in float16 that 256 weights of a row share.
+be integers of 6 or 8 bits times a step in float16 that 256 weights of a row share.
+
+Formats such as `int5:g32:s6:min` have a minimum for every group: `value = scale * code - minimum`. Scales and
+minima are integers of 4 or 6 bits without a sign, times steps in float16, as in the K types of GGUF.
 
 The formats `mxfp4` and `nvfp4` have the 15 values of floating-point numbers of 4 bits (E2M1) as levels, and
 scales of 8 bits without a sign. In `mxfp4`, 32 weights share a power of two (E8M0). In `nvfp4`, 16 weights
@@ -58,14 +61,15 @@ FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
 FP4 = {"mxfp4": (32, torch.float8_e8m0fnu), "nvfp4": (16, torch.float8_e4m3fn)}
 #: Number of weights in a block of `nvfp4` in files; rows consist of whole blocks.
 _NVFP4_BLOCK = 64
-#: Numbers of bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights
-#: that share a step. Scales of 4 bits have no sign; only the symmetric values of int2 and of codebooks allow
-#: this.
-SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
+#: Numbers of bits of integer scales, in formats that end in `:s6` or `:s8`, and the number of weights that
+#: share a step.
+SCALE_BITS, SUPER_BLOCK = (6, 8), 256
+#: Number of bits of scales and minima, by the number of bits of a code and the size of groups.
+MINIMA = {(2, 16): 4, (4, 32): 6, (5, 32): 6}
 _FLOATS = ("float", "bf16")
 _PATTERN = re.compile(
     r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?"
-    r"(:((?P<dtype>float16|float8)|s(?P<scale>\d)))?"
+    r"(:((?P<dtype>float16|float8)|s(?P<scale>\d)(?P<minimum>:min)?))?"
 )
 
 
@@ -101,10 +105,11 @@ class NumberFormat:
         dtype: dtype of the elements of a floating-point format; None is the dtype of the model.
         table: True if codes are positions in the table `LEVELS[bits]`, without zero points.
         scale_bits: number of bits of integer scales; None if scales are floating-point numbers. A scale is
-            the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. Integers of 6 and
-            8 bits have a sign. Integers of 4 bits, for two-bit codes only, have none; their steps have 9
-            significant bits, so that 1.5 times a step is exact too. With a codebook, scales are odd integers
-            from 1 to 31 times a step and times `Codebook.unit`.
+            the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. These integers
+            have a sign, unless there are minima. With a codebook, scales are odd integers from 1 to 31 times
+            a step and times `Codebook.unit`.
+        minimum: True if every group has a minimum, one of `MINIMA`. Minima take the place of zero points in
+            all functions. They have as many bits as the scales, and steps of their own.
         fp4: name of the format with levels of E2M1, one of `FP4`; None in other formats. The name determines
             all other arguments.
         codebook: name of the codebook that restricts the codes of neighbouring weights, one of `CODEBOOKS`;
@@ -129,6 +134,7 @@ class NumberFormat:
     scale_bits: int | None = None
     codebook: str | None = None
     fp4: str | None = None
+    minimum: bool = False
 
     def __post_init__(self) -> None:
         if self.fp4 is not None:
@@ -177,16 +183,17 @@ class NumberFormat:
         if self.scale_dtype not in SCALE_DTYPES.values():
             names = ", ".join(map(str, SCALE_DTYPES.values()))
             raise FormatError(f"Scales are one of {names}; got {self.scale_dtype}.")
+        if self.minimum:
+            if self.table or self.scale_bits != MINIMA.get((self.bits, self.group or 0), 0):
+                names = ", ".join(f"int{bits}:g{group}:s{n}:min" for (bits, group), n in MINIMA.items())
+                raise FormatError(f"Formats with minima are {names}; got {self!r}.")
+        elif self.scale_bits is not None and self.scale_bits not in SCALE_BITS:
+            raise FormatError(f"Integer scales have 6 or 8 bits, or 4 with minima; got {self!r}.")
         if self.scale_bits is not None and (
-            self.scale_bits not in SCALE_BITS
-            or self.group is None
-            or self.zero_point
-            or self.scale_dtype != torch.float16
-            or (self.scale_bits == 4 and (self.bits != 2 or self.table))
+            self.group is None or self.zero_point or self.scale_dtype != torch.float16
         ):
             raise FormatError(
-                "Integer scales have 6 or 8 bits, or 4 for int2, steps in torch.float16, and groups without "
-                f"zero points; got {self!r}."
+                f"Integer scales have steps in torch.float16, and groups without zero points; got {self!r}."
             )
 
     @classmethod
@@ -198,7 +205,7 @@ class NumberFormat:
                 name of another integer format. It begins with `int2` ... `int8` or, with a table, `nl2` ...
                 `nl4`. Optional suffixes, in this order: the group, `:g16`, `:g32`, `:g64` (the default),
                 `:g128` or `:row`; `:zero` for zero points; `:float16` or `:float8` for the dtype of scales,
-                or `:s4`, `:s6` or `:s8` for integer scales.
+                or `:s6` or `:s8` for integer scales; `:min` after integer scales for minima.
 
         Raises:
             FormatError: the name is unknown; the message lists the known names.
@@ -236,6 +243,7 @@ class NumberFormat:
             torch.float16 if scale_bits else SCALE_DTYPES[found["dtype"] or ""],
             table=found["kind"] == "nl",
             scale_bits=scale_bits,
+            minimum=found["minimum"] is not None,
         )
 
     @property
@@ -251,7 +259,7 @@ class NumberFormat:
         if self.zero_point:
             parts.append("zero")
         if self.scale_bits is not None:
-            return ":".join([*parts, f"s{self.scale_bits}"])
+            return ":".join([*parts, f"s{self.scale_bits}", *(["min"] if self.minimum else [])])
         parts += [suffix for suffix, dtype in SCALE_DTYPES.items() if suffix and dtype == self.scale_dtype]
         return ":".join(parts)
 
@@ -397,8 +405,8 @@ class NumberFormat:
 
         Returns:
             Integers as `torch.uint8`, shape `(..., groups)`, and steps in `torch.float16`, shape `(...,
-            groups * group / SUPER_BLOCK)`. Integers have an offset of half their range unless they have 4
-            bits. With a codebook, the odd integer `2 k + 1` is returned as `k`.
+            groups * group / SUPER_BLOCK)`. Integers have an offset of half their range, unless there are
+            minima. With a codebook, the odd integer `2 k + 1` is returned as `k`.
         """
         assert self.scale_bits is not None
         assert self.group is not None
@@ -420,18 +428,16 @@ class NumberFormat:
         )
         place = blocks.abs().argmax(-1, keepdim=True)
         largest = blocks.gather(-1, place)[..., 0]
-        limit = torch.finfo(torch.float16).max if zero else 2.0**15
+        limit = torch.finfo(torch.float16).max
         step, integers = torch.zeros_like(largest, dtype=torch.float16), rounded(torch.zeros_like(blocks))
         least = (weights * blocks.square()).sum(-1)
-        farthest, smallest, toward = (lowest, -(2.0**-24), 1) if zero else (highest, 2.0**-22, -1)
+        farthest, smallest, toward = (lowest, -(2.0**-24), 1) if zero else (highest, 2.0**-24, -1)
         if odd:
-            farthest, smallest, toward = 2 * highest + 1, 2.0**-24, -2
+            farthest, toward = 2 * highest + 1, -2
         steps = [(k * smallest * largest.sign()).half() for k in (1, 2, 3)]
         numbers = range(farthest, farthest * 3 // 4 + toward, toward)
         for number in numbers:
             tried = (largest / number).clamp(-limit, limit).half()
-            if not zero and not odd:  # round to 9 significant bits
-                tried = ((tried.view(torch.int16) + 2) & ~3).view(torch.float16)
             steps.append(tried)
         for k, tried in enumerate(steps):
             divisor = torch.where(tried == 0, 1, tried.to(blocks))[..., None]
@@ -463,7 +469,34 @@ class NumberFormat:
     def _zero_scale(self) -> int:
         """Return the stored integer of a scale of zero."""
         assert self.scale_bits is not None
-        return 0 if self.scale_bits == 4 else 2 ** (self.scale_bits - 1)
+        return 0 if self.minimum or self.book is not None else 2 ** (self.scale_bits - 1)
+
+    def pack_zeros(self, zeros: Tensor) -> Tensor:
+        """Pack zero points, or the integers of minima followed by the bytes of their steps.
+
+        Args:
+            zeros: zero points in `torch.uint8`, or minima, shape `(..., groups)`.
+        """
+        if not self.minimum:
+            return pack(zeros, self._integer_bits())
+        assert self.scale_bits is not None
+        integers, steps = self.factored(zeros)
+        return torch.cat([pack(integers, self.scale_bits), steps.contiguous().view(torch.uint8)], -1)
+
+    def unpack_zeros(self, packed: Tensor, groups: int) -> Tensor:
+        """Unpack zero points, or minima in float32, shape `(..., groups)`: the inverse of `pack_zeros`."""
+        if not self.minimum:
+            return unpack(packed, self._integer_bits(), groups)
+        assert self.scale_bits is not None
+        length = packed_bytes(groups, self.scale_bits)
+        integers = unpack(packed[..., :length], self.scale_bits, groups)
+        return self.scales_of(integers, packed[..., length:].contiguous().view(torch.float16))
+
+    def ratios(self, scales: Tensor, zeros: Tensor) -> Tensor:
+        """Return zero points as they are, and minima divided by the scales, which are codes of zero too."""
+        if not self.minimum:
+            return zeros
+        return zeros / torch.where(scales == 0, torch.ones_like(scales), scales)
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """Round values to the nearest codes for given scales.
@@ -471,7 +504,7 @@ class NumberFormat:
         Args:
             values: values, shape `(..., out, in)`.
             scales: scales, shape `(..., out, groups)`; a scale of zero makes all values of its group zero.
-            zeros: zero points in `torch.uint8`, shape `(..., out, groups)`; None without zero points.
+            zeros: zero points in `torch.uint8`, or minima, shape `(..., out, groups)`; None without them.
 
         Returns:
             Codes in `torch.uint8`, shape `(..., out, in)`.
@@ -484,7 +517,9 @@ class NumberFormat:
         """
         size = values.shape[-1]
         spread = self.spread(scales.to(values.dtype), size)
-        zero = self.center if zeros is None else self.spread(zeros.to(values.dtype), size)
+        if zeros is not None:
+            zeros = self.ratios(scales.to(values.dtype), zeros.to(values.dtype))
+        zero = self.center if zeros is None else self.spread(zeros, size)
         found = values / torch.where(spread == 0, torch.ones_like(spread), spread) + zero
         if self.book is not None:
             return self.to_codes(self.book.nearest(found.reshape(1, -1, RUN)).view(found.shape))
@@ -505,7 +540,9 @@ class NumberFormat:
         zeros: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Compute the values `scale * (code - zero)` or `scale * level[code]` of codes, differentiably.
+        """Compute the values of codes, differentiably.
+
+        They are `scale * (code - zero)`, `scale * level[code]` or `scale * code - minimum`.
 
         Codes that are trained are floating-point numbers. They are rounded here, but their gradient is
         computed as if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013). The
@@ -514,7 +551,7 @@ class NumberFormat:
         Args:
             codes: codes in `torch.uint8`, or in floating point for training, shape `(..., out, in)`.
             scales: scales, shape `(..., out, groups)`.
-            zeros: zero points in `torch.uint8`, shape `(..., out, groups)`; None without zero points.
+            zeros: zero points in `torch.uint8`, or minima, shape `(..., out, groups)`; None without them.
             dtype: dtype of the values.
 
         Example:
@@ -530,6 +567,12 @@ class NumberFormat:
                 whole, slope = levels.values[places], torch.gradient(levels.values)[0][places]
             moved = codes - codes.detach()
             whole = whole + (moved if slope is None else moved * slope)
+            if self.minimum:
+                assert zeros is not None
+                products = self.grouped(whole) * scales.to(codes).unsqueeze(-1)
+                return (
+                    (products - zeros.to(codes).unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]].to(dtype)
+                )
             zero = self.center if zeros is None else zeros.to(codes).unsqueeze(-1)
             values = (self.grouped(whole) - zero) * scales.to(codes).unsqueeze(-1)
             return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
@@ -538,6 +581,12 @@ class NumberFormat:
             points = table.index_select(0, codes.reshape(-1).long()).view(codes.shape)
             return _scaled(self.grouped(points), scales, dtype)[..., : codes.shape[-1]]
         grouped, halves = self.grouped(codes), False
+        if self.minimum:
+            assert zeros is not None
+            wide = torch.promote_types(dtype, torch.float32)
+            products = grouped.to(wide) * scales.to(wide).unsqueeze(-1)
+            values = (products - zeros.to(wide).unsqueeze(-1)).to(dtype)
+            return values.flatten(-2)[..., : codes.shape[-1]]
         # Differences `code - zero` are exact and fast in 8-bit integers. For int2, whose center is 1.5, twice
         # the difference is computed.
         if zeros is not None:
@@ -592,7 +641,7 @@ class NumberFormat:
         Args:
             packed: packed codes, as returned by `pack`.
             scales: scales, shape `(..., out, groups)`.
-            zeros: zero points, packed by `packing.pack`; None without zero points.
+            zeros: result of `pack_zeros`; None without zero points and minima.
             size: number of columns.
             dtype: dtype of the values.
         """
@@ -602,7 +651,7 @@ class NumberFormat:
             levels = self.book.unpack_levels(packed, size)
             return _scaled(self.grouped(levels), scales, dtype)[..., :size]
         if zeros is not None:
-            zeros = unpack(zeros, self._integer_bits(), scales.shape[-1])
+            zeros = self.unpack_zeros(zeros, scales.shape[-1])
         return self.decode(self.unpack(packed, size), scales, zeros, dtype)
 
     # --- size ------------------------------------------------------------------------------------
@@ -624,7 +673,14 @@ class NumberFormat:
             each += groups * self.scale_dtype.itemsize
         else:
             each += packed_bytes(groups, self.scale_bits) + size // SUPER_BLOCK * self.scale_dtype.itemsize
-        return rows * (each + (packed_bytes(groups, self.bits) if self.zero_point else 0))
+        return rows * (each + self.zero_bytes(size))
+
+    def zero_bytes(self, size: int) -> int:
+        """Compute the number of bytes of the packed zero points or minima of a row; 0 without them."""
+        if self.minimum:
+            assert self.scale_bits is not None
+            return packed_bytes(self.groups(size), self.scale_bits) + size // SUPER_BLOCK * 2
+        return packed_bytes(self.groups(size), self._integer_bits()) if self.zero_point else 0
 
     def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
         """Compute the mean number of bits per element, including scales, zero points and padding."""

@@ -102,6 +102,7 @@ def predict_losses(
             continue
         # 2. Predict the residuals for each rounding method that may be the best.
         scales, zeros = search_scales(part, number_format, importance(columns, ways[-1]))
+        zeros = None if zeros is None else number_format.ratios(scales, zeros)
         tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
         expected = [
             expect(work, number_format, scales, zeros, rows, columns, way, sample) for way in reversed(tried)
@@ -153,7 +154,7 @@ def _losses_of_rows(
     scales, _ = search_scales(part, number_format, importance(fed, way))
     codes, _ = round_with_feedback(part, scales, None, number_format, *fed_back(way, None, fed))
     error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0]
-    ranges = group_ranges(work, number_format.group, number_format.zero_point)[0].square()
+    ranges = group_ranges(work, number_format.group, False)[0].square()
     found = []
     for each in weightings:
         own = (times(each.columns, error.mT).mT * error).sum(1, dtype=torch.float64)
@@ -326,7 +327,7 @@ def expect(
         weight: matrices, shape `(stack, out, in)`.
         number_format: integer format.
         scales: scales of all rows, or of the sampled rows.
-        zeros: zero points of the same rows.
+        zeros: zero points of the same rows, or the result of `NumberFormat.ratios`.
         rows: moment of the gradients.
         columns: moment of the inputs.
         way: rounding method.
@@ -354,7 +355,8 @@ def expect(
         square = expected_residuals(part, grid, number_format, spread.clamp_min_(0))
     ranges = None
     if sample is not None:
-        ranges = group_ranges(weight, number_format.group, number_format.zero_point).square()
+        shifted = number_format.zero_point or number_format.minimum
+        ranges = group_ranges(weight, number_format.group, shifted).square()
     return ExpectedResiduals(square, by_row, by_column, number_format, sample, ranges)
 
 

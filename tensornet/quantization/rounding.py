@@ -52,7 +52,7 @@ class RoundedWeight:
         codes: codes in `torch.uint8`, shape `(..., out, in)`.
         scales: scales in the dtype of the format, or in float32 if they are integers times steps, shape
             `(..., out, groups)`.
-        zeros: zero points in `torch.uint8`, shape `(..., out, groups)`; None without zero points.
+        zeros: zero points in `torch.uint8`, or minima, shape `(..., out, groups)`; None without them.
         number_format: the number format.
         rounding: the best rounding method for each matrix of the stack. The rows of a large matrix are
             rounded in parts; then it is the method with the most feedback among the parts.
@@ -128,7 +128,7 @@ def round_weight(
         row_damping: fraction of the mean diagonal of `R` that is added to its diagonal. Use 0 if `R` is
             damped already.
         column_damping: fraction of the mean diagonal of `C` that is added to its diagonal.
-        refits: how many times scales are refitted and codes are rounded again.
+        refits: how many times scales are refitted and codes are rounded again; 0 with minima.
         sweeps: number of sweeps of coordinate descent afterwards.
 
     Raises:
@@ -209,14 +209,17 @@ def _rounded(
 
     # 1. Find the scale and zero point of each group.
     start, zeros = search_scales(work, number_format, importance(c, ways[-1]))
-    zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
+    ratios = None if zeros is None else number_format.ratios(start.to(dtype), zeros.to(dtype))
+    zero = number_format.center if ratios is None else number_format.spread(ratios, size)
+    if number_format.minimum:  # scales and minima belong together
+        refits = 0
 
     def grid(scales: Tensor) -> Grid:
         return Grid.of(number_format, number_format.spread(scales.to(dtype), size), zero)
 
     def rounded(scales: Tensor, way: Rounding, seen: Moment | None = r) -> _Solution:
         along = fed_back(way, r, c)
-        codes, losses = round_with_feedback(work, scales, zeros, number_format, *along)
+        codes, losses = round_with_feedback(work, scales, ratios, number_format, *along)
         across = seen if along[0] is None else c  # the moment without feedback
         if way == "two_sided" and losses is not None:
             loss = 0.5 * losses

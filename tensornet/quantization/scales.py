@@ -26,6 +26,8 @@ _WIDEST = 1.1
 _TRIED = {2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
 #: Smallest range, and number of ranges, for formats with a codebook, with which rounding takes more time.
 _CODEBOOK_NARROWEST, _CODEBOOK_TRIED = 0.76, 5
+#: With minima, smallest and largest fraction of both ends of the range, and number of fractions to try.
+_MINIMUM_ENDS, _MINIMUM_TRIED = {2: (0.4, 1.0), 4: (0.7, 1.0), 5: (0.8, 1.0)}, 5
 #: Number of alternations of rounding and weighted least squares after the search.
 _POLISHED = 2
 #: Largest number of bits of a code for `refits_final_scales`.
@@ -57,8 +59,9 @@ def search_scales(
             equal.
 
     Returns:
-        Scales in the dtype of the format, and zero points in `torch.uint8` or None, shapes `(..., out,
-        groups)`. A negative scale mirrors the grid, which has one more value below zero than above.
+        Scales in the dtype of the format, and zero points in `torch.uint8`, minima in float32, or None,
+        shapes `(..., out, groups)`. A negative scale mirrors the grid, which has one more value below zero
+        than above.
 
     Raises:
         NonFiniteError: the weight or the importance contains NaN or infinity.
@@ -99,7 +102,12 @@ def search_scales(
     shape = (*weight.shape[:-1], number_format.groups(size))
     found = torch.cat(scales).reshape(shape)
     if number_format.scale_bits is not None:
-        return number_format.storable(found, torch.cat(totals).reshape(shape)), None
+        weight_of = torch.cat(totals).reshape(shape)
+        stored = number_format.storable(found, weight_of)
+        if not number_format.minimum:
+            return stored, None
+        minima = torch.where(stored == 0, 0.0, found * torch.cat(zeros).reshape(shape))
+        return stored, number_format.storable(minima, weight_of)
     found = number_format.storable(found)
     if not number_format.zero_point:
         return found, None
@@ -111,7 +119,8 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
     center, top, against = number_format.center, number_format.top, -flat
     levels = number_format.levels(flat)
     best_scale = flat.new_zeros(flat.shape[1])
-    best_zero = torch.full_like(best_scale, 0.0 if number_format.zero_point else center)
+    shifted = number_format.zero_point or number_format.minimum
+    best_zero = torch.full_like(best_scale, 0.0 if shifted else center)
     best_cost = (flat * flat).mul_(importance).sum(0)
     buffer, better = torch.empty_like(flat), torch.empty_like(best_scale)
 
@@ -123,7 +132,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
             return number_format.book.nearest(runs, compare=False).view(found.shape[::-1]).T
         if levels is not None:
             return nearest(found, top, levels)
-        if number_format.zero_point:
+        if shifted:
             return found.add_(zero).round_().clamp_(0, top).sub_(zero)
         if center % 1:  # points are half-integers
             found.sub_(0.5).round_().add_(0.5)
@@ -139,7 +148,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
         torch.lt(cost, best_cost, out=better)
         best_scale.lerp_(scale, better)
         torch.minimum(best_cost, cost, out=best_cost)
-        if number_format.zero_point:
+        if shifted:
             best_zero.lerp_(zero, better)
 
     for scale, zero in _candidates(flat, number_format):
@@ -147,6 +156,17 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
     for _ in range(_POLISHED):  # fit the scale to the codes by least squares
         found = points(best_scale, best_zero)
         weighed = found * importance
+        if number_format.minimum:  # fit the minimum too
+            found = found + best_zero
+            weighed = found * importance
+            total, mean = importance.sum(0).clamp_min(1e-30), weighed.sum(0)
+            value = (importance * flat).sum(0)
+            size = total * (weighed * found).sum(0) - mean * mean
+            fitted = (total * (weighed * flat).sum(0) - mean * value) / torch.where(size > 0, size, 1.0)
+            fitted = torch.where(size > 0, fitted.clamp_min_(0), best_scale)
+            least = (fitted * mean - value) / total
+            offer(fitted, (least / torch.where(fitted > 0, fitted, 1.0)).clamp_min_(0))
+            continue
         size = (weighed * found).sum(0)
         fitted = (weighed * flat).sum(0) / torch.where(size > 0, size, 1.0)
         offer(_stored(torch.where(size > 0, fitted, best_scale), number_format), best_zero.clone())
@@ -165,6 +185,13 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
     """Yield scales and zero points with which the grid covers various fractions of each group's range."""
     low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
     top, center = number_format.top, number_format.center
+    if number_format.minimum:
+        ends = torch.linspace(*_MINIMUM_ENDS[number_format.bits or 0], _MINIMUM_TRIED).tolist()
+        for lower in ends:
+            for upper in ends:
+                scale = (upper * high - lower * low) / top
+                yield scale, -lower * low / torch.where(scale > 0, scale, 1.0)
+        return
     if number_format.zero_point:
         whole = (high - low) / top
         middle = (-low / torch.where(whole == 0, 1.0, whole)).round()
@@ -282,8 +309,9 @@ def scale_fault(
     if number_format.book is not None:
         smallest, largest = smallest / 2, 31 * limits.max
     smallest, largest = number_format.scale_unit * smallest, number_format.scale_unit * largest
-    ranges = group_ranges(weight, number_format.group, number_format.zero_point).double()
-    steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
+    shifted = number_format.zero_point or number_format.minimum
+    ranges = group_ranges(weight, number_format.group, shifted).double()
+    steps = ranges / (number_format.top if shifted else -number_format.lowest)
     small, large = steps < smallest, steps > largest
     if not bool((small | large).any()):
         return None
@@ -299,10 +327,10 @@ def scale_fault(
 
 
 @remembered
-def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
-    """Compute the largest absolute value of each group or, with zero points, the spread of its values."""
+def group_ranges(weight: Tensor, group: int | None, shifted: bool) -> Tensor:
+    """Compute the largest absolute value of each group or, with shifted grids, the spread of its values."""
     groups = NumberFormat(8, group).grouped(weight)
-    return groups.amax(-1) - groups.amin(-1) if zero_point else groups.abs().amax(-1)
+    return groups.amax(-1) - groups.amin(-1) if shifted else groups.abs().amax(-1)
 
 
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
@@ -323,7 +351,7 @@ def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
         group = _WIDER.get(group, group)
     if number_format.scale_bits == 4 and group is not None:
         group = _WIDER.get(group, group)
-    return replace(number_format, group=group, scale_dtype=torch.bfloat16, scale_bits=None)
+    return replace(number_format, group=group, scale_dtype=torch.bfloat16, scale_bits=None, minimum=False)
 
 
 def storable_formats(

@@ -120,7 +120,7 @@ def test_scales_and_inputs_have_gradients_and_integers_are_frozen(family: str, n
 
 
 @pytest.mark.parametrize(
-    "name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4", "iq3_xxs", "iq2_s"]
+    "name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4:min", "iq3_xxs", "iq2_s"]
 )
 def test_integer_scales_under_steps(name: str) -> None:
     """Stored, moved, copied, described, compiled, exported, read by rows, loaded in place, and trained."""
@@ -448,7 +448,7 @@ def test_the_state_of_a_model_in_training_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [2e-3, 1e-4, 1e-5, 3e-6])
 @pytest.mark.parametrize(
-    "name", ["int8:g32:s8", "int6:g16:s8", "int3:g16:s6", "nl4:g32:s6", "int2:g16:s4", "iq3_s", "iq2_xxs"]
+    "name", ["int8:g32:s8", "int6:g16:s8", "int3:g16:s6", "nl4:g32:s6", "int2:g16:s4:min", "iq3_s", "iq2_xxs"]
 )
 def test_a_layer_stores_what_was_rounded(name: str, size: float) -> None:
     """Integer scales, with steps that may be subnormal; bit for bit."""

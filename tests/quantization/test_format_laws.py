@@ -42,6 +42,12 @@ class TestSuperBlocks(laws.FormatLaws):
 
 
 @pytest.mark.slow
+class TestMinima(laws.FormatLaws):
+    number_format = "int5:g32:s6:min"
+    matrices = WIDE
+
+
+@pytest.mark.slow
 class TestCodebook(laws.FormatLaws):
     number_format = "iq2_s"
     matrices = WIDE

@@ -31,7 +31,10 @@ INTEGERS = (
 )
 #: Formats with integer scales, for rows of a multiple of 256.
 SUPER_BLOCKS = st.sampled_from(
-    [NumberFormat.parse(x) for x in ("nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4", "int8:s6")]
+    [
+        NumberFormat.parse(x)
+        for x in ("nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4:min", "int5:g32:s6:min", "int8:s6")
+    ]
 )
 FORMATS = INTEGERS | SUPER_BLOCKS
 CODEBOOKS = st.sampled_from([NumberFormat.parse(f"iq{x}") for x in ("3_s", "3_xxs", "2_s", "2_xs", "2_xxs")])
@@ -164,10 +167,9 @@ def test_bytes_of_the_usual_cases() -> None:
     assert NumberFormat.parse("int4").nbytes((2, 3, 65)) == 6 * (33 + 4)
     sizes = {"nl4:g32:float16": 4.5, "nl4:g32:s6": 4.25, "int3:g16:s6": 3.4375, "int6:g16:s8": 6.5625}
     sizes |= {"mxfp4": 4.25, "nvfp4": 4.5}
+    sizes |= {"int2:g16:s4:min": 2.625, "int4:g32:s6:min": 4.5, "int5:g32:s6:min": 5.5}
     for name, bits_per_weight in sizes.items():  # of types of GGUF
         assert NumberFormat.parse(name).bits_per_weight((128, 512)) == bits_per_weight
-    int2 = NumberFormat.parse("int2:g16:s4")
-    assert int2.bits_per_weight((128, 512)) == 2.3125
     assert len(format_names()) == 19
     with pytest.raises(TopologyError, match="sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
@@ -209,7 +211,7 @@ def test_trained_codes_of_a_table_have_the_slope_of_their_neighbours() -> None:
 
 
 @given(SUPER_BLOCKS, st.integers(0, 1000), st.integers(-30, 15))
-@example(NumberFormat.parse("int2:g16:s4"), 0, -21)
+@example(NumberFormat.parse("int2:g16:s4:min"), 0, -21)
 def test_integer_scales_are_close_and_stay_as_they_are(
     number_format: NumberFormat, seed: int, power: int
 ) -> None:
@@ -224,13 +226,8 @@ def test_integer_scales_are_close_and_stay_as_they_are(
     assert int(number_format.factored(scales)[0].max()) < 2**number_format.scale_bits
     assert torch.equal(number_format.storable(stored), stored)
     largest = scales.reshape(3, 2, -1).abs().amax(-1, keepdim=True)
-    if number_format.scale_bits == 4:  # no sign, and steps of 9 bits
-        scales = scales.abs()
-        room = (2.0**-9 + 0.5 / 11) * largest + 40 * 2.0**-22
-        steps = number_format.factored(scales)[1]
-        assert torch.equal((1.5 * steps.float()).half().float(), 1.5 * steps.float())
-    else:
-        room = (2.0**-11 + 0.5 / 24) * largest + 40 * 2.0**-24
+    scales = scales.abs() if number_format.minimum else scales  # without a sign
+    room = (2.0**-11 + 0.5 / (11 if number_format.scale_bits == 4 else 24)) * largest + 40 * 2.0**-24
     assert bool(((stored - scales).reshape(3, 2, -1).abs() <= room).all())
     assert not stored[1].any()
 
@@ -245,11 +242,13 @@ def test_values_codes_and_bytes_convert(number_format: NumberFormat, rows: int, 
     codes = torch.randint(0, top + 1, (rows, size), dtype=torch.uint8)
     scales = number_format.storable(torch.rand(groups) + 0.5)
     zeros = torch.randint(0, top + 1, groups, dtype=torch.uint8) if number_format.zero_point else None
+    if number_format.minimum:
+        zeros = number_format.storable(2 * torch.rand(groups))
     values = number_format.decode(codes, scales, zeros)
     assert torch.equal(number_format.encode(values, scales, zeros), codes)
     packed = number_format.pack(codes)
     assert torch.equal(number_format.unpack(packed, size), codes)
-    packed_zeros = None if zeros is None else pack(zeros, number_format.bits)
+    packed_zeros = None if zeros is None else number_format.pack_zeros(zeros)
     assert torch.equal(number_format.decode_packed(packed, scales, packed_zeros, size), values)
     # Against all points of the grid, written out.
     wanted = 3 * torch.randn(rows, size)
@@ -260,6 +259,8 @@ def test_values_codes_and_bytes_convert(number_format: NumberFormat, rows: int, 
     )
     units = torch.tensor(LEVELS[number_format.bits]) if number_format.table else torch.arange(top + 1) - zero
     points = units * spread
+    if number_format.minimum:
+        points = torch.arange(top + 1) * spread - zero
     best = (points - wanted[..., None]).abs().amin(-1)
     made = number_format.decode(number_format.encode(wanted, scales, zeros), scales, zeros)
     torch.testing.assert_close((made - wanted).abs(), best, rtol=1e-5, atol=1e-5)

@@ -90,6 +90,8 @@ def test_growth_is_that_of_the_inverse(monkeypatch: pytest.MonkeyPatch, probed: 
         "int2:g32",
         "mxfp4",
         "nvfp4",
+        "int4:g32:s6:min",
+        "int2:g16:s4:min",
         "iq3_xxs",
         "iq2_s",
     ],

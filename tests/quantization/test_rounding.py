@@ -136,7 +136,7 @@ def test_prediction(name: str, way: Rounding) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xxs"],
+    ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4:min", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xxs"],
 )
 def test_integer_scales_round_and_descend(name: str) -> None:
     """Every step lowers the exact loss, and the scales of all of them can be stored."""
@@ -253,7 +253,7 @@ def test_powers_of_two_of_moments_change_nothing(powers: tuple[int, int]) -> Non
 
 def test_complex_weights_are_refused() -> None:
     complex_weight = torch.complex(weight(4, 64, 0), weight(4, 64, 1))
-    for name in ("int4", "int2:g16:s4"):
+    for name in ("int4", "int2:g16:s4:min"):
         with pytest.raises(FormatError, match="complex128"):
             round_weight(complex_weight, name)
     with pytest.raises(FormatError, match="complex128"):

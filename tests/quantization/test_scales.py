@@ -163,7 +163,7 @@ NAMES = [
     "nl4:g32:float8",
     "int6:g16:s8",
     "nl4:g32:s6",
-    "int2:g16:s4",
+    "int2:g16:s4:min",
     "iq3_s",
     "iq2_xs",
 ]
@@ -219,7 +219,7 @@ def test_groups_count_by_what_they_cost() -> None:
         ("int4:float16", 65504),
         ("int4:g32:float8", 57344),
         ("int8:g32:s8", 128 * 65504),
-        ("int2:g16:s4", 15 * 2.0**15),
+        ("int2:g16:s4:min", 15 * 2.0**15),
         ("iq2_s", 31 / 8 * 65504),
     ],
 )

@@ -106,8 +106,9 @@ def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
         ({"IQ4_NL", "IQ4_XS"}, ("nl4:g32:float16", "nl4:g32:float16", "nl4:g32:float8", "nl4:row:float16")),
         (
             {"Q2_K", "IQ4_XS", "Q3_K", "Q6_K"},
-            ("int2:g16:s4", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"),
+            ("int2:g16:s4:min", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"),
         ),
+        ({"Q4_K", "Q5_K"}, ("int5:g32:s6:min", "int4:g32:s6:min")),
         (
             {"IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"},
             ("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"),

@@ -86,6 +86,29 @@ def test_decoder_of_gguf_gives_back_the_matrix(kind: str, seed: int) -> None:
     np.testing.assert_array_equal(decoded(kind, points, scales), (points * spread(scales)).astype(np.float32))
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("kind", "bits", "group", "most"), [("Q2_K", 2, 16, 15), ("Q4_K", 4, 32, 63), ("Q5_K", 5, 32, 63)]
+)
+def test_minima_in_multiples_of_a_step(kind: str, bits: int, group: int, most: int, seed: int) -> None:
+    import gguf
+
+    rng, shape = np.random.default_rng(seed), (4, 2, 256 // group)
+    steps = (rng.random((2, 4, 2, 1)) / 100).astype(np.float16).astype(np.float32)
+    integers = rng.integers(0, most + 1, (2, *shape))
+    integers[..., -1] = most
+    scales, minima = (steps * integers).reshape(2, 4, -1)
+    codes = rng.integers(0, 2**bits, (4, 512))
+    data = write_blocks(kind, codes, scales, minima)
+    found = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    expected = codes.astype(np.float32) * scales.repeat(group, 1) - minima.repeat(group, 1)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+    with pytest.raises(FormatError, match="minima"):
+        write_blocks("Q6_K", codes, scales, minima)
+    with pytest.raises(FormatError, match="step"):
+        write_blocks(kind, codes, scales, minima * rng.random(minima.shape).astype(np.float32))
+
+
 @pytest.mark.parametrize("kind", ["Q3_K", "Q4_0", "Q5_0", "Q8_0"])
 def test_half_steps_are_odd_numbers_of_half_scales(kind: str) -> None:
     points = np.random.default_rng(0).integers(0, 4, (2, 256)) - 1.5

@@ -37,7 +37,8 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512}
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "llama": ("llama", FORMATS, {}),
     "tied": ("llama", FORMATS, {"tie_word_embeddings": True}),
-    "super-blocks": ("llama", ("int2:g16:s4", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"), WIDE),
+    "super-blocks": ("llama", ("int2:g16:s4:min", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"), WIDE),
+    "minima": ("llama", ("int5:g32:s6:min", "int4:g32:s6:min", "int2:g16:s4:min"), WIDE),
     "codebooks": ("llama", ("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), WIDE),
     "floats": ("llama", ("mxfp4", "nvfp4"), {}),
     "stacked with one type": ("mixtral", ("int4:g32:float16",), {}),

@@ -132,7 +132,7 @@ def test_codebooks_where_rows_fit_them() -> None:
 
 
 def test_bytes_are_those_of_the_file() -> None:
-    shape, int2 = (128, 512), NumberFormat.parse("int2:g16:s4")
+    shape, int2 = (128, 512), NumberFormat.parse("int2:g16:s4:min")
     assert 8 * bytes_for("gguf", int2, shape, torch.float32) == 2.625 * 128 * 512  # of Q2_K
     assert 8 * bytes_for("gguf", NumberFormat.parse("iq2_xs"), shape, torch.float32) == 2.3125 * 128 * 512
     # MLX has a scale and a bias in the model's dtype for each group.

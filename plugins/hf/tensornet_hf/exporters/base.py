@@ -15,7 +15,6 @@ from tensornet.network import TensorNetwork
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, decode
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.packing import unpack
 from tensornet_hf.quantizer import layer_descriptions
 from tensornet_hf.report import compact_bytes
 
@@ -101,7 +100,7 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class IntegerMatrix:
-    """Weight of a layer as integer codes, with the values `scale * (code - zero)` or `scale * level[code]`.
+    """Weight of a layer as integer codes, with the values `scale * point - minimum` (see `points`).
 
     The matrices are unpacked whenever they are read, so that only the layer itself takes memory.
 
@@ -133,13 +132,19 @@ class IntegerMatrix:
 
     @property
     def zeros(self) -> Tensor:
-        """Zero points, float32, shape `(out, groups)`; may be half-integers."""
+        """Zero points, float32, shape `(out, groups)`; may be half-integers; 0 with minima."""
         scales = self.core.scale_values
         if "zeros" not in self.core.names:
             return torch.full_like(scales, self.number_format.center, dtype=torch.float32)
-        bits = self.number_format.bits
-        assert bits is not None
-        return unpack(self.core.zeros, bits, scales.shape[-1]).float()
+        zeros = self.number_format.unpack_zeros(self.core.zeros, scales.shape[-1]).float()
+        return torch.zeros_like(zeros) if self.number_format.minimum else zeros
+
+    @property
+    def minima(self) -> Tensor | None:
+        """Minima, to subtract from scaled codes, float32, shape `(out, groups)`; None without them."""
+        if not self.number_format.minimum:
+            return None
+        return self.number_format.unpack_zeros(self.core.zeros, self.core.scale_values.shape[-1])
 
     @property
     def points(self) -> Tensor:
@@ -156,7 +161,9 @@ class IntegerMatrix:
     @property
     def values(self) -> Tensor:
         """The matrix, float32, shape `(out, in)`."""
-        return self.points * self.spread_scales
+        return self.number_format.decode_packed(
+            self.core.codes, self.scales, self.core.tensors.get("zeros"), self.core.columns
+        )
 
     def rows(self, index: Tensor) -> "IntegerMatrix":
         """Return some rows of the matrix; `index` has shape `(n,)`."""

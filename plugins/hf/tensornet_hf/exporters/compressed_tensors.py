@@ -206,6 +206,8 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     rows, columns = points.shape
     if group is not None and columns % group:
         return f"groups of {group} do not divide {columns} inputs"
+    if matrix.number_format.minimum:
+        return "its groups have minima, which compressed-tensors has not"
     if (name := matrix.number_format.fp4) is not None:
         if dtype != torch.bfloat16:
             return f"compressed-tensors unpacks {name} to bfloat16, but the model has {dtype}"

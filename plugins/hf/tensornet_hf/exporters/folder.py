@@ -369,7 +369,7 @@ def _layout(
     They are found by packing a single row that contains all codes.
     """
     number_format, (rows, columns) = matrix.number_format, matrix.shape
-    if number_format.zero_point:
+    if number_format.zero_point or number_format.minimum:
         return "its packed size depends on its zero points, which are not known before it is compressed"
     codes = (torch.arange(columns) % (number_format.top + 1)).to(torch.uint8)[None]
     scales = number_format.storable(torch.ones(1, number_format.groups(columns)))

@@ -61,8 +61,6 @@ from tensornet_hf.text import first_line
 
 #: Suffixes of the names of the right and the left factor in a LoRA adapter.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
-#: Number of weights in a block of the type Q2_K, and size of the block in bytes.
-_Q2_K_BLOCK = (256, 84)
 #: Number of weights that are encoded at a time.
 _CHUNK = 1 << 21
 #: Reasons why the weight of an integer layer is not stored as integers.
@@ -71,33 +69,23 @@ _INEXACT, _FLOAT32 = "no GGUF type stores it exactly", "llama.cpp reads it in fl
 _HALVES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Return the size of a matrix in a GGUF file, in bytes; only `int2:g16:s4` differs from our own files.
-
-    This format becomes the type Q2_K, which also stores the lowest value of every group.
-    """
-    if number_format.scale_bits == 4 and number_format.book is None:
-        return math.prod(shape) // _Q2_K_BLOCK[0] * _Q2_K_BLOCK[1]
-    return number_format.nbytes(shape, dtype)
-
-
 #: Number formats for which GGUF has a type with the same number of bits.
 GGUF_MENU = Menu(
     (
         "float",
         "int8:g32:float16",
         "int6:g16:s8",
+        "int5:g32:s6:min",
         "int5:g32:float16",
         "int4:g32:float16",
         "nl4:g32:float16",
         "nl4:g32:s6",
         "int3:g16:s6",
-        "int2:g16:s4",
+        "int2:g16:s4:min",
         *CODEBOOKS,
     ),
-    _num_bytes,
     whole_model=True,
-    on_request=tuple(FP4),
+    on_request=("int4:g32:s6:min", *FP4),
 )
 #: Formats of F16, BF16, F32, Q8_0, Q6_K, Q4_0, Q3_K and Q2_K, for which llama.cpp has fast kernels on x86
 #: processors. With those of Q5_0 and of the IQ types, prompts take up to three times as long.
@@ -109,8 +97,9 @@ GGUF_FAST_MENU = replace(
         "int6:g16:s8",
         "int4:g32:float16",
         "int3:g16:s6",
-        "int2:g16:s4",
+        "int2:g16:s4:min",
     ),
+    on_request=(),
 )
 
 
@@ -410,8 +399,8 @@ class Place(NamedTuple):
         """Number of columns."""
         return len(self.columns)
 
-    def read(self, weights: Weights) -> Iterator[tuple[Array, Array]]:
-        """Yield unscaled values and scales, as `_ordered` does, for some rows of the tensor at a time."""
+    def read(self, weights: Weights) -> Iterator[tuple[Array, Array, Array | None]]:
+        """Yield the results of `_ordered` for some rows of the tensor at a time."""
         integers = {}
         for layer in self.layers:
             found = weights[layer]
@@ -430,19 +419,29 @@ class Place(NamedTuple):
             rows = self.rows[begin : begin + step]
             owners = np.searchsorted(ends, rows, side="right")
             points = np.empty((len(rows), self.width), np.float32)
-            scales = np.empty_like(points)
+            scales, minima, some = np.empty_like(points), np.zeros_like(points), False
             for owner in np.unique(owners):
                 layer, mine = list(self.layers)[owner], owners == owner
                 index = torch.from_numpy(rows[mine] - (ends[owner] - self.layers[layer]))
-                points[mine], scales[mine] = _ordered(integers[layer].rows(index), self.columns)
-            yield points, scales
+                points[mine], scales[mine], least = _ordered(integers[layer].rows(index), self.columns)
+                if least is not None:
+                    minima[mine], some = least, True
+            yield points, scales, minima if some else None
 
 
-def _ordered(matrix: IntegerMatrix, columns: Array) -> tuple[Array, Array]:
-    """Return unscaled values and the scale of every element, with the columns in this order."""
-    points, scales = matrix.points.cpu().numpy(), matrix.spread_scales.cpu().numpy()
-    same = np.array_equal(columns, np.arange(len(columns)))
-    return (points, scales) if same else (points[:, columns], scales[:, columns])
+def _ordered(matrix: IntegerMatrix, columns: Array) -> tuple[Array, Array, Array | None]:
+    """Return unscaled values, and the scale and the minimum (or None) of every element.
+
+    Args:
+        matrix: the matrix.
+        columns: order of its columns in the result.
+    """
+    points, scales, minima = matrix.points.cpu().numpy(), matrix.spread_scales.cpu().numpy(), None
+    if matrix.minima is not None:
+        minima = matrix.number_format.spread(matrix.minima, matrix.shape[1]).cpu().numpy()
+    if np.array_equal(columns, np.arange(len(columns))):
+        return points, scales, minima
+    return points[:, columns], scales[:, columns], None if minima is None else minima[:, columns]
 
 
 #: Codes of row and column numbers: 1 + number * _FACTOR modulo a prime. They are exact in float32, and a
@@ -524,7 +523,9 @@ def _sample(number_format: NumberFormat, columns: int) -> IntegerMatrix:
 # --- bytes of tensors -----------------------------------------------------------------------------
 
 
-def _encoded(gguf: ModuleType, kind: str, points: Array, scales: Array) -> Array | None:
+def _encoded(
+    gguf: ModuleType, kind: str, points: Array, scales: Array, minima: Array | None = None
+) -> Array | None:
     """Encode rows of integers in a GGUF type; return None if the type does not store them exactly.
 
     Args:
@@ -532,12 +533,15 @@ def _encoded(gguf: ModuleType, kind: str, points: Array, scales: Array) -> Array
         kind: name of the type.
         points: unscaled values, float32, shape `(rows, columns)`.
         scales: scale of every element, of the same shape.
+        minima: minimum of every element, of the same shape; None without minima.
     """
+    least = None if minima is None else minima[:, ::SMALL_BLOCK]
     try:
-        data = write_blocks(kind, points, scales[:, ::SMALL_BLOCK])
+        data = write_blocks(kind, points, scales[:, ::SMALL_BLOCK], least)
     except FormatError:
         return None
-    exact = np.array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), points * scales)
+    values = points * scales if minima is None else points * scales - minima
+    exact = np.array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), values)
     return data if exact else None
 
 
@@ -550,7 +554,7 @@ def _block_type(gguf: ModuleType, place: Place, weights: Weights | Iterable[Numb
         weights: the weights. Alternatively their number formats, of which random rows are then tried.
     """
 
-    def parts() -> Iterator[tuple[Array, Array]]:
+    def parts() -> Iterator[tuple[Array, Array, Array | None]]:
         if isinstance(weights, Mapping):
             yield from place.read(weights)
         else:
@@ -565,8 +569,8 @@ def _blocks(gguf: ModuleType, name: str, kind: str, place: Place, weights: Weigh
     Raises:
         TargetError: the type does not store the weights exactly.
     """
-    for points, scales in place.read(weights):
-        data = _encoded(gguf, kind, points, scales)
+    for part in place.read(weights):
+        data = _encoded(gguf, kind, *part)
         if data is None:
             raise TargetError(
                 f"The tensor {name!r} has the type {kind} because of the number formats of its layers, but "

@@ -68,14 +68,15 @@ class BlockType(NamedTuple):
         return BLOCK if self.sub is None else SUPER_BLOCK
 
 
-def write_blocks(kind: str, points: Array, scales: Array) -> Array:
-    """Encode the matrix `scale * point` as bytes of a GGUF type.
+def write_blocks(kind: str, points: Array, scales: Array, minima: Array | None = None) -> Array:
+    """Encode the matrix `scale * point`, or `scale * point - minimum`, as bytes of a GGUF type.
 
     Args:
         kind: name of the type (see `TYPES`).
         points: signed integers, or half-integers, shape `(rows, columns)`.
         scales: float32, one for each 32 or 16 weights of a row, shape `(rows, columns / 32)` or
             `(rows, columns / 16)`.
+        minima: minima in the same shape; only for types with minima.
 
     Returns:
         Bytes of each row, uint8, shape `(rows, bytes)`.
@@ -96,7 +97,11 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
         raise FormatError(f"{kind} has one scale for {width} weights, but the matrix has one for {given}.")
     points = points.reshape(-1, width)
     steps: Array = equal[:, :1]
-    minima = None
+    if minima is not None:
+        if found.sub is None or found.sub[1] != 0:
+            raise FormatError(f"{kind} has no minima in multiples of a step, but the matrix has.")
+        minima = minima.astype(np.float32).repeat(max(given // width, 1), axis=1)
+        minima = minima.reshape(-1, max(width // given, 1))[:, :1]
     if found.fp4 is not None:
         codes = np.searchsorted(formats.FP4_LEVELS, points).clip(0, len(formats.FP4_LEVELS) - 1)
         if not np.array_equal(np.array(formats.FP4_LEVELS)[codes], points):
@@ -116,7 +121,9 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
         if found.offset is not None and np.any(points % 1):  # half-integers become odd integers
             points, steps = 2 * points, steps / 2
         zeros: Array | float
-        if found.offset is not None:
+        if minima is not None:
+            zeros = 0.0
+        elif found.offset is not None:
             zeros = found.offset
         else:  # use the same zero for all blocks if possible, since scales and minima then have a common step
             lowest = points.min(axis=1, keepdims=True)

@@ -296,7 +296,8 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
         return f"stored as {number_format.name}; MLX has 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128"
     if columns % group:
         return f"groups of {group} do not divide {columns} inputs"
-    exact = {"scales": scales.double(), "biases": -scales.double() * zeros}
+    biases = -scales.double() * zeros if matrix.minima is None else -matrix.minima.double()
+    exact = {"scales": scales.double(), "biases": biases}
     for kind in (dtype, torch.float32):
         tensors = {name: x.to(kind) for name, x in exact.items()}
         if all(torch.equal(tensors[name].double(), x) for name, x in exact.items()):
