@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import is_exporting, outside_autocast
+from tensornet._util import outside_autocast
 from tensornet.errors import FormatError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
-from tensornet.quantization.formats import SUPER_BLOCK
+from tensornet.quantization.formats import SUPER_BLOCK, floating
 from tensornet.quantization.packing import pack, packed_bytes, unpack
 from tensornet.topologies import topology_family
 from tensornet.topologies.rounded_cores import StoredCores, matrix_view
@@ -46,14 +46,6 @@ _BITS = {
     torch.float8_e5m2: torch.uint8,
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e8m0fnu: torch.uint8,
-}
-#: Number of bits of the exponent and of the mantissa of each dtype.
-_PARTS = {
-    torch.bfloat16: (8, 7),
-    torch.float16: (5, 10),
-    torch.float8_e5m2: (5, 2),
-    torch.float8_e4m3fn: (4, 3),
-    torch.float8_e8m0fnu: (8, 0),
 }
 
 
@@ -262,7 +254,7 @@ class PackedCore(nn.Module):
     def _scale_values(self, tensors: Mapping[str, Tensor]) -> Tensor:
         number_format, scales = self.number_format, tensors[self.trained_scales]
         if not scales.is_floating_point():
-            scales = _floating(scales, number_format.scale_dtype)
+            scales = floating(scales, number_format.scale_dtype)
         if number_format.scale_bits is None:
             return scales if number_format.fp4 is None else scales.float() * number_format.scale_unit
         groups = number_format.groups(self.columns)
@@ -281,7 +273,7 @@ class PackedCore(nn.Module):
         else:
             core = self.values if index is None else self.values.index_select(0, index)
             if number_format.dtype is not None:
-                core = core if core.is_floating_point() else _floating(core, number_format.dtype)
+                core = core if core.is_floating_point() else floating(core, number_format.dtype)
                 core = core.to(dtype or core.dtype)
         if self.axis is not None:
             identity = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
@@ -407,11 +399,11 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
         number_format = core.number_format
         if number_format.bits is None:
             assert number_format.dtype is not None
-            core._put("values", _floating(core.values, number_format.dtype).float())
+            core._put("values", floating(core.values, number_format.dtype).float())
             continue
         if number_format.scale_dtype.itemsize > 1:
             name = core.trained_scales
-            core._put(name, _floating(getattr(core, name), number_format.scale_dtype).float())
+            core._put(name, floating(getattr(core, name), number_format.scale_dtype).float())
         if codes and number_format.book is None:
             made = TrainedCodes(number_format.unpack(core.codes, core.columns).float())
             core._put("codes", made)
@@ -746,22 +738,6 @@ def unpacked(
 def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a tensor to a floating-point dtype, and view its bits as integers of the same size."""
     return tensor.to(dtype).contiguous().view(_BITS[dtype])
-
-
-def _floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the floating-point numbers whose bits are stored as integers: the inverse of `_bits`."""
-    if not is_exporting():
-        return bits.view(dtype)
-    # ONNX cannot reinterpret bits, so numbers are computed from sign, exponent and mantissa.
-    exponents, digits = _PARTS[dtype]
-    whole = bits.to(torch.int32) & (2 ** (exponents + digits + 1) - 1)
-    sign = 1 - 2 * (whole >> (exponents + digits)).float()
-    exponent = ((whole >> digits) & (2**exponents - 1)).float()
-    mantissa = (whole & (2**digits - 1)).float() / 2**digits
-    # Subnormal numbers have no leading one.
-    leading = (exponent > 0).float()
-    power = torch.exp2(exponent + (1 - leading) - (2 ** (exponents - 1) - 1))
-    return (sign * (leading + mantissa) * power).to(dtype)
 
 
 def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor]) -> list[Tensor]:

@@ -66,6 +66,14 @@ _NVFP4_BLOCK = 64
 SCALE_BITS, SUPER_BLOCK = (6, 8), 256
 #: Number of bits of scales and minima, by the number of bits of a code and the size of groups.
 MINIMA = {(2, 16): 4, (4, 32): 6, (5, 32): 6}
+#: Number of bits of the exponent and of the mantissa of each dtype.
+_PARTS = {
+    torch.bfloat16: (8, 7),
+    torch.float16: (5, 10),
+    torch.float8_e5m2: (5, 2),
+    torch.float8_e4m3fn: (4, 3),
+    torch.float8_e8m0fnu: (8, 0),
+}
 _FLOATS = ("float", "bf16")
 _PATTERN = re.compile(
     r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?"
@@ -490,7 +498,13 @@ class NumberFormat:
         assert self.scale_bits is not None
         length = packed_bytes(groups, self.scale_bits)
         integers = unpack(packed[..., :length], self.scale_bits, groups)
-        return self.scales_of(integers, packed[..., length:].contiguous().view(torch.float16))
+        steps = packed[..., length:]
+        if is_exporting():  # the same bits in wider integers, since bytes cannot be viewed as others
+            steps = steps.to(torch.int32)
+            steps = steps[..., ::2] + 256 * steps[..., 1::2]
+        else:
+            steps = steps.contiguous().view(torch.int16)
+        return self.scales_of(integers, floating(steps, torch.float16))
 
     def ratios(self, scales: Tensor, zeros: Tensor) -> Tensor:
         """Return zero points as they are, and minima divided by the scales, which are codes of zero too."""
@@ -722,6 +736,23 @@ def _levels(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         codes = torch.zeros(levels[-1] - levels[0] + 1, dtype=torch.uint8, device=device)
         codes[(values - values[0]).long()] = torch.arange(len(values), dtype=torch.uint8, device=device)
         return Levels(values, values[(inside[:, None] - values).abs().argmin(1)], codes)
+
+
+def floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the floating-point numbers whose bits are stored as integers of the same size."""
+    if not is_exporting():
+        return bits.view(dtype)
+    # ONNX cannot reinterpret bits, so numbers are computed from sign, exponent and mantissa.
+    exponents, digits = _PARTS[dtype]
+    whole = bits.to(torch.int32) & (2 ** (exponents + digits + 1) - 1)
+    sign = 1 - 2 * (whole >> (exponents + digits)).float()
+    exponent = ((whole >> digits) & (2**exponents - 1)).float()
+    mantissa = (whole & (2**digits - 1)).float() / 2**digits
+    # Subnormal numbers have no leading one.
+    leading = (exponent > 0).float()
+    power = torch.exp2(exponent + (1 - leading) - (2 ** (exponents - 1) - 1))
+    found = sign * (leading + mantissa) * power
+    return found if dtype == torch.float8_e8m0fnu else found.to(dtype)  # nor can ONNX convert to this dtype
 
 
 def _signed(codes: Tensor) -> Tensor:

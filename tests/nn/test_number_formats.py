@@ -393,15 +393,15 @@ def test_compiled_exported_and_under_autocast(family: str, name: str) -> None:
         assert made.to(torch.bfloat16)(x.bfloat16()).equal(half(x.bfloat16())), "codes are the same, not this"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", storage._BITS)
 def test_numbers_from_bits_without_a_view(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As exported programs compute them; all finite numbers of the dtype."""
     kind = storage._BITS[dtype]
     limits = torch.iinfo(kind)
     bits = torch.arange(limits.min, limits.max + 1).to(kind)
     truth = bits.view(dtype)
-    monkeypatch.setattr(storage, "is_exporting", lambda: True)
-    found, finite = storage._floating(bits, dtype), truth.float().isfinite()
+    monkeypatch.setattr(formats, "is_exporting", lambda: True)
+    found, finite = formats.floating(bits, dtype), truth.float().isfinite()
     normal = truth.float().abs() >= 2.0**-126  # smaller ones are zero on some processors
     assert torch.equal(found[finite & normal].float(), truth[finite & normal].float())
 
