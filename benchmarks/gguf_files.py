@@ -92,12 +92,14 @@ SAID = {
 FORMATS = {
     "Q8_0": "int8:g32:float16",
     "Q6_K": "int6:g16:s8",
+    "Q5_K": "int5:g32:s6:min",
     "Q5_0": "int5:g32:float16",
+    "Q4_K": "int4:g32:s6:min",
     "Q4_0": "int4:g32:float16",
     "IQ4_NL": "nl4:g32:float16",
     "IQ4_XS": "nl4:g32:s6",
     "Q3_K": "int3:g16:s6",
-    "Q2_K": "int2:g16:s4",
+    "Q2_K": "int2:g16:s4:min",
     **{x: x.lower() for x in ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")},
 }
 Row = dict[str, Any]
