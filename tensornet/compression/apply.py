@@ -389,8 +389,10 @@ def compress_layer(
             f"{layer.topology.core_shapes} ({error}). Edit plans by plan.replace_layer(name, topology), with "
             "a topology of tensornet.topologies."
         ) from error
+    network, bound = result.network.to(layer.dtype), result.error
+    del result  # its cores may be as large as the weight
     made = linear_from_network(
-        result.network.to(layer.dtype),
+        network,
         bias=None,
         source="linear",
         storage=layer.storage,
@@ -400,7 +402,7 @@ def compress_layer(
     # The certified bound holds for the cores before they are stored. If storing rounds the cores, the error
     # is measured instead.
     exact = layer.storage.plain and result_dtype(layer.dtype) == layer.dtype
-    return made, result.error if exact else relative_gap(matrix, made.to_matrix())
+    return made, bound if exact else relative_gap(matrix, made.to_matrix())
 
 
 def with_cores(target: Target, made: NetworkModule) -> list[nn.Module]:

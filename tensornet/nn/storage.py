@@ -38,6 +38,8 @@ from tensornet.topology import Topology
 
 #: The model's own dtype.
 FLOAT = NumberFormat()
+#: Number of rows of a matrix whose values are computed at a time.
+_ROWS = 8192
 #: Integer dtype in which the bits of each floating-point dtype are stored, since `module.to(dtype)` does not
 #: convert integers.
 _BITS = {
@@ -294,8 +296,16 @@ class PackedCore(nn.Module):
         number_format, parts = self.number_format, self.tensors
         if index is not None:  # done while scales are integers, since some float dtypes cannot be indexed
             parts = {name: tensor.index_select(0, index) for name, tensor in parts.items() if name != "order"}
-        scales = self._scale_values(parts)
-        return unpacked(number_format, parts["codes"], scales, parts.get("zeros"), self.columns, dtype)
+        scales, codes, zeros = self._scale_values(parts), parts["codes"], parts.get("zeros")
+        if codes.ndim > 2 or len(codes) <= _ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return unpacked(number_format, codes, scales, zeros, self.columns, dtype)
+        # Intermediate results of a large matrix, such as an output head, would need several times its memory.
+        found = torch.empty(len(codes), self.columns, dtype=dtype, device=codes.device)
+        for start in range(0, len(codes), _ROWS):
+            some = slice(start, start + _ROWS)
+            own = zeros if zeros is None else zeros[some]
+            found[some] = unpacked(number_format, codes[some], scales[some], own, self.columns, dtype)
+        return found
 
     def check_finite(self, name: str) -> None:
         """Check that all scales are finite.

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
+import tensornet.nn.storage
 from tensornet.errors import TopologyError
 from tensornet.nn.linear import linear_from_network
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, encode, gauge_of
+from tensornet.quantization import NumberFormat
 from tensornet.topologies import Budget, topology_family
 from tensornet.topology import Topology
 
@@ -94,6 +96,22 @@ def test_a_core_with_fewer_rows_than_its_bond_is_left_as_it_is() -> None:
     again = decode((encode(topology, PIVOTED, cores)).values())
     expected = tn.TensorNetwork(topology, cores).to_matrix()
     torch.testing.assert_close(tn.TensorNetwork(topology, again).to_matrix(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["int8", "int5:g32", "int4:g32:float16", "nl4:g32:s6", "int2:g16:s4:min", "iq3_s"]
+)
+def test_values_of_large_matrices_are_computed_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = topology_family("dense").decompose(torch.randn(21, 256), Budget()).network
+    (core,) = encode(made.topology, Storage(number_format=NumberFormat.parse(name)), made.cores).values()
+    assert isinstance(core, PackedCore)
+    rows = torch.randint(21, (30,))
+    with torch.no_grad():
+        whole, some = core.matrix(torch.float32), core.matrix(torch.float32, rows)
+        monkeypatch.setattr(tensornet.nn.storage, "_ROWS", 4)
+        torch.testing.assert_close(core.matrix(torch.float32), whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(core.matrix(torch.float32, rows), some, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole[rows], some, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("storage", [PLAIN, PIVOTED])
