@@ -30,7 +30,7 @@ from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfi
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
 from tensornet.damping import COLUMN_DAMPING, DENSE_COLUMN_DAMPING, DENSE_ROW_DAMPING
 from tensornet.errors import BudgetError, FormatError
-from tensornet.linalg.svd import frobenius
+from tensornet.linalg.svd import energy
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.storage import PLAIN, Storage, decode, encode
@@ -666,7 +666,7 @@ def _predicted(
     if sensitivity.rounding != "two_sided":
         known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
     weightings = [known, sensitivity.weighting, sensitivity.forecast, Weighting()]
-    norm = max(frobenius(matrix) ** 2, 1e-300)
+    norm = max(float(energy(matrix)), 1e-300)
     found = predict_losses(
         matrix,
         formats,
