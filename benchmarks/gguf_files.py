@@ -220,7 +220,10 @@ class Bench:
                 self.quantize(file, name)
             if self.row(file) is None:
                 self.judge(file, name, "preset", "llama-quantize")
-            if self.row(ours) is None:
+            unknown = set(types_of(file, matrices=True).values()) - FORMATS.keys()
+            if unknown:
+                print(f"{name} has types that we do not round to: {unknown}", flush=True)
+            elif self.row(ours) is None:
                 self.round_types(ours, types_of(file))
                 self.judge(ours, name, "preset", "tensornet")
 
