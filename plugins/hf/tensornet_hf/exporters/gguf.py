@@ -87,7 +87,7 @@ GGUF_MENU = Menu(
     whole_model=True,
     on_request=("int4:g32:s6:min", *FP4),
 )
-#: Formats of F16, BF16, F32, Q8_0, Q6_K, Q4_0, Q3_K and Q2_K, for which llama.cpp has fast kernels on x86
+#: Formats of F16, BF16, F32, Q8_0, Q4_0, and Q2_K to Q6_K, for which llama.cpp has fast kernels on x86
 #: processors. With those of Q5_0 and of the IQ types, prompts take up to three times as long.
 GGUF_FAST_MENU = replace(
     GGUF_MENU,
@@ -95,6 +95,8 @@ GGUF_FAST_MENU = replace(
         "float",
         "int8:g32:float16",
         "int6:g16:s8",
+        "int5:g32:s6:min",
+        "int4:g32:s6:min",
         "int4:g32:float16",
         "int3:g16:s6",
         "int2:g16:s4:min",
