@@ -46,6 +46,7 @@ def find_stack(model: nn.Module, passes: int) -> str:
             layers.
     """
     check_type("model", model, PreTrainedModel, "for example one of AutoModelForCausalLM")
+    assert isinstance(model, PreTrainedModel)
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [
         name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count
@@ -59,8 +60,8 @@ def find_stack(model: nn.Module, passes: int) -> str:
     _lengthen(config, passes)
     with torch.device("meta"), no_init_weights():
         longer = type(model)(config)
-    layers = list(model.get_submodule(stacks[0]))
-    for number, other in enumerate(longer.get_submodule(stacks[0])):
+    layers = list(model.get_submodule(stacks[0]).children())
+    for number, other in enumerate(longer.get_submodule(stacks[0]).children()):
         if _facts(layers[number % len(layers)]) != _facts(other):
             raise TargetError(
                 f"Layer {number} of a longer {type(model).__name__} would differ from layer "
