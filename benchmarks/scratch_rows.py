@@ -322,7 +322,7 @@ _TABLE = (
     fine("pool with center", "pool", 120, center=True),
     fine("pool with center, 6", "pool", 120, center=True, ends=(5, 4), **_SIX),
     # One block in four passes, whose experts are changes of one matrix: as many bytes as "dense x1/2".
-    Row("passes", "passes", experts=8, options={"passes": 4, "rank": 4}),
+    Row("passes", "passes", experts=8, options={"passes": 4, "rank": 4}, combine="sigmoid"),
     Row("passes, without experts", "dense", options={"passes": 4}),
     fine("pool with center, 6, root rates", "pool", 120, center=True, ends=(5, 4), root_rates=True, **_SIX),
 )
