@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 from tensornet import errors, nn, topologies
-from tensornet.calibration.calibrate import calibrate
+from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compounds import attention, convolution, recurrent  # noqa: F401 (register their kinds)
 from tensornet.compression.apply import apply_plan, decompress

@@ -6,6 +6,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from transformers import AutoModel, PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.report import BIASES
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.module import NetworkModule
 
 EVERY_LAYER = tn.CompressionConfig(target_modules="all", topology="mpo")
@@ -109,15 +110,14 @@ class Trial:
         return th.load(self.saved)
 
     @cached_property
-    def stats(self) -> CalibrationStats:
+    def data(self) -> ProvidedData:
         own = self.architecture.calibration
-        batches = [self.architecture.batch(labels=True)] if own is None else own()
-        return tn.calibrate(self.architecture.dense, batches, config=SIXTY, progress=False)
+        return ProvidedData([self.architecture.batch(labels=True)] if own is None else own(), "random tokens")
 
     @cached_property
     def small(self) -> tuple[PreTrainedModel, tn.CompressionReport]:
         model = self.architecture.dense
-        return model, tn.compress(model, SIXTY, calibration=self.stats, progress=False)
+        return model, tn.compress(model, SIXTY, calibration=self.data, progress=False)
 
 
 def dense(trial: Trial) -> None:
@@ -211,8 +211,10 @@ def sixty(trial: Trial) -> None:
 def file_to_file(trial: Trial) -> None:
     """`compress_checkpoint` writes the same model as compressing in memory."""
     trial.dense.save_pretrained(trial.folder / "dense")
-    th.compress_checkpoint(trial.folder / "dense", trial.folder / "small", SIXTY, stats=trial.stats)
-    model, small = th.load(trial.folder / "small"), trial.small[0]
+    config = replace(SIXTY, objective="weight")
+    th.compress_checkpoint(trial.folder / "dense", trial.folder / "small", config)
+    model, small = th.load(trial.folder / "small"), th.load(trial.folder / "dense")
+    tn.compress(small, config, progress=False)
     assert layers(model).keys() == layers(small).keys()
     assert_close(outputs(model, trial.architecture), outputs(small, trial.architecture), 1e-4)
 

@@ -1070,10 +1070,6 @@ class Exceptional:
     always: bool = True
 
 
-def _calibrated(outcome: Literal["refused", "fails"], message: str, reason: str) -> dict[str, Exceptional]:
-    return dict.fromkeys(("60 %", "file to file"), Exceptional(outcome, message, reason))
-
-
 _NOT_STORED = "than the model uses"
 EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
     "RWKV": {
@@ -1091,18 +1087,19 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
             always=False,
         )
     },
-    "CLIPSeg": _calibrated(
-        "refused",
-        r"\d+ layers have one candidate",
-        "CLIP runs inside it without gradients, so its layers stay dense. The rest alone cannot save 40 %.",
-    )
-    | {
+    "CLIPSeg": {
+        "60 %": Exceptional(
+            "refused",
+            r"\d+ layers have one candidate",
+            "CLIP runs inside it without gradients, so its layers stay dense. "
+            "The rest alone cannot save 40 %.",
+        ),
         "AutoModel": Exceptional(
             "refused",
             "has no module 'clip",
             "transformers 5.20 loads the class without a decoder; its modules have other names.",
             always=False,
-        )
+        ),
     },
     "I-BERT": {
         "AutoModel": Exceptional(

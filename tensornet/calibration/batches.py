@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from operator import length_hint
 from typing import Any, Literal, get_origin
 
@@ -332,6 +333,19 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
     if rows == 1 and _is_one_window(arrays):
         cut = {name: value[:, : max(1, round(tokens))] for name, value in cut.items()}
     return {**batch, **cut}
+
+
+@torch.no_grad()
+def small_batch(batch: Batch, model: nn.Module) -> Batch | None:
+    """Return the first row of a batch, or the whole batch if the model does not run on one row.
+
+    None is returned if the model runs on neither. The batch may be meant for a loss function.
+    """
+    for part in (first_rows(batch, 1), batch):
+        with suppress(Exception):
+            run_model(model, part)
+            return part
+    return None
 
 
 def read_batches(

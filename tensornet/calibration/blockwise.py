@@ -5,21 +5,199 @@ differentiated. The backward walk runs each block again on its stored inputs and
 moments of the inputs and gradients of a block exist only while this block is visited.
 """
 
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial, reduce
+from itertools import chain
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from tensornet.calibration.batches import run_model
-from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss
-from tensornet.calibration.losses import TokenLosses
-from tensornet.calibration.stats import CalibrationStats
-from tensornet.calibration.walk import Walk
+from tensornet._util import check_type
+from tensornet.calibration.batches import (
+    BatchLike,
+    as_batch,
+    check_batches,
+    read_batches,
+    run_model,
+    small_batch,
+    tokens_of,
+)
+from tensornet.calibration.calibrate import (
+    ENOUGH_LOSSES,
+    OWN_LOSSES,
+    MomentRecorder,
+    checked_losses,
+    fast_dtype,
+    lowered,
+    mean_loss,
+    observed,
+)
+from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, scores_next_token
+from tensornet.calibration.stats import CalibrationStats, weight_samples
+from tensornet.calibration.walk import Loaded, Walk, block_bar, blocks_to_walk, in_memory
+from tensornet.errors import TargetError
+from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model
 
 #: Context in which models run, such as `torch.autocast`; called once for each pass.
 Precision = Callable[[], AbstractContextManager[Any]]
+#: Number of tokens that `calibrate` reads by default.
+CALIBRATION_TOKENS = 16_384
+
+
+@torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[BatchLike],
+    *,
+    config: LayerSelection | None = None,
+    loss_fn: TokenLosses | None = None,
+    tokens: int | None = None,
+    gradients: bool = True,
+    autocast: torch.dtype | Literal["auto"] | None = "auto",
+    source: str = "calibration data",
+    progress: bool = False,
+) -> CalibrationStats:
+    """Collect second moments of layer inputs and gradients, to predict the loss increase of weight errors.
+
+    The model is walked over block by block, forward and backward, in eval mode on the device of its
+    parameters, and is not changed. The moments of all layers are kept. Calls such as `compress` and `survey`,
+    which drop the moments of a block as soon as its layers are priced, need far less memory.
+
+    If factors are fitted to moments of `n` independent tokens, the loss increase is larger by a fraction
+    `(rows + columns) / n` than with exact moments. Pass batches in random order.
+
+    Args:
+        model: any module; layers of registered kinds are observed (see `tensornet.nn.LayerKind`).
+        batches: iterable of batches. A batch may be a mapping of keyword arguments of the model (a Hugging
+            Face batch). It may be a tensor, the first argument of the model, such as token indices
+            `(rows, tokens)`. Or it may be a pair `(inputs, labels)`, as from a `DataLoader`.
+        config: selects the layers to observe; all layers if absent.
+        loss_fn: function that returns the losses of single tokens (see `tensornet.calibration.losses`);
+            `sampled_losses` gives the true Fisher matrix instead of the empirical one. By default, the loss
+            is the cross entropy of the labels (of the next token for classes such as `*ForCausalLM`), or the
+            model's own mean loss for each token. If there are neither labels nor an own loss, it is the
+            distance from the dense outputs.
+        tokens: number of tokens to read, without padding; the last batch is cut. If the model does not read
+            tokens, rows are counted instead (an image counts as 196 tokens). By default 16,384; if the loss
+            belongs to rows instead of tokens, 1,024 rows are read.
+        gradients: whether to differentiate the loss; this takes three times as long as only running the
+            model. If False, only moments of inputs are collected.
+        autocast: dtype in which the model runs under autocast. `"auto"` is `torch.bfloat16` for large float32
+            models on devices where it is faster (`fast_dtype`); None keeps the caller's autocast. All moments
+            are computed in float32.
+        source: name of the data, for reports.
+        progress: whether to show a progress bar.
+
+    Raises:
+        TargetError: there is no batch, or a batch has an unknown form.
+        NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
+        ValueError: an option is out of range; the message names the option.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> batches = [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(4)]  # (inputs, labels)
+        >>> stats = tn.calibrate(model, batches)
+        >>> sorted(stats.columns), stats.tokens, stats.has_gradients
+        (['0', '2'], 128, True)
+    """
+    check_model(model)
+    if config is not None:
+        advice = "a CompressionConfig, or LayerSelection(target_modules=...)"
+        check_type("config", config, LayerSelection, advice)
+    check_batches(batches, "calibrate")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}.")
+    if autocast == "auto":
+        autocast = fast_dtype(model)
+    recorder = MomentRecorder()
+    device = next(model.parameters()).device
+    precision = partial(lowered, device, autocast)
+    with observed(model, recorder, config) as targets:
+        check_loaded(targets)
+        with recorder.paused():
+            walk, loss_fn, of_tokens = begin_walk(
+                model,
+                batches,
+                targets,
+                tokens=tokens or CALIBRATION_TOKENS,
+                loss_fn=loss_fn,
+                gradients=gradients,
+                most=tokens or math.inf,
+                precision=precision,
+            )
+        count, visits = sum(map(tokens_of, walk.batches)), len(walk.names) * (2 if gradients else 1) + 1
+        with block_bar("calibrating", visits, count, progress=progress) as visited:
+            parts = []
+            for _, stats in (
+                moments_by_block(walk, recorder, loss_fn, precision=precision, visited=visited)
+                if gradients and loss_fn is not None
+                else inputs_by_block(walk, recorder, loss_fn=loss_fn, precision=precision)
+            ):
+                parts.append(stats)
+                visited()
+        fingerprint = weight_samples(targets)
+    found = reduce(joined, parts)
+    tokens = max(found.counts.values(), default=0)
+    loss = found.loss if gradients else None
+    return replace(
+        found, tokens=tokens, loss=loss, source=source, of_tokens=of_tokens, fingerprint=fingerprint
+    )
+
+
+def begin_walk(
+    model: nn.Module,
+    batches: Iterable[BatchLike],
+    targets: Sequence[Target],
+    *,
+    tokens: int,
+    most: float = math.inf,
+    loss_fn: TokenLosses | None = None,
+    gradients: bool = True,
+    device: torch.device | None = None,
+    states: Any = None,
+    loaded: Loaded = in_memory,
+    precision: Precision = nullcontext,
+) -> tuple[Walk, TokenLosses | None, bool]:
+    """Read batches, find out which loss a model has, and begin a walk over its blocks.
+
+    Args:
+        model: the model, in eval mode.
+        batches: batches in one of the forms that `as_batch` accepts.
+        targets: the observed layers.
+        tokens: number of tokens to read. If the loss belongs to rows instead of tokens, 1,024 rows are read.
+        most: number of tokens at which reading ends, even if there are too few rows.
+        loss_fn: loss function; by default that of `default_losses`.
+        gradients: whether the loss will be differentiated.
+        device, states, loaded: see `Walk`.
+        precision: context in which the model runs.
+
+    Returns:
+        The walk; the loss function, or None without gradients; and whether losses are those of tokens.
+
+    Raises:
+        TargetError: there is no batch.
+    """
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise TargetError("Calibration got no batches; pass at least one, better 16 of 1,000 tokens.")
+    batch = as_batch(first, model, device or next(model.parameters()).device)
+    of_tokens = False
+    with torch.no_grad(), precision():
+        if gradients and loaded is not in_memory:  # the whole model cannot run
+            loss_fn, of_tokens = loss_fn or label_losses, scores_next_token(model) is True
+        elif gradients and (loss_fn is None or loss_fn in OWN_LOSSES):
+            default, entropies = default_losses(model, small_batch(batch, model) or batch)
+            loss_fn = loss_fn or default
+            of_tokens = loss_fn in OWN_LOSSES and entropies
+        names = blocks_to_walk(model, targets, batch, loaded)
+    rows = 0 if of_tokens or not gradients or most <= tokens else ENOUGH_LOSSES
+    given = read_batches(chain([first], batches), model, tokens=tokens, rows=rows, most=most)
+    return Walk(model, names, given, {} if states is None else states, loaded), loss_fn, of_tokens
 
 
 def moments_by_block(
@@ -85,13 +263,16 @@ def moments_by_block(
         with walk.loaded(walk.block.modules()), torch.enable_grad():
             for number, batch in enumerate(batches):
                 recorder.expect(batch)
-                hidden = walk.states[position, number].requires_grad_()
+                hidden = walk.states[position, number]
+                if differentiable := hidden.is_floating_point():  # an embedding may be the first block
+                    hidden.requires_grad_()
                 with precision():
                     output = walk.run(number, hidden)
                     with recorder.differentiating():
                         output.backward(walk.states[position + 1, number].to(output.dtype))
-                assert hidden.grad is not None
-                walk.states[position, number] = hidden.grad
+                if differentiable:
+                    assert hidden.grad is not None
+                    walk.states[position, number] = hidden.grad
                 del walk.states[position + 1, number]
         yield walk.names[position], recorder.finish(scored, loss, source)
 
@@ -159,7 +340,8 @@ def inputs_by_block(
 
         for number, batch in enumerate(walk.batches):
             recorder.expect(batch)
-            run(number, run_model)
+            # The batches of a model that is one block may be meant for a loss function.
+            run(number, run_model if walk.names or loss_fn is None else loss_fn)
         yield "", without(recorder.finish(1, None, ""), walk.names)
         with recorder.paused():
             for number in range(len(walk.batches)):
@@ -168,25 +350,19 @@ def inputs_by_block(
                 walk.losses.append(run(number, loss_fn).float().flatten().cpu())
 
 
+#: Fields of the statistics that map names of layers to values.
+_BY_LAYER = ("rows", "columns", "coherence", "counts", "factors")
+
+
 def joined(first: CalibrationStats, second: CalibrationStats) -> CalibrationStats:
     """Join the statistics of different layers; for a layer in both, those of the second are taken."""
-    return replace(
-        first,
-        rows={**first.rows, **second.rows},
-        columns={**first.columns, **second.columns},
-        coherence={**first.coherence, **second.coherence},
-        counts={**first.counts, **second.counts},
-        factors={**first.factors, **second.factors},
-    )
+    both: dict[str, Any] = {x: {**getattr(first, x), **getattr(second, x)} for x in _BY_LAYER}
+    return replace(first, **both)
 
 
 def without(stats: CalibrationStats, names: Collection[str]) -> CalibrationStats:
     """Return the statistics of all layers except the named ones."""
-    return replace(
-        stats,
-        rows={name: x for name, x in stats.rows.items() if name not in names},
-        columns={name: x for name, x in stats.columns.items() if name not in names},
-        coherence={name: x for name, x in stats.coherence.items() if name not in names},
-        counts={name: x for name, x in stats.counts.items() if name not in names},
-        factors={name: x for name, x in stats.factors.items() if name not in names},
-    )
+    kept: dict[str, Any] = {
+        x: {k: v for k, v in getattr(stats, x).items() if k not in names} for x in _BY_LAYER
+    }
+    return replace(stats, **kept)

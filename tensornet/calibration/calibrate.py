@@ -1,33 +1,24 @@
-"""Calibration: run a model on data, and accumulate second moments of its layers in bounded memory."""
+"""Record second moments of the inputs and gradients of layers while a model runs, by hooks on the layers."""
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from operator import length_hint
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from tensornet._util import check_type, in_eval_mode, remembering, uncompiled, without_cache
+from tensornet._util import in_eval_mode, remembering, uncompiled, without_cache
 from tensornet.calibration.batches import (
     Batch,
-    BatchLike,
-    as_batch,
-    check_batches,
-    first_rows,
-    run_model,
     token_mask,
-    tokens_of,
 )
 from tensornet.calibration.coherence import CoherenceSample, HeldTokens
 from tensornet.calibration.losses import (
     PROJECTIONS,
     TokenLosses,
-    default_losses,
     label_losses,
     own_losses,
     sampled_losses,
@@ -45,142 +36,19 @@ from tensornet.calibration.moment_sums import (
     mirrored,
     numbered_parts,
 )
-from tensornet.calibration.stats import CalibrationStats, weight_samples
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
-from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model, find_targets
+from tensornet.nn.targets import LayerSelection, Target, find_targets
 from tensornet.nn.unfuse import unfused
 
-#: If `tokens` is absent, calibration ends when it has read this number of tokens and this number of losses.
-#: Both are required, since a model with one loss per row, such as an encoder, has few independent gradients
-#: for many tokens.
-MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
-#: Conditions for ending earlier: the smallest number of tokens; the smallest number of tokens per feature of
-#: each full input moment; and the largest relative standard error of a predicted loss increase.
-FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
+#: If the loss belongs to rows instead of tokens, as that of an encoder, this number of rows is read, since a
+#: row has one independent gradient for many tokens.
+ENOUGH_LOSSES = 1024
 #: Smallest number of elements of a weight for which 16 bits are faster than float32, even with conversions.
 _LARGE = 1 << 18
 #: Losses that may be the cross entropy of tokens; `default_losses` tells whether they are.
 OWN_LOSSES = (label_losses, own_losses, sampled_losses)
-
-
-@torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[BatchLike],
-    *,
-    config: LayerSelection | None = None,
-    loss_fn: TokenLosses | None = None,
-    tokens: int | None = None,
-    gradients: bool = True,
-    autocast: torch.dtype | Literal["auto"] | None = "auto",
-    source: str = "calibration data",
-    progress: bool = False,
-) -> CalibrationStats:
-    """Collect second moments of layer inputs and gradients, to predict the loss increase of weight errors.
-
-    This needs memory for the moments and one batch; weights get no gradients. The model runs in eval mode on
-    the device of its parameters, and is not changed.
-
-    If `tokens` is not given, calibration stops when the moments have converged. There are two conditions.
-    First, every full moment of inputs was averaged over at least 32 tokens per feature (of all experts of a
-    mixture together). Second, the predicted loss increase of a reference scheme has a relative standard error
-    of at most 2.5 %. This is estimated from the differences between batches by the delta method. The
-    reference scheme has the same relative error in all weights. So its predicted loss increase is
-    `sum 1/2 s^2 tr R tr C`, with the mean square `s^2` of each weight. Calibration reads at least 4,096
-    tokens, and stops at the latest after 32,768 tokens and 1,024 losses.
-
-    The first condition limits the sampling error of the moments. If factors are fitted to moments of `n`
-    independent tokens, the loss increase is larger by a fraction `(rows + columns) / n` than with exact
-    moments. The second condition detects batches that differ more than random samples would. Neither can
-    detect what is in batches that were not read, so pass batches in random order. See docs/planning.md.
-
-    Args:
-        model: any module; layers of registered kinds are observed (see `tensornet.nn.LayerKind`).
-        batches: iterable of batches. A batch may be a mapping of keyword arguments of the model (a Hugging
-            Face batch). It may be a tensor, the first argument of the model, such as token indices
-            `(rows, tokens)`. Or it may be a pair `(inputs, labels)`, as from a `DataLoader`.
-        config: selects the layers to observe; all layers if absent.
-        loss_fn: function that returns the losses of single tokens (see `tensornet.calibration.losses`);
-            `sampled_losses` gives the true Fisher matrix instead of the empirical one. By default, the loss
-            is the cross entropy of the labels (of the next token for classes such as `*ForCausalLM`), or the
-            model's own mean loss for each token. If there are neither labels nor an own loss, it is the
-            distance from the dense outputs.
-        tokens: number of tokens to read, without padding; the last batch is cut. If the model does not read
-            tokens, rows are counted instead (an image counts as 196 tokens).
-        gradients: whether to differentiate the loss; this takes three times as long as only running the
-            model. If False, only moments of inputs are collected.
-        autocast: dtype in which the model runs under autocast. `"auto"` is `torch.bfloat16` for large float32
-            models on devices where it is faster (`fast_dtype`); None keeps the caller's autocast. All moments
-            are computed in float32.
-        source: name of the data, for reports.
-        progress: whether to show a progress bar.
-
-    Raises:
-        TargetError: there is no batch, or a batch has an unknown form.
-        NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
-        ValueError: an option is out of range; the message names the option.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-        >>> batches = [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(4)]  # (inputs, labels)
-        >>> stats = tn.calibrate(model, batches)
-        >>> sorted(stats.columns), stats.tokens, stats.has_gradients
-        (['0', '2'], 128, True)
-    """
-    check_model(model)
-    if config is not None:
-        advice = "a CompressionConfig, or LayerSelection(target_modules=...)"
-        check_type("config", config, LayerSelection, advice)
-    check_batches(batches, "calibrate")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}.")
-    if autocast == "auto":
-        autocast = fast_dtype(model)
-    recorder = MomentRecorder()
-    total, scored, count, read, of_tokens = 0.0, 0, 0, 0, False
-    length = length_hint(batches) or None
-    with observed(model, recorder, config) as targets:
-        check_loaded(targets)
-        device = next(model.parameters()).device
-        settling = _Settling(targets)
-        for given in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
-            batch = as_batch(given, model, device)
-            if tokens is not None and tokens_of(batch) > tokens - read:
-                batch = first_rows(batch, tokens - read)
-            recorder.expect(batch)
-            with lowered(device, autocast), torch.set_grad_enabled(gradients):
-                if count == 0 and gradients and (loss_fn is None or loss_fn in OWN_LOSSES):
-                    with recorder.paused():
-                        default, entropies = default_losses(model, batch)
-                    loss_fn = loss_fn or default
-                    of_tokens = loss_fn in OWN_LOSSES and entropies
-                if gradients:
-                    assert loss_fn is not None
-                    each = checked_losses(loss_fn(model, batch))
-                    with recorder.differentiating():
-                        each.sum().backward()
-                    total += float(each.detach().sum())
-                    scored += each.numel()
-                elif loss_fn is not None:  # the loss function calls the model
-                    loss_fn(model, batch)
-                else:
-                    run_model(model, batch)
-            count += 1
-            read += tokens_of(batch)
-            settling.batches.append(recorder.take_traces())
-            if tokens is None:
-                most = read >= MOST_TOKENS and (scored >= ENOUGH_LOSSES or not gradients)
-                if most or settling.settled(recorder):
-                    break
-            elif read >= tokens:
-                break
-        fingerprint = weight_samples(targets)
-    if count == 0:
-        raise TargetError("calibrate got no batches; pass at least one, better 30 batches of 1,000 tokens.")
-    loss = mean_loss(total, scored, loss_fn) if gradients else None
-    stats = recorder.finish(scored, loss, source)
-    return replace(stats, of_tokens=of_tokens, fingerprint=fingerprint)
 
 
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
@@ -209,42 +77,6 @@ def lowered(device: torch.device, dtype: torch.dtype | None) -> AbstractContextM
     """Return an autocast context of this dtype; if it is None, the caller's autocast is kept."""
     # The cache of autocast is disabled, since 16-bit weights would stay in it until the last batch.
     return torch.autocast(device.type, dtype, cache_enabled=False) if dtype else nullcontext()
-
-
-class _Settling:
-    """Convergence test for the moments, from their traces in each batch (see `calibrate`)."""
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        #: Mean square of each weight.
-        self.squares = {x.name: float(x.weight.detach().float().square().mean()) for x in targets}
-        self.batches: list[tuple[Mapping[str, float], Mapping[str, float]]] = []
-
-    def settled(self, recorder: "MomentRecorder") -> bool:
-        """Return True if the moments have converged."""
-        if max(recorder.counts.values(), default=0) < FEWEST_TOKENS or len(self.batches) < 4:
-            return False
-        for name, shared in recorder.inputs.items():
-            features, full = shared.sum.features, shared.sum.features <= FULL_UP_TO
-            if full and recorder.tokens_for(name) < TOKENS_A_FEATURE * features:
-                return False
-        return self.relative_error() <= TOLERANCE
-
-    def relative_error(self) -> float:
-        """Estimate the relative standard error of a reference scheme's predicted loss (see `calibrate`)."""
-        names = [name for name in self.squares if any(name in inputs for inputs, _ in self.batches)]
-        scale = torch.tensor([self.squares[name] for name in names], dtype=torch.float64)
-        # shape: (batches, layers); zero if a layer did not run on a batch
-        c, r = (
-            torch.tensor([[x.get(name, 0.0) for name in names] for x in side], dtype=torch.float64)
-            for side in zip(*self.batches, strict=True)
-        )
-        if not bool(r.any()):  # only inputs were recorded
-            r = torch.ones_like(r)
-        mean_c, mean_r = c.mean(0), r.mean(0)
-        total = float((scale * mean_c * mean_r).sum())
-        # The delta method: the derivative of the total with respect to the weight of each batch in the means.
-        influence = (scale * (c * mean_r + mean_c * r)).sum(1) - 2 * total
-        return float(influence.std()) / math.sqrt(len(c)) / total if total > 0 else math.inf
 
 
 def checked_losses(losses: Any) -> Tensor:
@@ -306,7 +138,6 @@ class MomentRecorder:
         self.counts: dict[str, int] = {}
         self.inputs: dict[str, _InputSum] = {}  # maps layers to sums; layers with the same input share one
         self._last: _Reading | None = None
-        self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}
         self._differentiating = False
         self._sampled: set[str] = set()  # layers for which tokens of this batch were sampled
@@ -349,15 +180,7 @@ class MomentRecorder:
                 tokens = tokens.to(torch.get_autocast_dtype(x.device.type))  # as the layer itself reads them
             self._last = _Reading(x, tokens)
         self._last.layers.append(name)
-        _accumulate(self._traces[0], name, self._last.trace)
         self.counts[name] = self.counts.get(name, 0) + len(self._last.tokens)
-
-    def take_traces(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the traces of each layer's input and gradient moments, summed since the last call."""
-        found = self._traces
-        self._traces = ({}, {})
-        inputs, gradients = ({name: float(x) for name, x in side.items()} for side in found)
-        return inputs, gradients
 
     def _settle(self) -> None:
         """Add the moment of the last input tensor to the sums of the layers that have read this tensor.
@@ -396,25 +219,27 @@ class MomentRecorder:
         mask = token_mask(self.batch, x.shape[:-1])
         return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
-    def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
+    def see_gradient(self, name: str, gradient: Tensor | None, held: Sequence[HeldTokens] = ()) -> None:
         """Add the moment of a layer's output gradient, that is, of the gradient of the summed loss.
 
         Args:
             name: name of the layer.
-            gradient: the gradient, shape `(..., out)`.
+            gradient: the gradient, shape `(..., out)`; None if the loss does not depend on the output, in a
+                model with reentrant checkpointing.
             held: inputs of sampled tokens that `hold` has returned.
         """
+        if gradient is None:
+            return
         if held:
             self._samples[name].add(held, gradient, self.batch)
         tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
-        _accumulate(self._traces[1], name, tokens.float().square().sum())
         if name not in self.gradients:
             features = tokens.shape[1]
             diagonal = self.diagonal_gradients and name not in self.frequencies
             diagonal = diagonal or features > min(self.full_up_to, FULL_UP_TO)
             self.gradients[name] = MomentSum(features, diagonal=diagonal, device=tokens.device)
         self.gradients[name].add(tokens)
-        if self.rank and name not in self.frequencies and tokens.shape[1] <= FACTORED_UP_TO:
+        if self.rank and tokens.shape[1] <= FACTORED_UP_TO:
             with torch.autocast(tokens.device.type, enabled=False):
                 test = tokens.float() @ _test_matrix(tokens.shape[1], self.rank, tokens.device)
                 _accumulate(self.sketches, name, tokens.float().T @ test)
@@ -429,15 +254,6 @@ class MomentRecorder:
         counts = {self.counts.get(name, 0) for name in group}
         return len(counts - {0}) > 1 or (len(counts) > 1 and len(numbered_parts(group[0])) > 1)
 
-    def tokens_for(self, name: str) -> int:
-        """Return the number of tokens from which the moment of a layer's inputs is estimated.
-
-        For an expert these are the tokens of its whole mixture, since its moment is blended with theirs.
-        """
-        mixture = self.siblings.get(name, [])
-        counts = [self.counts.get(other, 0) for other in mixture]
-        return sum(counts) if mixture and self._are_experts(mixture) else self.counts[name]
-
     def finish(self, scored: int, loss: float | None, source: str) -> CalibrationStats:
         """Divide the sums by numbers of tokens and return the statistics.
 
@@ -451,7 +267,7 @@ class MomentRecorder:
             source: name of the data.
         """
         self._settle()
-        mixtures = self._find_mixtures()
+        mixtures, frequencies = self._find_mixtures(), set(self.frequencies)
         wanted = dict.fromkeys((*self.counts, *mixtures))
         rows: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
@@ -493,9 +309,9 @@ class MomentRecorder:
             counts={name: self.counts.get(name, 0) for name in wanted},
             scored=scored,
             factors={
-                name: _factor(x / (scored * _diagonal(rows[name]).mean()))
-                for name, x in self.sketches.items()
-                if name in rows and bool(x.any())
+                name: _factor(self.sketches.get(name), _diagonal(gradients_of), scored)
+                for name in (wanted if self.rank else ())
+                if (gradients_of := (columns if name in frequencies else rows).get(name)) is not None
             },
         )
 
@@ -546,27 +362,35 @@ def _test_matrix(size: int, rank: int, device: torch.device) -> Tensor:
     return torch.randn(size, columns, generator=generator, device="cpu").to(device)
 
 
-def _factor(sketch: Tensor) -> Tensor:
-    """Compute a low-rank factor `V` of a moment `R`, so that `V V^T` is at most `R`.
+def _factor(sketch: Tensor | None, diagonal: Tensor, scored: int) -> Tensor:
+    """Approximate a moment `R` by `V V^T + diag(d)` with the same diagonal.
 
     Args:
-        sketch: the product `R @ test_matrix`, shape `(features, columns)`.
+        sketch: the product `scored * R @ test_matrix`, shape `(features, columns)`; None for `V = 0`.
+        diagonal: the diagonal of `R`, shape `(features,)`.
+        scored: number of tokens that have a loss.
+
+    Returns:
+        The columns of `V`, and `d` as the last column.
 
     Reference:
         Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data",
         algorithm 3 (Nystrom approximation, shifted to be stable).
     """
+    if sketch is None or not bool(sketch.any()):
+        return diagonal[:, None].to(torch.bfloat16)
     size, columns = sketch.shape
     rank = size if columns == size else columns - _OVERSAMPLING
-    test, found = _test_matrix(size, rank, sketch.device).double(), sketch.double()
+    test, found = _test_matrix(size, rank, sketch.device).double(), sketch.double() / scored
     shift = torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(found, 2))
     found = found + shift * test
     middle = test.mT @ found
     values, vectors = torch.linalg.eigh((middle + middle.mT) / 2)
     kept = values > values[-1] * size * torch.finfo(torch.float64).eps
     u, s, _ = torch.linalg.svd(found @ (vectors[:, kept] * values[kept].rsqrt()), full_matrices=False)
-    lengths = (s.square() - shift).clamp_min(0).sqrt()
-    return (u * lengths)[:, :rank].to(torch.bfloat16)
+    factor = ((u * (s.square() - shift).clamp_min(0).sqrt())[:, :rank]).to(torch.bfloat16)
+    rest = (diagonal.double() - factor.double().square().sum(1)).clamp_min(0)
+    return torch.cat([factor, rest[:, None].to(factor)], 1)
 
 
 def _diagonal(moment: Tensor) -> Tensor:
@@ -601,7 +425,6 @@ class _Reading:
 
     def __init__(self, x: Tensor, tokens: Tensor) -> None:
         self.tokens = tokens  # shape: (tokens, features)
-        self.trace = tokens.float().square().sum()
         self.layers: list[str] = []
         self._of = weakref.ref(x)
         self._version = _version(x)

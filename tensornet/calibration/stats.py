@@ -45,8 +45,8 @@ class CalibrationStats:
             `tensornet.calibration.moment_sums`), which is all that an expert with count 0 has.
         scored: number of tokens that have a loss.
         fingerprint: four elements of each weight, by module name, to recognize the model.
-        factors: low-rank factors `V` of moments of gradients by module name, shape `(out, rank)`, so that
-            `V V^T` is at most `R` divided by its mean diagonal; only where `rows` has the diagonal alone.
+        factors: moments of gradients by module name as `V V^T + diag(d)`, shape `(features, rank + 1)`: the
+            columns of `V`, then `d`. Only a survey collects them.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".

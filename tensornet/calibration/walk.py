@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves  # no public function walks over nes
 from tqdm.auto import tqdm
 
 from tensornet._util import memory_held
-from tensornet.calibration.batches import Batch, run_model
+from tensornet.calibration.batches import Batch, run_model, small_batch
 from tensornet.calibration.calibrate import fast_dtype, has_bfloat16
 from tensornet.errors import TargetError
 from tensornet.nn.extension import extensions
@@ -209,17 +209,15 @@ class Walk:
         Raises:
             TargetError: a block does not read the hidden state that the previous block returned.
         """
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(self.batches if self.names else ()):
             calls: list[Call] = []
             outputs: list[Any] = []
             step = partial(self._note, calls, outputs, skip)
             with replaced_blocks(self.model, self.names, step), suppress(Stop):
                 run_model(self.model, batch)
-            if not calls:
-                continue  # the model is one block
             if len(calls) > 1:  # the slot of the first block is a guess, that of the second block is known
                 calls[0] = calls[0].with_slot(calls[1].slot)
-            self.states[0, number] = calls[0].hidden
+            self.states[0, number] = calls[0].hidden.clone()
             self.calls.append([call.with_hidden(None) for call in calls])
             self._first.append(outputs[0])
 
@@ -233,7 +231,8 @@ class Walk:
         hidden = self.states[self.position, number] if hidden is None else hidden
         for extension in extensions():
             extension.next_batch(self.block, self.batches[number])
-        return self.calls[number][self.position].run(self.block, hidden)
+        # The block may change its input in place, but not the stored hidden state.
+        return self.calls[number][self.position].run(self.block, hidden.clone())
 
     @torch.no_grad()
     def advance(self, *, keep: bool = False) -> None:
@@ -287,8 +286,13 @@ class Walk:
             yield
             return
         first = self._first[number]
-        output = (hidden, *first[1:]) if isinstance(first, tuple) else hidden
-        with replaced_blocks(self.model, self.names, lambda *args, **kwargs: output):
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            # A copy: with reentrant checkpointing, the tensor itself would become its own input.
+            copied = hidden if hidden is None else hidden.clone()
+            return (copied, *first[1:]) if isinstance(first, tuple) else copied
+
+        with replaced_blocks(self.model, self.names, step):
             yield
 
     def _note(
@@ -305,7 +309,7 @@ class Walk:
         if len(calls) != index or slot is None:
             raise TargetError(
                 f"{self.names[index]} of {type(self.model).__name__} does not read what the previous block "
-                "returned, so blocks cannot be run one by one. Load the model and use tensornet.calibrate."
+                "returned, so blocks cannot be run one by one. Load the model and use tensornet.compress."
             )
         calls.append(Call(args, kwargs, slot))
         if index and index == len(self.names) - 1:
@@ -393,8 +397,14 @@ def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.
 def blocks_to_walk(
     model: nn.Module, targets: Iterable[Target], batch: Batch, loaded: Loaded
 ) -> tuple[str, ...]:
-    """Find the blocks of a model (see `find_blocks`); none if layers of two blocks use the same weight."""
-    names = find_blocks(model, batch, loaded)
+    """Find the blocks of a model (see `find_blocks`); none if layers of two blocks use the same weight.
+
+    A model that does not run on the batch is one block, too; the batch may be meant for a loss function.
+    """
+    row = small_batch(batch, model) if loaded is in_memory else batch
+    if row is None:
+        return ()
+    names = find_blocks(model, row, loaded)
     shared = any(len({block_of(name, names) for name in target.names}) > 1 for target in targets)
     return () if shared else names
 

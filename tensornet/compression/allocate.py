@@ -368,7 +368,8 @@ def choose_candidates(
         if config.formats:
             return one_format(layers, candidates, config, untargeted)
         capping = (x for x in ("param_ratio", "rel_error", "max_bond") if getattr(config, x) is not None)
-        return _choose_alone(layers, candidates, config), next(capping, "exact")
+        bound_by = next(capping, "topology" if config.fixed else "exact")
+        return _choose_alone(layers, candidates, config), bound_by
     caps: list[Cap] = []
     names = names or [x.name for x in layers]
 

@@ -1,7 +1,7 @@
 """Replace stock layers by tensor-network layers according to a plan, and convert them back."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +107,11 @@ def apply_plan(
         check_samples(plan, planned)
         if stats is not None and plan.objective != "weight":
             stats.check_weights(planned)
+        fresh = [targets[x.name] for x in work if (x.name, x.topology, x.storage) not in known]
+
+        def weighting_of(target: Target) -> Weighting:
+            return layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
+
         for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
             target, key = targets[layer.name], (layer.name, layer.topology, layer.storage)
             if key in known:
@@ -117,13 +122,14 @@ def apply_plan(
                     for stored in module.parameters():  # the model may have been frozen in calibration
                         stored.requires_grad_(target.weight.requires_grad)
             else:
-                weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-                made, errors[layer.name] = compress_layer(target.matrix, layer, weighting, plan.rounding)
+                made, errors[layer.name] = compress_layer(
+                    target.matrix, layer, weighting_of(target), plan.rounding
+                )
                 new = with_cores(target, made)
                 if cache is not None:
                     cache[key] = new, errors[layer.name]
             modules.update(zip(target.names, new, strict=True))
-        warn_of_scales(work, targets, modules, plan, stats)
+        warn_of_scales(fresh, modules, weighting_of)
         dense = {name: model.get_submodule(name) for name in modules}
         with replaced(model, modules):
             if batch is not None:
@@ -312,18 +318,21 @@ def check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> Non
 
 
 def warn_of_scales(
-    work: Sequence[LayerPlan],
-    targets: Mapping[str, Target],
+    targets: Iterable[Target],
     new: Mapping[str, nn.Module],
-    plan: CompressionPlan,
-    stats: CalibrationStats | None,
+    weighting: Callable[[Target], Weighting | None],
 ) -> None:
-    """Warn of layers in which scales of integers are too small or too large for the dtype of the scales."""
+    """Warn of layers in which scales of integers are too small or too large for the dtype of the scales.
+
+    Args:
+        targets: the dense weights.
+        new: a new module of each weight, by its name.
+        weighting: function that returns the weighting of the errors of a weight.
+    """
     found: dict[tuple[str, str], list[str]] = {}
-    for layer in work:
-        target = targets[layer.name]
+    for target in targets:
         suspects = []
-        for core in new[target.names[0]].modules():
+        for core in new[target.name].modules():
             if not isinstance(core, PackedCore) or not core.number_format.is_integer:
                 continue
             sizes, limit = core.scale_values.double().abs(), torch.finfo(core.number_format.scale_dtype).max
@@ -331,10 +340,9 @@ def warn_of_scales(
                 suspects.append(core.number_format)
         if not suspects:
             continue
-        seen = layer_weighting(target, plan.objective, stats, plan.damping)
         for number_format in dict.fromkeys(suspects):
-            if (fault := scale_fault(target.matrix, number_format, seen)) is not None:
-                found.setdefault((number_format.name, fault), []).append(repr(layer.name))
+            if (fault := scale_fault(target.matrix, number_format, weighting(target))) is not None:
+                found.setdefault((number_format.name, fault), []).append(repr(target.name))
     for (name, kind), layers in found.items():
         number_format = NumberFormat.parse(name)
         limits, wide = torch.finfo(number_format.scale_dtype), with_wide_scales(number_format)

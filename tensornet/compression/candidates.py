@@ -42,6 +42,7 @@ from tensornet.quantization.scales import scale_fault, storable_formats
 from tensornet.topologies import TopologyFamily, dense, topology_family
 from tensornet.topologies.base import RoundTrip
 from tensornet.topologies.dense import round_dense
+from tensornet.topologies.registry import topology_of_shape
 from tensornet.topology import Topology
 
 #: Smallest number of bits for which the loss of rounding is predicted without rounding anything.
@@ -119,7 +120,9 @@ def find_candidates(
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
                 run = [
-                    _insensitive(some[k].matrix, config)
+                    [_given(some[k], known[k], config)]
+                    if config.fixed
+                    else _insensitive(some[k].matrix, config)
                     if (sensitivity := known[k]) is None
                     else _of_layer(
                         some[k], sensitivity, config, objective, counts, corrections.get(k), families
@@ -195,6 +198,19 @@ def _of_layer(
             f"most rel_error={config.rel_error}."
         )
     return pruned(found) if objective == "curvature" else found  # other objectives have no common budget
+
+
+def _given(target: Target, sensitivity: Sensitivity | None, config: CompressionConfig) -> Candidate:
+    """Make the only candidate of a layer for whose shape the configuration gives a topology."""
+    matrix, seen = target.matrix, sensitivity or Sensitivity(Weighting(), Weighting())
+    shape = (matrix.shape[0], matrix.shape[1])
+    topology = topology_of_shape(config.fixed, shape, f"Layer {target.name!r}")
+    storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
+    made = topology_family(topology.family).fit(matrix, topology, seen.weighting)
+    losses = _losses(matrix, made.network.to_matrix(), seen)
+    sizes = storage.num_bytes(topology, matrix.dtype), storage.num_params(topology)
+    found = Candidate(topology, storage, *sizes, losses.predicted_loss, made.error, losses.cost)
+    return found if sensitivity is not None else found.scaled(0.0)
 
 
 def _insensitive(matrix: Tensor, config: CompressionConfig) -> list[Candidate]:

@@ -1,9 +1,10 @@
-"""Compression in one call: calibrate or survey, plan, replace layers, report."""
+"""Compression in one call: survey, plan, compress block by block, replace layers, report."""
 
 import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,9 @@ from torch import nn
 from tensornet.calibration.batches import (
     Batch,
     BatchLike,
-    BatchSample,
     check_batches,
-    read_batches,
     some_rows,
 )
-from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.losses import PROJECTIONS, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import LayerCache, apply_plan, run_once
@@ -27,9 +25,9 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan as plan_model
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
-from tensornet.compression.survey import survey
-from tensornet.compression.write import WRITE_TOKENS, compress_blocks, factors_of
-from tensornet.errors import BudgetError, CalibrationWarning, TargetError
+from tensornet.compression.survey import dense_only, survey
+from tensornet.compression.write import compress_blocks, read_enough
+from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, round_others
 from tensornet.nn.targets import check_model, list_weights
 from tensornet.nn.unfuse import unfused
@@ -60,11 +58,11 @@ def compress(
         model: any module.
         config: the options; or a plan, possibly edited or loaded from a file, that is applied unchanged.
         calibration: batches (see `calibrate`); or `ProvidedData`, which has batches, a name for reports, and
-            possibly a loss function or saved statistics; or only statistics. If absent, an installed plugin
-            may provide text; without any data, plans minimize the error of the weights. A
-            `CalibrationWarning` reports both cases.
-        prices: price list of this model, from `survey`; the model is then not surveyed again. A finished plan
-            needs it for feedback along the outputs; otherwise it is rounded with feedback along the inputs.
+            possibly a loss function; or statistics from `calibrate`. If absent, an installed plugin may
+            provide text; without any data, plans minimize the error of the weights. A `CalibrationWarning`
+            reports both cases. The model is walked over block by block (see `survey` and `compress_blocks`),
+            unless statistics are given.
+        prices: price list of this model, from `survey`; the model is then not surveyed again.
         progress: whether to show progress bars.
 
     Returns:
@@ -90,48 +88,41 @@ def compress(
     options.check_says_how_far()
     params_before, bytes_before = model_size(model)
 
-    # Plan: survey the model block by block. Plans without number formats need the statistics of all layers.
-    by_blocks = config.by_blocks or (isinstance(config, CompressionPlan) and prices is not None)
-    tokens = WRITE_TOKENS[config.effort] if by_blocks else None
-    data = gather(model, options, calibration, tokens=tokens, progress=progress)
-    by_blocks = by_blocks and data.statistics is None and bool(data.batches)
+    # Plan: survey the model block by block, unless statistics are given or the errors of weights decide.
+    data, stats = gather(model, config, calibration), None
+    if isinstance(calibration, CalibrationStats):
+        stats = calibration
+    by_blocks = config.reads_data and bool(data.batches)
     if prices is not None and not by_blocks:
-        raise TargetError(
-            "prices are only for plans of number formats, and need calibration=batches; leave them out."
-        )
-    cache: LayerCache = {}
+        raise TargetError("prices need calibration=batches, from which they were found; leave them out.")
+    found = partial(survey, model, data.batches, loss_fn=data.loss_fn, source=data.source, progress=progress)
     if isinstance(config, CompressionPlan):
         plan = config
-        source = None if data.statistics is None else data.statistics.source
-        if config.objective != "weight" and not by_blocks and source != config.calibration:
-            raise BudgetError(
-                f"The plan was made with {config.calibration}, and the cores depend on these data. Pass the "
-                "same data with the same number of tokens, or the statistics that were collected on them."
-            )
+        if by_blocks and prices is None and plan.objective == "curvature":
+            prices = found(options, price=dense_only)  # the moments of gradients are needed
     elif by_blocks:
-        prices = (
-            prices.with_config(config)
-            if prices
-            else survey(
-                model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
-            )
-        )
+        prices = found(config) if prices is None else prices.with_config(config)
         plan = prices.plan()
     else:
-        plan = plan_model(model, config, data.statistics, progress=progress)
+        plan = plan_model(model, config, stats, progress=progress)
     with unfused(model):
         weights = list_weights(model)
 
     # Apply the plan.
-    before = record_losses(model, data.batches, loss_fn=data.loss_fn, source=data.source)
+    cache: LayerCache = {}
+    comparable = data.loss_fn not in (*PROJECTIONS, sampled_losses)  # the values of others are random
+    before = record_losses(
+        model, data.batches, loss_fn=data.loss_fn if comparable else None, source=data.source
+    )
     if by_blocks:
         schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
+        factors = {} if prices is None else prices.factors
         for _, layers in compress_blocks(
-            model, plan, data.batches, factors=factors_of(prices, plan), progress=progress
+            model, plan, data.batches, factors=factors, loss_fn=data.loss_fn, progress=progress
         ):
             cache |= {schemes[name]: new for name, new in layers.items()}
     row = _row_to_run(model, data.batches)
-    errors = apply_plan(model, plan, data.statistics, progress=progress, cache=cache, batch=row)
+    errors = apply_plan(model, plan, stats, progress=progress, cache=cache, batch=row)
     measured = measured_layers = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
@@ -173,82 +164,58 @@ def compress(
 
 
 def gather(
-    model: nn.Module,
-    config: CompressionConfig,
-    calibration: Calibration | None,
-    *,
-    tokens: int | None = None,
-    progress: bool,
+    model: nn.Module, config: CompressionConfig | CompressionPlan, calibration: Calibration | None
 ) -> ProvidedData:
-    """Collect the statistics that a configuration needs, and a few of the batches.
-
-    If the model will be visited block by block, only batches are collected, with at least `tokens` tokens.
+    """Read the batches on which a model is surveyed and compressed, or those on which its loss is measured.
 
     Warns if an extension provides the data. Also warns if there is no data, since plans then minimize the
     error of the weights.
-
-    Returns:
-        A few batches and the loss function, for measurements, and `statistics`. The statistics are None if
-        they are not needed or if there is no data.
     """
     if isinstance(calibration, CalibrationStats):
-        return ProvidedData([], calibration.source, statistics=calibration)
-    bounded = config.needs_curvature or config.formats or not config.budget.unlimited
-    needed = config.objective != "weight" and bool(bounded or config.fixed)
-    data = None if calibration is None else _named(calibration, "calibration data")
+        return ProvidedData([], calibration.source)
+    needed, missing = config.reads_data, calibration is None
+    data = ProvidedData([], "") if calibration is None else calibration
+    data = data if isinstance(data, ProvidedData) else ProvidedData(data, "calibration data")
     name, advice = type(model).__name__, "Pass calibration=batches (about 30 of 1,000 tokens)"
     warning = ""
-    if data is None and needed and (data := provided_data(model)) is not None:
+    if missing and needed and (provided := provided_data(model)) is not None:
+        data = provided
         warning = f"using {data.source}. Text from the intended use gives a better model. {advice}."
-    elif data is None and needed and config.objective == "auto" and config.one_format_keeps:
-        warning = (
-            f"all layers of {name} get one number format, int8 unless formats= names others, rounded to "
-            f"nearest. {advice} for fewer bits with less loss, or objective='weight' to confirm."
-        )
-    elif data is None and needed and config.objective == "auto" and not config.needs_curvature:
-        warning = (
-            f"{name} is compressed by the error of its weights alone, which increases the loss much more "
-            f"than necessary. {advice}, or objective='weight' to confirm."
-        )
+    elif missing and needed and isinstance(config, CompressionConfig) and config.objective == "auto":
+        if config.one_format_keeps:
+            warning = (
+                f"all layers of {name} get one number format, int8 unless formats= names others, rounded to "
+                f"nearest. {advice} for fewer bits with less loss, or objective='weight' to confirm."
+            )
+        elif not config.needs_curvature:
+            warning = (
+                f"{name} is compressed by the error of its weights alone, which increases the loss much more "
+                f"than necessary. {advice}, or objective='weight' to confirm."
+            )
     if warning:
         warnings.warn(f"No calibration data: {warning}", CalibrationWarning, stacklevel=3)
-    if data is None:
-        return ProvidedData([], "")
-    if tokens is not None and data.statistics is None and needed:
-        check_batches(data.batches, "compress")
-        batches = read_batches(data.batches, model, tokens=tokens, rows=ENOUGH_LOSSES, most=MOST_TOKENS)
-        return replace(data, batches=batches)
-    sample, stats = BatchSample(data.batches), data.statistics if needed else None
-    if needed and stats is None:
-        stats = calibrate(
-            model,
-            sample,
-            config=config,
-            loss_fn=data.loss_fn,
-            gradients=config.objective != "activation",
-            source=data.source,
-            progress=progress,
-        )
-    else:
-        for _ in sample:  # `sample` stores a few batches, since some loaders can be iterated over only once
-            pass
-    return _measurable(replace(data, batches=sample.kept, statistics=stats))
+    check_batches(data.batches, "compress")
+    batches = read_enough(data.batches, model, config.survey_kind)
+    if needed and not missing and not batches:
+        raise TargetError("compress got no batches; pass at least one, better 16 of 1,000 tokens.")
+    return replace(data, batches=batches)
 
 
 def calibration_config(plan: CompressionPlan) -> CompressionConfig:
-    """Make a configuration that selects the layers of a plan for calibration; `max_bond` has no effect."""
+    """Make a configuration with which a survey selects the layers of a plan and finds the moments they need.
+
+    Its budget and formats have no effect.
+    """
     names: Any = [layer.name for layer in plan]
-    return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
-
-
-def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedData:
-    """Convert batches to `ProvidedData` with the name `source`, unless they are `ProvidedData` already."""
-    return data if isinstance(data, ProvidedData) else ProvidedData(data, source)
-
-
-def _measurable(data: ProvidedData) -> ProvidedData:
-    """Remove the loss function from the data if its values are random and so cannot be compared."""
-    return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
+    networks = plan.survey_kind == "networks"
+    scheme: dict[str, Any] = {"max_bond": 1} if networks else {"formats": ("float",)}
+    return CompressionConfig(
+        target_modules=names,
+        objective=plan.objective,  # type: ignore[arg-type]
+        effort=plan.effort,
+        damping=plan.damping,
+        **scheme,
+    )
 
 
 def _row_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:

@@ -270,11 +270,17 @@ class CompressionConfig(LayerSelection):
         return self.formats is not None and self.param_ratio is None and self.loss_increase is None
 
     @property
-    def by_blocks(self) -> bool:
-        """True if number formats are planned by predicted losses, so that blocks are visited one by one."""
-        networks = self.topology != AUTO or self.param_ratio is not None or not self.budget.unlimited
-        gradients = self.objective in ("auto", "curvature") and (self.needs_curvature or bool(self.formats))
-        return bool(self.formats) and not networks and gradients
+    def survey_kind(self) -> str:
+        """Kind of a survey: `"fast"` if it prices number formats alone, `"networks"`, or `"thorough"`."""
+        limited = self.param_ratio is not None or not self.budget.unlimited
+        networks = not self.formats or self.topology != AUTO or limited
+        return "networks" if networks and self.effort == "fast" else self.effort
+
+    @property
+    def reads_data(self) -> bool:
+        """True if a plan depends on calibration data, if there are any."""
+        limited = self.needs_curvature or self.formats or not self.budget.unlimited
+        return self.objective != "weight" and bool(limited or self.fixed)
 
     @property
     def needs_curvature(self) -> bool:

@@ -241,10 +241,15 @@ class CompressionPlan:
         raise KeyError(f"No layer {name!r} in the plan; it has {[layer.name for layer in self.layers]}.")
 
     @property
-    def by_blocks(self) -> bool:
-        """True if `compress_blocks` can apply the plan from batches alone; networks need a price list too."""
-        dense = all(layer.topology is None or layer.topology.family == "dense" for layer in self.layers)
-        return dense and self.objective == "curvature"
+    def survey_kind(self) -> str:
+        """Kind of the survey that the plan needs (see `CompressionConfig.survey_kind`)."""
+        networks = any(x.topology is not None and x.topology.family != "dense" for x in self.layers)
+        return "networks" if networks and self.effort == "fast" else self.effort
+
+    @property
+    def reads_data(self) -> bool:
+        """True if the layers are compressed with moments of calibration data."""
+        return self.objective != "weight"
 
     @property
     def params_before(self) -> int:

@@ -24,13 +24,11 @@ from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
 from tensornet.linalg.svd import check_finite, singular_values
-from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import topology_family
 from tensornet.topologies.base import Decomposition
-from tensornet.topologies.registry import topology_of_shape
 
 
 @torch.no_grad()
@@ -150,6 +148,7 @@ def _select(
         objective=objective,
         damping=config.damping if objective != "weight" else 0.0,
         rounding=config.rounding,
+        effort=config.effort,
         dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # None for NaN
         calibration=stats.source if stats is not None else None,
         topology_options=config.topology_options,
@@ -172,8 +171,8 @@ def untargeted_sizes(model: nn.Module, targets: Sequence[Target]) -> tuple[int, 
 
 
 def planned_alone(config: CompressionConfig, objective: str) -> bool:
-    """Return True if layers are planned separately: by the errors of their weights, or as given."""
-    return bool(config.fixed) or (objective == "weight" and not config.formats and not config.pivoted)
+    """Return True if networks are chosen for each layer separately, by the errors of the weights."""
+    return objective == "weight" and not (config.formats or config.pivoted or config.fixed)
 
 
 def _other_bytes(model: nn.Module, targets: Sequence[Target], size: int) -> int:
@@ -245,7 +244,7 @@ def without_unseen(
 def _plan_by_weight(
     targets: Sequence[Target], config: CompressionConfig, stats: CalibrationStats | None, *, progress: bool
 ) -> list[LayerPlan]:
-    """Plan every layer by the Frobenius error of its weight, with the given topology or the best family.
+    """Plan every layer by the Frobenius error of its weight, with the best family.
 
     Raises:
         BudgetError: a layer cannot meet the budget; the message names the layer.
@@ -270,11 +269,6 @@ def _plan_by_weight(
     def decide(index: int, ratio: float | None) -> LayerPlan:
         target, stays = targets[index], dense(index)
         bar.update()
-        if config.fixed:
-            topology = topology_of_shape(config.fixed, stays.shape, f"Layer {target.name!r}")
-            storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
-            made = replace(stays, topology=topology, bound_by="topology", error=None, storage=storage)
-            return replace(made, loss_increase=None).with_baseline(singular_values(target.matrix).tolist())
         budget = replace(config.budget, param_ratio=ratio)
         attempts: list[Decomposition] = []
         refusals = []

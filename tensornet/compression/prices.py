@@ -48,8 +48,8 @@ class PriceList:
             other bytes of the model's file; they count in budgets of the whole model.
         key: everything else that the prices depend on, such as the text, by name.
         losses: losses of the dense model on the tokens that were read, to compare with the compressed model.
-        factors: low-rank factors of the moments of gradients (see `CalibrationStats`), with which rounding
-            feeds errors back along the outputs.
+        factors: moments of gradients by name of a module, as a diagonal and a low-rank factor (see
+            `CalibrationStats`). Networks are fitted with them, and rounding feeds errors back along outputs.
         inputs: mean squares of the inputs of each weight, shape `(in,)`, and the number of its tokens, by
             name; they make up an importance matrix.
 
@@ -90,6 +90,7 @@ class PriceList:
                 "the model again with other options."
             )
         config = replace(self.config, **{**dict.fromkeys(BUDGETS), **budget}) if budget else self.config
+        config.check_says_how_far()
         objective = self.template.objective
         alone = self.config.formats is not None and config.one_format_keeps
         if config.needs_curvature and objective != "curvature" and not alone:
@@ -318,9 +319,9 @@ def _check(prices: PriceList) -> None:
                 raise TypeError(f"number_format must be a text, got {candidate.number_format!r:.60}")
             if candidate.topology is not None and candidate.topology.shape != layer.shape:
                 raise ValueError(f"a topology of layer {layer.name!r} has shape {candidate.topology.shape}")
-    rows = {layer.name: layer.shape[0] for layer in prices.layers}
+    shapes = {name: layer.shape for layer in prices.layers for name in layer.names}
     for name, factor in prices.factors.items():
-        if factor.ndim != 2 or len(factor) != rows.get(name) or not bool(factor.isfinite().all()):
+        if factor.ndim != 2 or len(factor) not in shapes.get(name, ()) or not bool(factor.isfinite().all()):
             raise ValueError(f"the factor of layer {name!r} does not fit, or is not finite")
     inputs = {layer.name: (layer.shape[1],) for layer in prices.layers}
     for name, (squares, _) in prices.inputs.items():

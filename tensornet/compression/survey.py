@@ -1,4 +1,4 @@
-"""Survey a model block by block: price every number format of every layer, in the memory of one block."""
+"""Survey a model block by block: price every scheme of every layer, in the memory of one block."""
 
 import hashlib
 import math
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,31 +14,24 @@ from torch import Tensor, nn
 
 from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.batches import (
-    Batch,
     BatchLike,
-    as_batch,
     check_batches,
-    first_rows,
     read_batches,
     tokens_of,
 )
-from tensornet.calibration.blockwise import moments_by_block
+from tensornet.calibration.blockwise import begin_walk, inputs_by_block, moments_by_block
 from tensornet.calibration.calibrate import (
     ENOUGH_LOSSES,
-    MOST_TOKENS,
-    OWN_LOSSES,
     MomentRecorder,
     lowered,
     observed,
 )
-from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, scores_next_token
+from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import (
     Loaded,
-    Walk,
     block_bar,
     block_of,
-    blocks_to_walk,
     in_memory,
     walk_dtype,
 )
@@ -50,16 +42,20 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import unfit_formats, untargeted_sizes, without_unseen
 from tensornet.compression.prices import PriceList
 from tensornet.compression.sensitivity import is_known
-from tensornet.errors import BudgetError, TargetError
+from tensornet.errors import BudgetError
 from tensornet.linalg.svd import check_finite, singular_values
+from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
-#: Number of tokens on which a survey differentiates the loss, for each effort.
-SURVEY_TOKENS = {"fast": 4096, "thorough": 32_768}
-#: Rank of the factors of gradient moments, for each effort. Rounding damps these moments so much that only
-#: directions with far more than the mean gradient matter.
-GRADIENT_RANK = {"fast": 16, "thorough": 256}
+#: Number of tokens on which a survey differentiates the loss, by `CompressionConfig.survey_kind`.
+SURVEY_TOKENS = {"fast": 4096, "networks": 16_384, "thorough": 32_768}
+#: Rank of the factors of gradient moments, by `CompressionConfig.survey_kind`. Rounding damps these moments
+#: so much that only directions with far more than the mean gradient matter. Networks are fitted with little
+#: damping.
+GRADIENT_RANK = {"fast": 16, "networks": 384, "thorough": 256}
+#: Largest number of tokens that a survey of number formats reads to get 1,024 losses of rows.
+MOST_TOKENS = 32_768
 #: Largest number of features for which a full moment of inputs is stored. Since only those of one block are
 #: in memory, it is far above that of `calibrate`.
 FULL_UP_TO = 1 << 15
@@ -70,7 +66,7 @@ class FindCandidates(Protocol):
 
     def __call__(
         self, targets: Sequence[Target], config: CompressionConfig, *, stats: CalibrationStats
-    ) -> Iterable[list[Candidate]]:
+    ) -> Iterable[Sequence[Candidate]]:
         """Return the candidates of each layer."""
 
 
@@ -91,21 +87,23 @@ def survey(
     price: FindCandidates | None = None,
     progress: bool = False,
 ) -> PriceList:
-    """Price the number formats of all targeted layers by the loss increase that they cause.
+    """Price the networks and number formats of all targeted layers by the loss increase that they cause.
 
     The model is walked over block by block (see `moments_by_block`). For the layers of a block, the full
-    moment `C` of the inputs and the moment `R` of the gradients are collected; of `R` only the diagonal,
-    unless `config.effort` is `"thorough"`. The predicted loss increase of rounding with error feedback
-    follows from them in closed form. A thorough survey also prices networks in number formats. Then the
-    moments are dropped, so a survey needs the memory of one block, besides hidden states and a factor of low
-    rank of each `R`.
+    moment `C` of the inputs and the moment `R` of the gradients are collected; of `R` only the diagonal if
+    number formats alone are priced and `config.effort` is not `"thorough"`. The predicted loss increases of
+    networks of all ranks, and of rounding with error feedback, follow from them in closed form. A thorough
+    survey also prices networks in number formats. Then the moments are dropped, so a survey needs the memory
+    of one block, besides hidden states and a factor of low rank of each `R`.
+
+    With the objective `"activation"` the model only runs forward, and errors of outputs are priced.
 
     Args:
         model: any module. If its blocks do not form a single chain, it is surveyed as one block.
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
-        config: the options, with number formats; for networks alone see `price`.
+        config: the options, with a budget, number formats or a topology.
         loss_fn: see `calibrate`.
-        tokens: number of tokens to read; by default `SURVEY_TOKENS` of the effort. If the loss belongs to
+        tokens: number of tokens to read; by default `SURVEY_TOKENS`. If the loss belongs to
             rows instead of tokens, 1,024 rows or 32,768 tokens are read.
         source: name of the data, for reports.
         states: mapping for the hidden states (see `Walk`); by default they stay in memory.
@@ -113,14 +111,14 @@ def survey(
         device: device to which `loaded` moves weights; by default, that of the model.
         inputs: mean squares of the inputs of layers by name, shape `(in,)`, such as those of an importance
             matrix. They replace the moments of the inputs, of which only the diagonal is then known.
-        price: function that finds the candidates of layers from the configuration and the moments. The
-            default is `find_candidates`, without networks.
+        price: function that finds the candidates of layers from the configuration and the moments; by
+            default `find_candidates`.
         progress: whether to show a progress bar.
 
     Raises:
         TargetError: there is no batch, no layer is selected, or no token has a loss.
         NonFiniteError: a weight, inputs or gradients of a layer are not finite; the message names the layer.
-        BudgetError: the configuration has no number formats.
+        BudgetError: a layer has no candidate that keeps the limits of the configuration.
         FormatError: no number format fits any layer.
 
     Example:
@@ -133,42 +131,36 @@ def survey(
     check_model(model)
     check_config(config)
     check_batches(batches, "survey")
-    if not config.formats:
-        raise BudgetError(
-            "A survey prices number formats: give formats=, or a budget of bytes such as "
-            "bits_per_weight=4.25. For networks use tensornet.compression.price with the statistics of "
-            "tensornet.calibrate."
-        )
-    thorough = config.effort == "thorough"
     recorder = MomentRecorder(
-        diagonal_gradients=not thorough,
+        diagonal_gradients=config.survey_kind == "fast",
         full_up_to=FULL_UP_TO if inputs is None else 0,
-        rank=GRADIENT_RANK[config.effort],
+        rank=GRADIENT_RANK[config.survey_kind],
     )
-    tokens = tokens or SURVEY_TOKENS[config.effort]
-    families = config.families if thorough else ()
-    price = price or partial(find_candidates, objective="curvature", families=families)
+    tokens = tokens or SURVEY_TOKENS[config.survey_kind]
+    objective = "activation" if config.objective == "activation" else "curvature"
+    families = () if config.survey_kind == "fast" or price is dense_only else config.families
+    price = price or partial(find_candidates, objective=objective, families=families)
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
         if loaded is in_memory:
             check_loaded(targets)
         unfit = unfit_formats(targets, config)
-        batches = iter(batches)
-        first = next(batches, None)
-        if first is None:
-            raise TargetError("survey got no batches; pass at least one, better 4 of 1,000 tokens.")
-        row = first_rows(as_batch(first, model, device), 1)
-        of_tokens = False
-        with recorder.paused(), torch.no_grad(), precision():
-            if loaded is not in_memory:  # the whole model cannot run
-                loss_fn, of_tokens = loss_fn or label_losses, scores_next_token(model) is True
-            elif loss_fn is None or loss_fn in OWN_LOSSES:
-                default, entropies = default_losses(model, row)
-                loss_fn, of_tokens = loss_fn or default, entropies
-            names = blocks_to_walk(model, targets, row, loaded)
-        given = survey_batches(chain([first], batches), model, tokens, of_tokens=of_tokens)
-        walk = Walk(model, names, given, {} if states is None else states, loaded)
+        with recorder.paused():
+            walk, loss_fn, of_tokens = begin_walk(
+                model,
+                batches,
+                targets,
+                tokens=tokens,
+                most=most_tokens(config.survey_kind),
+                loss_fn=loss_fn,
+                gradients=objective == "curvature",
+                device=device,
+                states=states,
+                loaded=loaded,
+                precision=precision,
+            )
+        names, given = walk.names, walk.batches
 
         # Price the layers of every block as soon as its moments are known, then drop the moments.
         priced: dict[str, PricedLayer] = {}
@@ -177,9 +169,14 @@ def survey(
         unrouted: list[str] = []
         loss: float | None = None
         count = sum(map(tokens_of, given))
-        with block_bar("surveying", 2 * len(names) + 1, count, progress=progress) as visited:
-            for name, stats in moments_by_block(
-                walk, recorder, loss_fn, precision=precision, source=source, visited=visited
+        visits = len(names) * (2 if loss_fn is not None else 1) + 1
+        with block_bar("surveying", visits, count, progress=progress) as visited:
+            for name, stats in (
+                inputs_by_block(walk, recorder, precision=precision)
+                if loss_fn is None
+                else moments_by_block(
+                    walk, recorder, loss_fn, precision=precision, source=source, visited=visited
+                )
             ):
                 if inputs is not None:
                     known_inputs = {x: inputs[x] for x in stats.columns if x in inputs}
@@ -198,7 +195,7 @@ def survey(
                     for target, *facts_of in zip(known, found, spectra, strict=True):
                         priced[target.name] = PricedLayer.of(target, *facts_of)
                 unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
-                factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
+                factors |= {y: stats.factors[y] for x in known for y in x.names if y in stats.factors}
                 seen |= seen_inputs(known, stats)
                 loss = stats.loss
                 del stats  # the moments of a block need more memory than all else
@@ -206,11 +203,12 @@ def survey(
     kept, unseen = without_unseen(targets, [x for x in targets if x.name not in priced], config)
     template = CompressionPlan(
         (),
-        objective="curvature",
+        objective=objective,
         damping=config.damping,
         rounding=config.rounding,
         dense_loss=None if loss is None or math.isnan(loss) else loss,
         calibration=source,
+        topology_options=config.topology_options,
         of_tokens=of_tokens,
         effort=config.effort,
         unseen=unseen,
@@ -219,9 +217,24 @@ def survey(
     )
     layers = tuple(priced[x.name] for x in kept)
     key = {"tokens": str(count), "text": digest(given), "inputs": digest([inputs or {}])}
-    losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses).tolist())
+    losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses or [torch.zeros(0)]).tolist())
     sizes = untargeted_sizes(model, kept)
     return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors, inputs=seen)
+
+
+def dense_only(
+    targets: Sequence[Target], config: CompressionConfig, *, stats: CalibrationStats
+) -> list[list[Candidate]]:
+    """Return the dense matrix as the only candidate of each layer; for surveys that only collect moments."""
+    return [[Candidate(None, PLAIN, x.matrix.nbytes, x.matrix.numel(), 0.0, 0.0)] for x in targets]
+
+
+def most_tokens(kind: str) -> float:
+    """Return the largest number of tokens that a survey reads to get enough losses of rows.
+
+    Networks are fitted with little damping to the moments of the gradients, so they need all these losses.
+    """
+    return math.inf if kind == "networks" else MOST_TOKENS
 
 
 def seen_inputs(targets: Iterable[Target], stats: CalibrationStats) -> dict[str, tuple[Tensor, int]]:
@@ -234,15 +247,6 @@ def seen_inputs(targets: Iterable[Target], stats: CalibrationStats) -> dict[str,
                 diagonal = moment if moment.ndim == 1 else moment.diagonal()
                 found[target.name] = (diagonal.float().cpu().clone(), stats.counts.get(name, 0))
     return found
-
-
-def survey_batches(
-    batches: Iterable[BatchLike], model: nn.Module, tokens: int, *, of_tokens: bool
-) -> list[Batch]:
-    """Read the batches that a survey needs; `of_tokens` says whether every token has a loss."""
-    return read_batches(
-        batches, model, tokens=tokens, rows=0 if of_tokens else ENOUGH_LOSSES, most=MOST_TOKENS
-    )
 
 
 def survey_or_load(
@@ -272,8 +276,9 @@ def survey_or_load(
     prices = PriceList.load(file)
     with unfused(model):
         prices.check_model(list_weights(model))
-    count = tokens or SURVEY_TOKENS[config.effort]
-    read = survey_batches(batches, model, count, of_tokens=prices.template.of_tokens)
+    kind, rows = config.survey_kind, 0 if prices.template.of_tokens else ENOUGH_LOSSES
+    count = tokens or SURVEY_TOKENS[kind]
+    read = read_batches(batches, model, tokens=count, rows=rows, most=most_tokens(kind))
     if prices.key.get("text") != digest(read):
         raise BudgetError(
             f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens of "

@@ -1,43 +1,54 @@
-"""Round a model block by block; each block is calibrated on the outputs of the rounded blocks before it."""
+"""Compress a model block by block; each block is calibrated on outputs of the compressed blocks before it."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import BatchLike, first_rows, read_batches, tokens_of
+from tensornet.calibration.batches import Batch, BatchLike, read_batches, run_model, tokens_of
 from tensornet.calibration.blockwise import inputs_by_block
-from tensornet.calibration.calibrate import MomentRecorder, lowered, observed
+from tensornet.calibration.calibrate import ENOUGH_LOSSES, MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import (
     Loaded,
+    Stop,
     Walk,
     block_bar,
     block_of,
     blocks_to_walk,
     in_memory,
+    outer_stacks,
+    replaced_blocks,
     walk_dtype,
 )
-from tensornet.compression.apply import NewLayers, check_samples, compress_layer, with_cores
+from tensornet.compression.apply import (
+    NewLayers,
+    check_fits,
+    check_samples,
+    compress_layer,
+    warn_of_scales,
+    with_cores,
+)
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.prices import PriceList
-from tensornet.compression.sensitivity import input_weighting, is_known, never_ran
-from tensornet.compression.survey import FULL_UP_TO
-from tensornet.errors import CalibrationWarning, TargetError, WorkerError
+from tensornet.compression.sensitivity import input_weighting, is_known, layer_weighting, never_ran
+from tensornet.compression.survey import FULL_UP_TO, most_tokens
+from tensornet.errors import TargetError, WorkerError
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import LayerSelection, Target
 
-#: Number of tokens on which the inputs of the blocks are computed, for each effort.
-WRITE_TOKENS = {"fast": 16_384, "thorough": 32_768}
+#: Number of tokens on which the inputs of the blocks are computed, by `CompressionPlan.survey_kind`.
+WRITE_TOKENS = {"fast": 16_384, "networks": 32_768, "thorough": 32_768}
+#: Function that compresses several weights together, from the weights and their weightings.
+JointFit = Callable[[Sequence[Target], Sequence[Weighting]], Sequence[NewLayers]]
 
 
 @torch.no_grad()
@@ -58,25 +69,27 @@ def compress_blocks(
     start: int = 0,
     executor: Executor | None = None,
     compress: Callable[..., Any] = compress_layer,
+    joint: Mapping[tuple[str, ...], JointFit] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, dict[str, NewLayers]]]:
     """Compress the layers of a plan block by block, and yield the new layers of each finished block.
 
-    The layers of a block are rounded with error feedback along their inputs. These are the inputs that the
-    layers get if all earlier blocks are compressed, as in GPTQ. Embeddings that no other layer shares come
-    first, under the name `""`. The other layers outside of the blocks come last, under the same name.
+    The layers of a block are decomposed, or rounded with error feedback, for the inputs that they get if all
+    earlier blocks are compressed, as in GPTQ. Embeddings that no other layer shares come first, under the
+    name `""`. The other layers outside of the blocks come last, under the same name. If the plan minimizes
+    the errors of the weights, the model does not run, and no batches are needed.
 
-    While the items are produced, weights of finished blocks may have their rounded values. They return to
+    While the items are produced, weights of finished blocks may have their compressed values. They return to
     their own when the next block is ready, or when the generator is closed.
 
     Args:
         model: the dense model for which the plan was made.
         plan: the plan; layers that are not in it stay dense.
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
-        tokens: number of tokens to read; by default `WRITE_TOKENS` of the plan's effort.
+        tokens: number of tokens to read; by default `WRITE_TOKENS`.
         states, loaded, device: see `survey`.
-        factors: low-rank factors of the moments of gradients, for feedback along the outputs too (see
-            `PriceList`).
+        factors: moments of gradients, with which networks are fitted and errors are fed back along the
+            outputs too (see `PriceList`).
         loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
         measured: receives the loss increase on these tokens when the last block is finished.
         finished: function that returns the new modules of a layer if an interrupted run has finished it.
@@ -84,6 +97,7 @@ def compress_blocks(
             contains the hidden states that follow.
         executor: executor that rounds the layers of a block at the same time; by default, this process does.
         compress: function that compresses one layer, like `compress_layer`.
+        joint: functions that compress several layers of a block together, by the names of these layers.
         progress: whether to show a progress bar.
 
     Yields:
@@ -102,19 +116,26 @@ def compress_blocks(
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     layers = {layer.name: layer for layer in plan if layer.topology is not None}
     names: Any = list(layers)
-    given = read_batches(batches, model, tokens=tokens or WRITE_TOKENS[plan.effort])
-    if not given:
+    given = batches_to_write(batches, model, plan, tokens)
+    if not given and plan.reads_data:
         raise TargetError("No batches: pass at least one, better 16 of 1,000 tokens.")
     if not layers:
         return
     with ExitStack() as contexts:
         found = contexts.enter_context(observed(model, recorder, LayerSelection(target_modules=names)))
         targets = [x for x in found if x.name in layers]
-        with recorder.paused(), precision():
-            blocks = blocks_to_walk(model, targets, first_rows(given[0], 1), loaded)
+        known = {x.name: x for x in targets}
+        for name, layer in layers.items():
+            check_fits(model, layer, known.get(name))
+        if plan.reads_data:
+            with recorder.paused(), precision():
+                blocks = blocks_to_walk(model, targets, given[0], loaded)
+        else:
+            blocks = tuple(chain(*outer_stacks(model, nn.ModuleList, least=1).values()))
         walk = Walk(model, blocks, given, {} if states is None else states, loaded)
         count = sum(map(tokens_of, given))
-        visits = 1 + len(blocks[start:]) + any(_is_table(x) for x in targets) * bool(blocks and not start)
+        tables = [x for x in targets if blocks and _is_table(x) and not block_of(x.name, blocks)]
+        visits = 1 + len(blocks[start:]) + bool(tables and not start)
         visited = contexts.enter_context(block_bar("rounding", visits, count, progress=progress))
 
         def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
@@ -122,27 +143,44 @@ def compress_blocks(
             check_samples(plan, some)
             done = {x.name: finished(layers[x.name]) for x in some}
             work = [x for x in some if done[x.name] is None]
-            tasks = []
+            weightings = {}
             for target in work:
                 if stats is not None and not is_known(target, stats):
                     raise never_ran(target)
-                weighting = Weighting() if stats is None else input_weighting(target, stats)
-                if factors is not None and target.name in factors and plan.rounding == "two_sided":
-                    rows = low_rank_moment(factors[target.name], target.matrix)
-                    weighting = replace(weighting, rows=damped(rows, plan.damping))
-                tasks.append((target.matrix, layers[target.name], weighting, plan.rounding))
+                weightings[target.name] = weighting_of(
+                    target, layers[target.name], plan, stats, factors or {}
+                )
+            together = {x: fit for x, fit in (joint or {}).items() if x[0] in weightings}
+            alone = [x for x in work if not any(x.name in group for group in together)]
+            tasks = [(x.matrix, layers[x.name], weightings[x.name], plan.rounding) for x in alone]
             made = results(executor, compress, tasks)
-            done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(work, made, strict=True)}
+            done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(alone, made, strict=True)}
+            for group, fit in together.items():
+                fitted = fit([known[x] for x in group], [weightings[x] for x in group])
+                done |= dict(zip(group, fitted, strict=True))
+            new = {x.name: layer for x, (layer, _) in zip(alone, made, strict=True)}
+            warn_of_scales(alone, new, lambda target: weightings[target.name])
             visited()
             return {name: x for name, x in done.items() if x is not None}
 
-        # Weights have their rounded values as long as the walk needs these.
-        with ExitStack() as tables, ExitStack() as block:
-            first = [x for x in targets if blocks and _is_table(x)]
-            if first and not start:
-                tables.enter_context(walk.loaded([module for x in first for module in x.modules]))
-                new = compressed(first, None)
-                tables.enter_context(rounded_weights(first, new, restored=loaded is in_memory))
+        if not plan.reads_data:
+            for name in ("", *blocks):
+                here = [x for x in targets if block_of(x.name, blocks) == name]
+                with loaded([module for x in here for module in x.modules], dtype=None):
+                    yield name, compressed(here, None)
+            return
+
+        # Weights have their compressed values as long as the walk needs these.
+        with ExitStack() as first, ExitStack() as block:
+            if tables and not start:
+                # Networks depend on how often each row is looked up, which a run of the model shows.
+                counting = any(_is_network(layers[x.name]) for x in tables)
+                first.enter_context(
+                    walk.loaded(walk.ends if counting else [m for x in tables for m in x.modules])
+                )
+                counts = seen_before(walk, recorder) if counting else None
+                new = compressed(tables, counts)
+                first.enter_context(rounded_weights(tables, new, restored=loaded is in_memory))
                 yield "", new
             for name, stats in inputs_by_block(
                 walk,
@@ -152,9 +190,9 @@ def compress_blocks(
                 start=start,
                 precision=precision,
             ):
-                tables.close()  # the hidden states before the first block have been computed
+                first.close()  # the hidden states before the first block have been computed
                 block.close()  # and those after the previous block
-                here = [x for x in targets if x not in first and block_of(x.name, blocks) == name]
+                here = [x for x in targets if x not in tables and block_of(x.name, blocks) == name]
                 new = compressed(here, stats)
                 del stats  # the moments need more memory than all else
                 block.enter_context(rounded_weights(here, new, restored=loaded is in_memory))
@@ -166,32 +204,87 @@ def compress_blocks(
             measured.append(LossIncrease.of(increases, source=source, dense_loss=float(before.mean())))
 
 
-def factors_of(prices: PriceList | None, plan: CompressionPlan) -> Mapping[str, Tensor]:
-    """Return the factors of gradient moments in a price list; without a list, warn that there are none."""
-    if prices is None and plan.rounding == "two_sided":
-        warnings.warn(
-            "A finished plan without its price list is rounded with error feedback along the inputs of each "
-            "layer only, which increases the loss more than feedback along the outputs too. Give the price "
-            "list of the survey (prices=), or let the configuration be planned and applied in one call.",
-            CalibrationWarning,
-            stacklevel=3,
-        )
-    return {} if prices is None else prices.factors
+def batches_to_write(
+    batches: Iterable[BatchLike], model: nn.Module, plan: CompressionPlan, tokens: int | None = None
+) -> list[Batch]:
+    """Read the batches on which a plan is applied; by default `WRITE_TOKENS` tokens.
+
+    If the loss belongs to rows, networks are fitted on the 1,024 rows on which the model was surveyed.
+    """
+    kind = plan.survey_kind
+    by_rows = kind == "networks" and plan.objective == "curvature" and not plan.of_tokens
+    rows = ENOUGH_LOSSES if by_rows and tokens is None else 0
+    return read_batches(batches, model, tokens=tokens or WRITE_TOKENS[kind], rows=rows)
 
 
-def low_rank_moment(factor: Tensor, like: Tensor) -> Tensor:
-    """Make a moment of gradients from its low-rank factor `V`: `V V^T` plus a multiple of the identity.
-
-    The mean of its diagonal is 1, since `V` is the factor of a moment whose diagonal has this mean.
+def read_enough(
+    batches: Iterable[BatchLike], model: nn.Module, kind: str, tokens: int | None = None
+) -> list[Batch]:
+    """Read the batches that surveying and compressing a model need, also if its loss belongs to rows.
 
     Args:
-        factor: the factor, shape `(out, rank)`.
-        like: tensor with the device to use.
+        batches: batches in one of the forms that `as_batch` accepts.
+        model: the model.
+        kind: kind of the survey (see `CompressionConfig.survey_kind`).
+        tokens: number of tokens of the survey, if it was given.
     """
-    factor = factor.to(like.device, torch.float32)
-    moment = factor @ factor.mT
-    moment.diagonal().add_((1 - moment.diagonal().mean()).clamp_min(torch.finfo(torch.float32).eps))
-    return moment
+    least = max(WRITE_TOKENS[kind], tokens or 0)
+    return read_batches(batches, model, tokens=least, rows=ENOUGH_LOSSES, most=max(least, most_tokens(kind)))
+
+
+def seen_before(walk: Walk, recorder: MomentRecorder) -> CalibrationStats:
+    """Run the model up to its first block on all batches, and return the statistics of the layers before."""
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Stop
+
+    with replaced_blocks(walk.model, walk.names, stop):
+        for batch in walk.batches:
+            recorder.expect(batch)
+            with suppress(Stop):
+                run_model(walk.model, batch)
+    return recorder.finish(1, None, "")
+
+
+def weighting_of(
+    target: Target,
+    layer: LayerPlan,
+    plan: CompressionPlan,
+    stats: CalibrationStats | None,
+    factors: Mapping[str, Tensor],
+) -> Weighting:
+    """Build the weighting of a weight, from moments of its inputs and the factors of its gradients."""
+    if stats is None or plan.objective == "weight":
+        return Weighting()
+    uses = list(zip(target.names, target.kinds, strict=True))
+    known = {name: moment_of(factors[name], target.matrix.device) for name in target.names if name in factors}
+    if not _is_network(layer):
+        # Rounding to integers damps the moments of the inputs itself.
+        weighting = input_weighting(target, stats)
+        feedback = plan.rounding == "two_sided" and uses[0][1].name != "embedding"
+        rows = known.get(target.name)
+        if rows is not None and rows.ndim == 2 and feedback:
+            return replace(weighting, rows=damped(rows, plan.damping))
+        return weighting
+    tables = {name for name, kind in uses if kind.name == "embedding"}
+    stats = replace(
+        stats,
+        rows={**stats.rows, **{name: x for name, x in known.items() if name not in tables}},
+        columns={**stats.columns, **{name: x for name, x in known.items() if name in tables}},
+    )
+    return layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
+
+
+def moment_of(factor: Tensor, device: torch.device) -> Tensor:
+    """Make the moment of gradients `V V^T + diag(d)`; only the diagonal if `V` is empty.
+
+    Args:
+        factor: `V` and `d`, shape `(features, rank + 1)` (see `CalibrationStats`).
+        device: device to use.
+    """
+    factor = factor.to(device, torch.float32)
+    rest = factor[:, -1]
+    return (factor[:, :-1] @ factor[:, :-1].mT).add_(rest.diag()) if factor.shape[1] > 1 else rest
 
 
 def results(
@@ -215,6 +308,11 @@ def results(
     finally:
         for future in futures:
             future.cancel()
+
+
+def _is_network(layer: LayerPlan) -> bool:
+    """Return True if a layer becomes a network, not a dense matrix in a number format."""
+    return layer.topology is not None and layer.topology.family != "dense"
 
 
 def _is_table(target: Target) -> bool:

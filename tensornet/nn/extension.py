@@ -27,14 +27,11 @@ class ProvidedData:
         source: name of the data, for reports.
         loss_fn: function that returns the losses of a batch (see `tensornet.calibrate`); by default, the loss
             that the model returns.
-        statistics: statistics that `tensornet.calibrate` collected on these batches; if absent, they are
-            collected when they are needed.
     """
 
     batches: Iterable[Any]
     source: str
     loss_fn: Callable[[nn.Module, Any], Any] | None = None
-    statistics: Any = None
 
 
 class ModelExtension:

@@ -327,15 +327,14 @@ def many(batches: int, rows: int = 1024, spread: float = 0.0) -> list[tuple[torc
 @pytest.mark.parametrize(
     ("batches", "options", "read"),
     [
-        (many(9), {}, 4096),  # settled as soon as it may be
-        (many(9, spread=1.0), {}, 9 * 1024),  # never settled
-        (many(40, spread=1.0), {}, 32768),
+        (many(9, spread=1.0), {}, 9 * 1024),
+        (many(20), {}, 16384),
         (many(9), {"tokens": 8000}, 8000),
         (many(2), {"tokens": 8000}, 2048),
-        (many(9), {"gradients": False}, 4096),
+        (many(20), {"gradients": False}, 16384),
     ],
 )
-def test_calibration_stops_once_the_moments_have_settled(
+def test_calibration_reads_as_many_tokens_as_it_needs(
     batches: list[tuple[torch.Tensor, torch.Tensor]], options: dict[str, int], read: int
 ) -> None:
     stats = tn.calibrate(Repeated(), batches, **options)  # type: ignore[arg-type]
@@ -344,15 +343,8 @@ def test_calibration_stops_once_the_moments_have_settled(
     torch.testing.assert_close(stats.columns["first"], x.T @ x / read, rtol=1e-4, atol=1e-4)
 
 
-def test_calibration_reads_32_tokens_for_each_feature() -> None:
-    batches = [
-        torch.randn(1024, 150) for _ in range(8)
-    ]  # many outputs, so that few tokens are precise enough
-    assert tn.calibrate(nn.Sequential(nn.Linear(150, 64)), batches).tokens == 5 * 1024  # 4,800 and more
-
-
 def test_models_with_one_loss_a_row_read_more_tokens() -> None:
-    """Rows of 256 tokens: 32,768 tokens have 128 losses; 1,024 losses are 262,144 tokens."""
+    """Rows of 256 tokens: 16,384 tokens have 64 losses; 1,024 losses are 262,144 tokens."""
 
     class Encoder(nn.Module):
         def __init__(self) -> None:
@@ -367,24 +359,8 @@ def test_models_with_one_loss_a_row_read_more_tokens() -> None:
 
     batches = [{"input_ids": torch.randint(4, (32, 256))} for _ in range(40)]
     assert tn.calibrate(Encoder(), batches, loss_fn=loss).tokens == 1024 * 256
-    assert tn.calibrate(Encoder(), batches, loss_fn=loss, gradients=False).tokens == 32768
+    assert tn.calibrate(Encoder(), batches, loss_fn=loss, gradients=False).tokens == 16384
     assert tn.calibrate(Encoder(), batches, loss_fn=loss, tokens=512).tokens == 512
-
-
-def test_the_standard_error_is_that_of_the_reference_scheme() -> None:
-    """Against the spread of independent estimates of sum s^2 tr R tr C."""
-    generator = torch.Generator().manual_seed(1)
-    errors, totals = [], []
-    for _ in range(200):
-        settling = calibrating._Settling([])
-        settling.squares = {"a": 1.0, "b": 3.0}
-        draws = torch.rand(20, 2, 2, generator=generator)
-        settling.batches = [({"a": x[0], "b": x[1]}, {"a": r[0], "b": r[1]}) for x, r in draws.tolist()]
-        errors.append(settling.relative_error())
-        x, r = draws.mean(0)
-        totals.append(float(x[0] * r[0] + 3 * x[1] * r[1]))
-    spread = torch.tensor(totals)
-    assert sum(errors) / 200 == pytest.approx(float(spread.std() / spread.mean()), rel=0.15)
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hf_architectures import PAGE_ARCHITECTURES
-from hf_models import llama
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
@@ -16,7 +15,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet import softmax_losses
 from tensornet.calibration.losses import drawn_labels, label_losses
-from tensornet_hf.streamed_calibration import calibrate_checkpoint
+from tensornet.nn.extension import ProvidedData
 
 HALF = tn.CompressionConfig(param_ratio=0.5)
 
@@ -78,9 +77,8 @@ def test_a_loss_of_ones_own_is_not_said_to_be_of_tokens() -> None:
 
 def test_streaming_agrees(tmp_path: Path) -> None:
     PAGE_ARCHITECTURES["Llama"].dense.save_pretrained(tmp_path / "dense")
-    batches = [{"input_ids": torch.arange(5, 14)[None]}]
-    assert calibrate_checkpoint(tmp_path / "dense", batches, tmp_path / "stats", config=HALF).of_tokens
-    report = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, stats=tmp_path / "stats")
+    data = ProvidedData([{"input_ids": torch.arange(5, 14)[None]}], "text")
+    report = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
     assert "perplexity" in str(report)
 
 
@@ -93,11 +91,3 @@ def test_labels_are_drawn_by_their_probabilities(monkeypatch: pytest.MonkeyPatch
     assert drawn.shape == (8999,)
     torch.testing.assert_close(drawn.bincount(minlength=4) / 8999, shares, atol=0.02, rtol=0)
     assert not bool((drawn == 1).any())
-
-
-def test_the_first_batch_costs_one_run_more() -> None:
-    torch.manual_seed(0)
-    model, runs = llama(), []
-    model.register_forward_hook(lambda *_: runs.append(0))
-    tn.calibrate(model, [torch.randint(1, 60, (2, 12)) for _ in range(2)])
-    assert len(runs) == 2 + 1

@@ -27,6 +27,7 @@ from tensornet.calibration.calibrate import MomentRecorder, observed
 from tensornet.calibration.losses import default_losses
 from tensornet.compression import PriceList, price
 from tensornet.compression.candidates import find_candidates
+from tensornet.compression.write import moment_of
 from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
@@ -182,8 +183,6 @@ def test_what_cannot_be_surveyed() -> None:
         tn.survey(model, [text(0)], replace(CONFIG, target_modules="nothing_like_it"))
     with pytest.raises(FormatError, match="multiple"):
         tn.survey(model, [text(0)], replace(CONFIG, formats=("int6:g16:s8",)))
-    with pytest.raises(BudgetError, match="formats"):
-        tn.survey(model, [text(0)], tn.CompressionConfig(param_ratio=0.5))
     with pytest.raises(TypeError):
         tn.survey(model, [text(0)], {"bits_per_weight": 4})  # type: ignore[arg-type]
 
@@ -461,25 +460,27 @@ def test_saved_prices_know_the_layers_that_were_left_out(tmp_path: Path) -> None
 
 def test_prices_only_serve_plans_that_use_them() -> None:
     model, prices = surveyed()
-    config = tn.CompressionConfig(param_ratio=0.5)
-    with pytest.raises(TargetError, match="prices are only for plans of number formats"):
+    config = replace(CONFIG, formats=None, bits_per_weight=None, param_ratio=0.5)
+    with pytest.raises(BudgetError, match="found with formats"):
         tn.compress(model, config, calibration=[text(1)], prices=prices)
+    with pytest.raises(TargetError, match="prices need calibration"):
+        tn.compress(model, replace(config, objective="weight"), calibration=[text(1)], prices=prices)
     with pytest.raises(BudgetError, match="effort='fast', not 'thorough'"):
         prices.with_config(replace(CONFIG, effort="thorough"))
 
 
 @pytest.mark.parametrize("effort", ["fast", "thorough"])
-def test_factors_have_the_scale_of_a_moment_with_a_mean_diagonal_of_one(effort: Any) -> None:
-    """The layers have fewer outputs than the rank, so the factor has the whole trace."""
+def test_a_factor_and_a_diagonal_make_up_the_moment(effort: Any) -> None:
+    """The layers have fewer outputs than the rank, so nothing is lost."""
     torch.manual_seed(0)
     model, batches = perceptron(), [numbers(seed) for seed in range(3)]
     prices = tn.survey(model, batches, replace(CONFIG, effort=effort))
     stats = statistics(model, batches, diagonal=False)
     assert prices.factors.keys() == stats.rows.keys()
     for name, factor in prices.factors.items():
-        moment = stats.rows[name] / stats.rows[name].diagonal().mean()
-        found = factor.float() @ factor.float().T
-        torch.testing.assert_close(found, moment, rtol=0.05, atol=0.05)
+        moment = stats.rows[name]
+        found = moment_of(factor, moment.device)
+        torch.testing.assert_close(found, moment, rtol=0.05, atol=0.05 * float(moment.diagonal().mean()))
 
 
 def test_the_budget_is_that_of_the_configuration() -> None:

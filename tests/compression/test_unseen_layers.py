@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import CalibrationWarning, TargetError
+from tensornet.nn.extension import ProvidedData
 
 HALF = tn.CompressionConfig(param_ratio=0.5)
 BATCH = {"x": torch.randn(9, 8), "labels": torch.arange(9) % 3}
@@ -115,13 +116,13 @@ def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path
     architecture = PAGE_ARCHITECTURES["Gemma 3"]
     ids = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
     model = architecture.dense
-    stats = tn.calibrate(model, [{"input_ids": ids, "labels": ids}], config=HALF)
+    data = ProvidedData([{"input_ids": ids, "labels": ids}], "random tokens")
     with pytest.warns(CalibrationWarning, match=r"never ran.*model\.vision_tower\."):
-        report = tn.compress(model, HALF, calibration=stats, progress=False)
+        report = tn.compress(model, HALF, calibration=data, progress=False)
     assert not any("vision" in layer.name for layer in report.layers)
     architecture.dense.save_pretrained(tmp_path / "dense")
     with pytest.warns(CalibrationWarning, match="Left dense"):
-        streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, stats=stats)
+        streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
     assert streamed.coverage == report.coverage
     batch = architecture.batch()
     torch.testing.assert_close(th.load(tmp_path / "made")(**batch).logits, model(**batch).logits)

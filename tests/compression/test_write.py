@@ -357,45 +357,25 @@ def test_a_thorough_plan_with_networks_goes_block_by_block() -> None:
     assert bool(torch.isfinite(model(**batches[0]).loss))
 
 
-def test_a_finished_plan_without_its_prices_is_rounded_along_the_inputs_with_a_warning() -> None:
+def test_a_finished_plan_without_its_prices_gets_the_same_layers() -> None:
     model, batches, plan = case("llama")
-    prices = tn.survey(model, batches, CONFIG)
-    found = {}
-    for given in (None, prices):
+    found = []
+    for given in (None, tn.survey(model, batches, CONFIG)):
         copied = copy.deepcopy(model)
-        if given is None:
-            with pytest.warns(tn.errors.CalibrationWarning, match="along the inputs"):
-                tn.compress(copied, plan, calibration=batches, progress=False)
-        else:
-            tn.compress(copied, plan, calibration=batches, prices=given, progress=False)
-        factors = {} if given is None else given.factors
-        expected = {
-            x: new
-            for _, layers in compress_blocks(model, plan, batches, factors=factors)
-            for x, new in layers.items()
-        }
-        for name, ((module,), _) in expected.items():
-            assert torch.equal(copied.get_submodule(name).to_matrix(), module.to_matrix())
-        found[given is None] = copied.get_submodule("model.layers.0.mlp.up_proj").to_matrix()
-    assert not torch.equal(found[True], found[False])
+        tn.compress(copied, plan, calibration=batches, prices=given, progress=False)
+        found.append(copied)
+    for layer in plan:
+        first, second = (x.get_submodule(layer.name).to_matrix() for x in found)
+        assert (first - second).norm() < 1e-3 * first.norm()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"param_ratio": 0.5},
-        {"formats": None, "bits_per_weight": None, "max_bond": 3},
-        {"topology": "low_rank"},
-        {"objective": "weight", "formats": ("int8",), "bits_per_weight": None, "rounding": "nearest"},
-    ],
-    ids=str,
-)
-def test_other_options_take_the_other_way(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_the_weights_needs_no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError
 
     monkeypatch.setattr("tensornet.compression.compress.survey", refused)
     monkeypatch.setattr("tensornet.compression.compress.compress_blocks", refused)
-    config = replace(CONFIG, target_modules="*mlp.up_proj", **options)
+    options: Any = {"formats": ("int8",), "bits_per_weight": None, "rounding": "nearest"}
+    config = replace(CONFIG, target_modules="*mlp.up_proj", objective="weight", **options)
     torch.manual_seed(0)
     tn.compress(llama().eval(), config, calibration=[text(0)], progress=False)

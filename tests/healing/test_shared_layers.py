@@ -49,7 +49,7 @@ def shared_mixture() -> tuple[PreTrainedModel, PreTrainedModel, list[dict[str, T
     inputs = [torch.randint(3, 101, (8, 11), generator=draw) for _ in range(8)]
     batches = [{"input_ids": ids, "labels": ids} for ids in inputs]
     small, stats = copy.deepcopy(dense), tn.calibrate(dense, batches)
-    report = tm.compress_experts(small, CONFIG, calibration=stats, progress=False)
+    report = tm.compress_experts(small, CONFIG, calibration=batches, progress=False)
     assert report.stacks
     return dense, small, batches, stats
 

@@ -19,7 +19,6 @@ from tensornet_hf.rotation import rotate
 from tensornet_hf.specialist_files import Specialists, load_specialists, specialists
 from tensornet_hf.specializing import SpecializeReport, specialize
 from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
-from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
 from tensornet_hf.upcycling import MoEConfig, UpcycleOptions, UpcycleReport, upcycle
@@ -38,7 +37,6 @@ __all__ = [
     "TensorNetworkConfig",
     "UpcycleOptions",
     "UpcycleReport",
-    "calibrate_checkpoint",
     "compress_checkpoint",
     "compress_folder",
     "decompress",

@@ -4,7 +4,6 @@
 
 import copy
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,16 +15,17 @@ import torch
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
+from tensornet.calibration.batches import tokens_of
+from tensornet.calibration.blockwise import calibrate
+from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.compress import calibration_config, gather
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
 from tensornet.compression.survey import survey_or_load
-from tensornet.compression.write import WRITE_TOKENS
+from tensornet.compression.write import WRITE_TOKENS, moment_of
 from tensornet.errors import BudgetError, TargetError
 from tensornet.healing import refine
 from tensornet.healing.heal import heal
@@ -52,8 +52,7 @@ from tensornet_hf.exporters.gguf import check_files
 from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_model
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import rotate
-from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
-from tensornet_hf.streaming import compress_checkpoint, digest, file_marks, staging
+from tensornet_hf.streaming import compress_checkpoint, digest, file_marks
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
@@ -333,7 +332,7 @@ def compress_folder(
         check_files(Path(destination), force=options.force)
     else:
         check_free(destination, force=options.force, sources=(folder,))
-    alone = priced(config, options) and not options.needing_model and not uploaded
+    alone = reads_text(config, options) and not options.needing_model and not uploaded
     alone = alone and options.networks == "dense"
     lazy = None
     if options.workers is not None or alone:
@@ -365,17 +364,15 @@ def compress_folder(
         rotate(model)
     if held_out is not None:
         record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
-    calibration = collect_calibration(model, folder, config, options, text)
-    stats = None if calibration is None else calibration.statistics
+    calibration = calibration_batches(model, folder, config, options, text)
     teacher = None
     if options.refine or options.heal or options.report is not None or held_out is not None:
         teacher = copy.deepcopy(model)
 
-    if stats is None and calibration is not None and (options.report or held_out):
-        batches = list(calibration.batches)  # reports compare with one-sided rounding
-        stats = calibrate(
-            model, batches, loss_fn=calibration.loss_fn, tokens=WRITE_TOKENS["fast"], gradients=False
-        )
+    stats = None
+    if calibration is not None and (options.report or held_out):  # reports compare with one-sided rounding
+        batches, tokens = list(calibration.batches), WRITE_TOKENS["fast"]
+        stats = calibrate(model, batches, loss_fn=calibration.loss_fn, tokens=tokens, gradients=False)
 
     # Compress, refit and train.
     done: CompressionReport | ExpertsReport
@@ -384,7 +381,7 @@ def compress_folder(
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
         prices = None
-        if isinstance(config, CompressionConfig) and priced(config, options):
+        if isinstance(config, CompressionConfig) and reads_text(config, options):
             prices = _prices(model, config, options, calibration)
         elif options.prices is not None:
             prices = PriceList.load(options.prices)
@@ -403,7 +400,8 @@ def compress_folder(
         key.append(sorted(file_marks(folder, options.weights).items()))
         checkpoint = _healing_file(Path(destination), key, resume=options.resume)
     if teacher is not None and text is not None and (options.refine or options.heal):
-        notes = _correct(model, teacher, folder, text, stats, options, checkpoint)
+        seen = 0 if calibration is None else sum(map(tokens_of, calibration.batches))
+        notes = _correct(model, teacher, folder, text, prices, seen, options, checkpoint)
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
     done = replace(done, seconds=time.perf_counter() - started)
 
@@ -531,12 +529,11 @@ def plan_folder(
         checked = for_target(options.export, checked, model, folder)
     if options.rotate:
         rotate(model)
-    calibration = collect_calibration(model, folder, checked, options, options.text)
-    if priced(checked, options):
+    calibration = calibration_batches(model, folder, checked, options, options.text)
+    if reads_text(checked, options):
         plan = _prices(model, checked, options, calibration).plan()
     else:
-        data = gather(model, checked, calibration, progress=options.progress)
-        plan = tn.plan(model, checked, data.statistics, progress=options.progress)
+        plan = tn.plan(model, checked, progress=options.progress)
     with unfused(model):
         weights = list_weights(model)
 
@@ -559,7 +556,7 @@ def _prices(
     data: ProvidedData | None,
 ) -> PriceList:
     """Read the prices of a model from the file `options.prices`, or survey the model and write this file."""
-    assert data is not None  # `priced` needs a calibration text
+    assert data is not None  # `reads_text` needs a calibration text
     return survey_or_load(
         model,
         list(data.batches),
@@ -619,10 +616,10 @@ def _check_data(
         OptionError: a finished plan is given with an option that would change it.
     """
     has_data = bool(options.calibration)
-    if options.prices is not None and not priced(config, options):
+    if options.prices is not None and not reads_text(config, options):
         raise OptionError(
-            "{prices} contains the prices of number formats, which are found on a {calibration} text. Leave "
-            "out {prices}, or the options that need more, such as networks."
+            "{prices} contains losses that were predicted on a {calibration} text. Leave out {prices}, or "
+            "the options that use no text or need more than prices, such as objective='weight'."
         )
     if isinstance(config, CompressionPlan):
         if options.share_experts:
@@ -656,31 +653,26 @@ def _check_data(
     )
 
 
-def priced(config: CompressionConfig | CompressionPlan, options: CompressOptions) -> bool:
-    """Return True if blocks are surveyed and rounded one by one, from batches of the calibration text."""
-    by_blocks = config.by_blocks or (isinstance(config, CompressionPlan) and options.prices is not None)
-    return bool(options.calibration) and by_blocks and not options.share_experts
+def reads_text(config: CompressionConfig | CompressionPlan, options: CompressOptions) -> bool:
+    """Return True if blocks are surveyed and compressed one by one, on batches of the calibration text."""
+    return bool(options.calibration) and config.reads_data and not options.share_experts
 
 
-def collect_calibration(
-    source: PreTrainedModel | LazyModel,
+def calibration_batches(
+    model: PreTrainedModel,
     folder: Path,
     config: CompressionConfig | CompressionPlan,
     options: CompressOptions,
     text: str | None,
-    *,
-    streamed_to: Path | None = None,
 ) -> ProvidedData | None:
-    """Make batches of the calibration text, and collect calibration statistics if they are needed.
+    """Make batches of the calibration text.
 
     Args:
-        source: the dense model, loaded or opened lazily.
+        model: the dense model.
         folder: folder with the model's tokenizer.
         config: the compression options, or a plan.
         options: further options.
         text: calibration text.
-        streamed_to: run the model block by block and write the statistics to this file; if the file exists
-            from an interrupted run, read it instead.
 
     Raises:
         TargetError: this model cannot be calibrated on text alone.
@@ -688,47 +680,12 @@ def collect_calibration(
     """
     if text is None:
         return None
-    model = source.model if isinstance(source, LazyModel) else source
-    asked = options.calibration_tokens
-    if priced(config, options):
-        tokens, rows = max(WRITE_TOKENS[config.effort], asked or 0), ENOUGH_LOSSES
-    else:
-        tokens, rows = asked or MOST_TOKENS, 0 if asked else ENOUGH_LOSSES
-    data = calibration_data(model, folder, text, tokens=tokens, rows=rows)
+    tokens = max(WRITE_TOKENS[config.survey_kind], options.calibration_tokens or 0)
+    data = calibration_data(model, folder, text, tokens=tokens, rows=ENOUGH_LOSSES)
+    # Without labels no loss is measured, which needs no moments.
+    batches = data.batches if data.labelled or config.reads_data else ()
     said = f"{data.tokens:,} tokens of {options.source}"
-    batches = data.batches if data.labelled else ()
-    if priced(config, options):
-        return ProvidedData(data.batches, said, loss_fn=data.loss_fn)
-    if config.objective == "weight":
-        return ProvidedData(batches, said, loss_fn=data.loss_fn)
-    observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
-    if isinstance(source, LazyModel):
-        assert streamed_to is not None
-        known = (
-            CalibrationStats.load(streamed_to)
-            if streamed_to.exists()
-            else calibrate_checkpoint(
-                source,
-                data.batches,
-                streamed_to,
-                config=observed,
-                loss_fn=data.loss_fn,
-                source=said,
-                progress=options.progress,
-            )
-        )
-    else:
-        known = calibrate(
-            model,
-            data.batches,
-            config=observed,
-            loss_fn=data.loss_fn,
-            tokens=asked,
-            gradients=config.objective != "activation",
-            progress=options.progress,
-        )
-        known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
-    return ProvidedData(batches, known.source, loss_fn=data.loss_fn, statistics=known)
+    return ProvidedData(batches, said, loss_fn=data.loss_fn)
 
 
 def _compress_streamed(
@@ -740,28 +697,12 @@ def _compress_streamed(
     text: str | None,
     target: str | None,
 ) -> CompressionReport:
-    """Compress a folder block by block, without loading the whole model.
-
-    Calibration statistics are saved in the staging folder of the destination, so that a resumed run can read
-    them.
-    """
-    statistics, data = None, None
+    """Compress a folder block by block, without loading the whole model."""
+    data = None
     if lazy is not None and target is not None and isinstance(config, CompressionConfig):
         config = for_target(target, config, lazy.model, folder)
-    if lazy is not None and text is not None and priced(config, options):
-        data = collect_calibration(lazy, folder, config, options, text)
-    elif lazy is not None and text is not None:
-        observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
-        layers = (observed.target_modules, observed.exclude_modules)
-        key = digest([text, options.source, options.calibration_tokens, layers])
-        with staging(destination.expanduser().resolve()) as work:
-            for left in work.glob(f"{SPILL}*"):  # remains of a run that was killed
-                shutil.rmtree(left)
-            file = work / f"statistics-{key[:16]}.safetensors"
-            if not options.resume:
-                file.unlink(missing_ok=True)
-            collect_calibration(lazy, folder, config, options, text, streamed_to=file)
-            statistics = file if file.exists() else None
+    if lazy is not None and reads_text(config, options):
+        data = calibration_batches(lazy.model, folder, config, options, text)
     return compress_checkpoint(
         folder,
         destination,
@@ -769,7 +710,6 @@ def _compress_streamed(
         workers=1 if options.workers is None else options.workers,
         device=str(options.device),
         resume=options.resume,
-        stats=statistics,
         calibration=data,
         prices=options.prices,
         tokens=options.calibration_tokens,
@@ -785,7 +725,8 @@ def _correct(
     teacher: PreTrainedModel,
     folder: Path,
     text: str,
-    stats: CalibrationStats | None,
+    prices: PriceList | None,
+    seen: int,
     options: CompressOptions,
     checkpoint: Path | None,
     *,
@@ -800,12 +741,14 @@ def _correct(
     if options.refine:
         # Spread batches over the text that calibration has not read, or over all text if little is left.
         data = calibration_data(teacher, folder, text)
-        each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
+        each = data.tokens / len(data.batches)
         fresh = data.batches[math.ceil(seen / each) :]
         batches = fresh if len(fresh) * each >= refine_tokens / 2 else data.batches
         count = min(len(batches), max(8, round(refine_tokens / each)))
         places = torch.linspace(0, len(batches) - 1, count).long().tolist()
-        refined = refine(model, teacher, [batches[k] for k in places], stats, progress=options.progress)
+        chosen = [batches[k] for k in places]
+        rows = {} if prices is None else {n: moment_of(x, model.device) for n, x in prices.factors.items()}
+        refined = refine(model, teacher, chosen, CalibrationStats(rows, {}, 0), progress=options.progress)
         before, after = refined.distances
         left = f", {len(refined.left)} unchanged" if refined.left else ""
         kept = "" if refined.kept else "; the distance grew, so the old cores were restored"

@@ -42,13 +42,13 @@ from tensornet.nn.unfuse import unfused
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet.quantization.predict import spaced_rows
 from tensornet_hf.checkpoint import on_device, resolve_folder
-from tensornet_hf.compress import CompressOptions, OptionError, collect_calibration, open_dense
+from tensornet_hf.compress import CompressOptions, OptionError, calibration_batches, open_dense
 from tensornet_hf.exporters.base import refuse_mixtures
 from tensornet_hf.exporters.gguf import FileTensor, GGUFLayout, Place, find_places
 from tensornet_hf.imatrix import Importance, read_imatrix
 from tensornet_hf.lazy_model import ConvertedWeightError, open_model
 from tensornet_hf.report import compact_bytes
-from tensornet_hf.streamed_calibration import StatesOnDisk
+from tensornet_hf.streaming import StatesOnDisk
 
 #: Types of llama.cpp that recipes use, by increasing size.
 TYPES = (
@@ -604,7 +604,7 @@ def plan_recipe(
     # Price the types of every layer.
     notes: list[str] = []
     if options.calibration:
-        data = collect_calibration(lazy or model, folder, config, options, options.text)
+        data = calibration_batches(model, folder, config, options, options.text)
         assert data is not None
         with tempfile.TemporaryDirectory() as work:
             prices = survey_or_load(

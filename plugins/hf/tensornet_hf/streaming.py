@@ -17,6 +17,7 @@ import shutil
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,28 +32,19 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet.compression
-from tensornet.calibration.batches import Batch, read_batches
+from tensornet.calibration.batches import Batch
 from tensornet.calibration.losses import label_losses
-from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import outer_stacks
-from tensornet.compression.apply import (
-    check_fits,
-    check_objective,
-    check_samples,
-    compress_layer,
-    warn_of_scales,
-    with_cores,
-)
+from tensornet.compression.apply import compress_layer
 from tensornet.compression.compress import calibration_config
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage
-from tensornet.compression.sensitivity import layer_weighting
+from tensornet.compression.survey import dense_only, survey_or_load
 from tensornet.compression.survey import digest as text_digest
-from tensornet.compression.survey import survey_or_load
-from tensornet.compression.write import WRITE_TOKENS, compress_blocks, factors_of, results
+from tensornet.compression.write import batches_to_write, compress_blocks, read_enough
 from tensornet.errors import (
     BudgetError,
     DestinationError,
@@ -60,7 +52,7 @@ from tensornet.errors import (
     TargetError,
     TensorNetError,
 )
-from tensornet.io import FLOATS, file_digest, write_file
+from tensornet.io import FLOATS, load_slice, read_header, write_file, write_tensors
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.linear import TensorNetworkLinear
@@ -72,10 +64,9 @@ from tensornet_hf.exporters.compressed_tensors import compressed_tensors_content
 from tensornet_hf.exporters.gguf import check_files, gguf_layout
 from tensornet_hf.exporters.gguf_writer import GGUFWriter
 from tensornet_hf.exporters.mlx import mlx_contents
-from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
+from tensornet_hf.folder_writer import ERRORS, FolderWriter, other_files, planned_contents
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
 from tensornet_hf.quantizer import is_inside
-from tensornet_hf.streamed_calibration import StatesOnDisk
 
 #: Price list in a staging folder. It is also valid for a later run with another budget.
 PRICES = "prices.safetensors"
@@ -94,7 +85,6 @@ def compress_checkpoint(
     executor: Executor | None = None,
     device: str = "cpu",
     resume: bool = True,
-    stats: str | os.PathLike[str] | CalibrationStats | None = None,
     calibration: ProvidedData | None = None,
     prices: str | os.PathLike[str] | None = None,
     tokens: int | None = None,
@@ -127,11 +117,10 @@ def compress_checkpoint(
             workers.
         device: device on which weights are compressed.
         resume: continue an interrupted run; if False, delete the files of that run.
-        stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
-        calibration: batches, instead of statistics. The model is surveyed block by block, and each block is
-            rounded on the inputs that it will get (see `tensornet.survey` and `compress_blocks`).
-        prices: file of a price list: read if it exists, written otherwise. A finished plan needs the file of
-            its survey for feedback along the outputs.
+        calibration: batches, needed unless the errors of the weights are minimized. The model is surveyed
+            block by block, and each block is compressed for the inputs that it will get (see
+            `tensornet.survey` and `compress_blocks`).
+        prices: file of a price list: read if it exists, written otherwise.
         tokens: number of tokens on which the model is surveyed (see `tensornet.survey`).
         weights: GGUF file with the weights, in F32, F16 or BF16; by default, the safetensors files of `src`.
         target: write a file for another runtime, `"gguf"`, or a folder, `"compressed-tensors"` or `"mlx"`
@@ -174,57 +163,45 @@ def compress_checkpoint(
         raise DestinationError(f"{destination} is inside the source {folder}; choose another destination.")
     source = read_source(folder, weights)
     marks = file_marks(folder, weights)
-    by_blocks = config.by_blocks or (isinstance(config, CompressionPlan) and prices is not None)
-    by_blocks = by_blocks and calibration is not None and stats is None
-    if (calibration is not None or prices is not None) and not by_blocks:
+    reads_data = calibration is not None and config.reads_data
+    if isinstance(config, CompressionPlan) and config.reads_data and calibration is None:
         raise TargetError(
-            "Batches and prices are only for plans of number formats. For other plans, collect statistics "
-            "by tensornet_hf.calibrate_checkpoint, and pass these (stats=) instead."
+            f"This plan was made with {config.calibration}, on which the new layers depend too: pass "
+            "calibration=, or make a plan with objective='weight'."
         )
+    if prices is not None and not reads_data:
+        raise TargetError("prices need calibration, from which they were found; leave them out.")
     # An invalid model raises before anything is written. Only a model that runs needs its buffers.
-    lazy = open_model(folder, weights) if by_blocks else open_lazily(source)
+    lazy = open_model(folder, weights) if reads_data else open_lazily(source)
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, destination), staging(destination) as work:
         _check_destination(destination, folder, target, force=force)  # another run may have written it
-        stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
-        if isinstance(stats, CalibrationStats):
-            stats.save(work / "stats.safetensors")
-        stats_file = None if stats_file is None else Path(stats_file)
         batches: list[Batch] = []
-        dense_losses: tuple[float, ...] = ()
-        factors: Mapping[str, Tensor] = {}
+        priced: PriceList | None = None
         measured: list[LossIncrease] = []
-        if calibration is not None and by_blocks:
-            least = max(WRITE_TOKENS[config.effort], tokens or 0)
-            batches = read_batches(calibration.batches, lazy.model, tokens=least)
-        decisive = {
-            "text": text_digest(batches) if by_blocks else None,
-            "config": config.to_dict(),
-            "device": device,
-            "stats": None if stats_file is None else file_digest(stats_file).sha256,
-        }
+        if calibration is not None and reads_data:
+            batches = read_enough(calibration.batches, lazy.model, config.survey_kind, tokens)
+        decisive = {"text": text_digest(batches), "config": config.to_dict(), "device": device}
         _begin(work, folder, marks, decisive, resume=resume)
 
-        # Make a plan for the whole model, unless an interrupted run has already saved it.
-        if plan is None and (work / "plan.json").is_file():
-            plan = CompressionPlan.load(work / "plan.json")
-        loaded = None if stats_file is None else CalibrationStats.load(stats_file)
+        # Survey the model, unless an interrupted run has already done so, and plan.
         loaded_on = partial(lazy.loaded, device=device)
-        if not isinstance(config, CompressionPlan) and calibration is not None and by_blocks:
+        if calibration is not None and reads_data and (plan is None or plan.objective == "curvature"):
             _check_readable(lazy, options)
             file = work / PRICES if prices is None else Path(prices)
             found = partial(
                 survey_or_load,
                 lazy.model,
                 batches,
-                config,
+                options,
                 file,
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 tokens=tokens,
                 loaded=loaded_on,
                 device=torch.device(device),
+                price=None if plan is None else dense_only,
                 progress=progress,
             )
             earlier = prices is None and file.is_file()
@@ -236,9 +213,9 @@ def compress_checkpoint(
                 file.unlink()  # an earlier run wrote these prices with other options
                 priced = found(states=fresh_states(work / "surveyed"))
             shutil.rmtree(work / "surveyed", ignore_errors=True)
-            plan, dense_losses, factors = priced.plan(), priced.losses, priced.factors
-        elif isinstance(config, CompressionPlan) and by_blocks:
-            factors = factors_of(None if prices is None else PriceList.load(prices), config)
+            plan = plan or priced.plan()
+        if plan is None and (work / "plan.json").is_file():
+            plan = CompressionPlan.load(work / "plan.json")
         if plan is None:
             _check_readable(lazy, options)
             # Matrices that cannot be mapped are in memory while the plan is made.
@@ -246,14 +223,12 @@ def compress_checkpoint(
                 x for x in lazy.model.modules() if any(map(lazy.only_read, x.parameters(recurse=False)))
             ]
             with one_thread(), lazy.loaded(unmapped, dtype=None):
-                plan = tensornet.plan(lazy.model, options, loaded, progress=progress)
+                plan = tensornet.plan(lazy.model, options, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
             listed = list_weights(lazy.model)
 
         # Compress block by block, and write each block.
-        if not by_blocks:
-            check_objective(plan, loaded)
         work_left = [layer.name for layer in plan if layer.topology is not None]
         key = digest([plan.to_dict(), max_shard_bytes, target])
         out: FolderWriter | GGUFWriter
@@ -266,35 +241,35 @@ def compress_checkpoint(
             out = GGUFWriter(work, layout, key=key)
         else:
             write = PACKED.get(target or "")
-            tensors = planned_contents(source, lazy, plan) if write is None else write(source, lazy, plan)[0]
+            # A model that ran may have left states in its modules, which cannot be copied.
+            args = source, open_lazily(source) if reads_data else lazy, plan
+            tensors = planned_contents(*args) if write is None else write(*args)[0]
             out = FolderWriter(work, tensors, max_shard_bytes=max_shard_bytes, key=key)
         with _executor(workers, executor) as using:
-            if by_blocks:
-                states = StatesOnDisk(work / "states")
-                start = states.complete(len(batches))
-                stacks = outer_stacks(lazy.model, nn.ModuleList, least=1).values()
-                done = [name for names in stacks for name in names][:start]
-                if not all(out.has_all(x) for x in work_left if is_inside(x, done)):
-                    states, start = fresh_states(work / "states"), 0
-                blocks = compress_blocks(
-                    lazy.model,
-                    plan,
-                    batches,
-                    states=states,
-                    start=start,
-                    loaded=loaded_on,
-                    device=torch.device(device),
-                    loss_fn=calibration.loss_fn or label_losses if calibration else None,
-                    losses=dense_losses,
-                    factors=factors,
-                    measured=measured,
-                    finished=out.finished,
-                    executor=using,
-                    compress=compress_alone,
-                    progress=progress,
-                )
-            else:
-                blocks = _compress_blocks(lazy, plan, loaded, out, using, device)
+            states = StatesOnDisk(work / "states")
+            read = batches_to_write(batches, lazy.model, plan)
+            start = states.complete(len(read))
+            stacks = outer_stacks(lazy.model, nn.ModuleList, least=1).values()
+            done = [name for names in stacks for name in names][:start]
+            if not all(out.has_all(x) for x in work_left if is_inside(x, done)):
+                states, start = fresh_states(work / "states"), 0
+            blocks = compress_blocks(
+                lazy.model,
+                plan,
+                read,
+                states=states,
+                start=start,
+                loaded=loaded_on,
+                device=torch.device(device),
+                loss_fn=calibration.loss_fn or label_losses if calibration else None,
+                losses=priced.losses if priced else (),
+                factors=priced.factors if priced else None,
+                measured=measured,
+                finished=out.finished,
+                executor=using,
+                compress=compress_alone,
+                progress=progress,
+            )
             for block, layers in blocks:
                 out.put(block, layers)
         out.finish()
@@ -320,6 +295,31 @@ def compress_checkpoint(
         measured=next(iter(measured), None),
         measured_layers=next(iter(measured), None),
     )
+
+
+class StatesOnDisk:
+    """Hidden states in files, as a mapping from `(block, batch)` (see `tensornet.calibration.walk.Walk`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __getitem__(self, key: tuple[int, int], /) -> Tensor:
+        return load_slice(read_header(self._path(key))["x"])
+
+    def __setitem__(self, key: tuple[int, int], value: Tensor, /) -> None:
+        write_tensors(self._path(key), {"x": value.detach().float().cpu().contiguous()})
+
+    def __delitem__(self, key: tuple[int, int], /) -> None:
+        self._path(key).unlink()
+
+    def complete(self, batches: int) -> int:
+        """Return the largest index of a block before which the states of all batches are known, or 0."""
+        found = Counter(int(file.name.partition("-")[0]) for file in self.folder.glob("*-*.safetensors"))
+        return max((block for block, count in found.items() if count == batches), default=0)
+
+    def _path(self, key: tuple[int, int]) -> Path:
+        return self.folder / "{}-{}.safetensors".format(*key)
 
 
 def _check_destination(destination: Path, source: Path, target: str | None, *, force: bool) -> None:
@@ -453,63 +453,6 @@ def _check_readable(lazy: LazyModel, config: CompressionConfig) -> None:
                 f"quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the model and "
                 "use tensornet.compress."
             )
-
-
-def _compress_blocks(
-    lazy: LazyModel,
-    plan: CompressionPlan,
-    stats: CalibrationStats | None,
-    out: FolderWriter | GGUFWriter,
-    executor: Executor | None,
-    device: str,
-) -> Iterator[tuple[str, dict[str, NewLayers]]]:
-    """Yield the new layers of each block and of the rest of the model; only one block is in memory.
-
-    Args:
-        lazy: the dense model.
-        plan, stats: the plan, and the statistics with which it was made.
-        out: contains the layers that an interrupted run has finished.
-        executor: compresses layers; None compresses them in this process.
-        device: device on which weights are compressed.
-
-    Raises:
-        TargetError: the plan or the statistics were made for other weights.
-        WorkerError: a worker died.
-    """
-    blocks = [name for names in outer_stacks(lazy.model, nn.ModuleList, least=1).values() for name in names]
-    groups: dict[str, list[LayerPlan]] = {name: [] for name in ("", *blocks)}
-    for layer in plan:
-        if layer.topology is not None:
-            groups[next((x for x in blocks if layer.name.startswith(f"{x}.")), "")].append(layer)
-    with unfused(lazy.model):
-        targets = {target.name: target for target in list_weights(lazy.model) if target.kinds}
-        for block, layers in groups.items():
-            done = {layer.name: out.finished(layer) for layer in layers}
-            work = [layer for layer in layers if done[layer.name] is None]
-            modules = [module for layer in work for module in targets[layer.name].modules]
-            with lazy.loaded(modules, device=device, dtype=None):
-                chosen = [targets[layer.name] for layer in work]
-                for layer, target in zip(work, chosen, strict=True):
-                    check_fits(lazy.model, layer, target)
-                check_samples(plan, chosen)
-                if stats is not None and plan.objective != "weight":
-                    stats.check_weights(chosen)
-                weightings = [layer_weighting(x, plan.objective, stats, plan.damping) for x in chosen]
-                tasks = [
-                    (target.matrix, layer, weighting or Weighting(), plan.rounding)
-                    for layer, target, weighting in zip(work, chosen, weightings, strict=True)
-                ]
-                for target, (made, error) in zip(
-                    chosen, results(executor, compress_alone, tasks), strict=True
-                ):
-                    done[target.name] = with_cores(target, made), error
-                new = {
-                    name: module
-                    for target in chosen
-                    for name, module in zip(target.names, (done[target.name] or [[]])[0], strict=True)
-                }
-                warn_of_scales(work, targets, new, plan, stats)
-            yield block, {name: x for name, x in done.items() if x is not None}
 
 
 def compress_alone(

@@ -8,14 +8,15 @@ bytes saved by sharing go to the layers where they lower the predicted loss most
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import (
     Candidate,
@@ -25,22 +26,23 @@ from tensornet.compression.allocate import (
     lower_hull,
     uniform,
 )
-from tensornet.compression.apply import apply_plan, replaced
-from tensornet.compression.candidates import layer_formats, relative_gap
-from tensornet.compression.compress import Calibration, gather
+from tensornet.compression.apply import LayerCache, NewLayers, apply_plan
+from tensornet.compression.candidates import find_candidates, layer_formats, relative_gap
+from tensornet.compression.compress import gather
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan, LayerPlan, scheme_name
-from tensornet.compression.planning import price
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import model_size
-from tensornet.compression.sensitivity import layer_sensitivity, layer_weighting
+from tensornet.compression.sensitivity import layer_sensitivity
+from tensornet.compression.survey import survey
+from tensornet.compression.write import compress_blocks
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.extension import structure_changed
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.linear import linear_from_stored
 from tensornet.nn.storage import Storage
-from tensornet.nn.targets import Target, all_targets, check_model
+from tensornet.nn.targets import Target, check_model, find_targets
 from tensornet.nn.unfuse import PartMatrix, unfused
 from tensornet.topology import Topology
 from tensornet_moe.shared_low_rank import PATTERNS, fit_stored, shared_candidates
@@ -172,7 +174,7 @@ def compress_experts(
     model: nn.Module,
     config: CompressionConfig,
     *,
-    calibration: Calibration | None = None,
+    calibration: Iterable[BatchLike] | ProvidedData | None = None,
     progress: bool = True,
 ) -> ExpertsReport:
     """Compress a model in place, as `tensornet.compress` does, but allow experts to share a core.
@@ -185,11 +187,11 @@ def compress_experts(
     Args:
         model: a model with mixtures that store their experts as one parameter `(experts, out, in)`.
         config: the options, with a budget of parameters, bytes or predicted loss.
-        calibration: batches of the model's arguments, or statistics with gradients.
+        calibration: batches of the model's arguments (see `tensornet.calibrate`).
         progress: show progress bars.
 
     Raises:
-        TargetError: no targeted layer is an expert, or the calibration has no gradients.
+        TargetError: no targeted layer is an expert, or there are no batches.
         BudgetError: the budget cannot be met, or an option cannot be combined with sharing.
 
     Example:
@@ -210,44 +212,69 @@ def compress_experts(
     _check_options(config)
     params_before, bytes_before = model_size(model)
 
-    # Calibrate, and find the candidates of all layers.
-    with torch.enable_grad():
-        data = gather(model, config, calibration, progress=progress)
-    stats = data.statistics
-    if stats is None or not stats.has_gradients:
+    # Survey the model. In every block, also find the shared candidates of the stacks.
+    data = gather(model, config, calibration)
+    if not data.batches:
         raise TargetError(
             "compress_experts compares separate and shared networks by their predicted loss, which needs "
-            "calibrated gradients: pass calibration=batches, or use tensornet.compress."
+            "gradients: pass calibration=batches, or use tensornet.compress."
         )
-    prices = price(model, replace(config, objective="curvature"), stats, progress=progress)
-    # Add the shared candidates of every stack, choose among all candidates, and plan the separate layers.
+    config = replace(config, objective="curvature", effort="thorough")
     with unfused(model):
-        targets = {target.name: target for target in all_targets(model)}
-        members = [targets[layer.name] for layer in prices.layers]
-        stacks = find_stacks(members, stats, config, progress=progress)
-    chosen, bound_by = choose_jointly(prices, stacks)
-    alone = {k: choice for k, choice in enumerate(chosen) if isinstance(choice, int)}
-    plan = CompressionPlan(())
-    if alone:
-        separate = replace(prices, layers=tuple(prices.layers[k] for k in alone))
-        plan = separate.planned([*alone.values()], bound_by)
+        selected = [x for x in find_targets(model, config) if not x.skip]
+    if not stacks_of(selected):
+        raise TargetError(
+            f"compress_experts found no stack of experts among the {len(selected)} targeted layers: nothing "
+            "could share a core. Target the experts of a mixture that keeps them as one parameter of "
+            "shape (experts, out, in), or use tensornet.compress."
+        )
+    found: list[tuple[tuple[str, ...], StackCandidates]] = []
 
-    # Fit the networks that share a core, and replace all layers.
-    before = record_losses(model, data.batches, source=data.source)
+    def find(
+        targets: Sequence[Target], config: CompressionConfig, *, stats: CalibrationStats
+    ) -> list[list[Candidate]]:
+        found.extend(find_stacks(targets, stats, config))
+        return list(find_candidates(targets, config, "curvature", stats))
+
+    prices = survey(
+        model, data.batches, config, loss_fn=data.loss_fn, source=data.source, price=find, progress=progress
+    )
+
+    # Choose among all candidates, and plan all layers.
+    place = {layer.name: k for k, layer in enumerate(prices.layers)}
+    stacks = [
+        tuple(replace(x, members=tuple(place[name] for name in names)) for x in candidates)
+        for names, candidates in sorted(found, key=lambda pair: place[pair[0][0]])
+    ]
+    chosen, bound_by = choose_jointly(prices, stacks)
+    plan = prices.planned([choice if isinstance(choice, int) else 0 for choice in chosen], bound_by)
     sharing = {choice.members: choice for choice in chosen if isinstance(choice, SharedCandidate)}
-    with unfused(model):
-        targets = {target.name: target for target in all_targets(model)}
-        made: dict[str, nn.Module] = {}
-        reports = []
-        for choice in tqdm(sharing.values(), desc="sharing cores", disable=not progress, unit="stack"):
-            members = [targets[prices.layers[k].name] for k in choice.members]
-            modules, report = _fit(choice, members, stats, config.damping)
-            made |= modules
-            reports.append(report)
-        # Replace the layers first: `apply_plan` fuses mixtures again if none of their layers is replaced.
-        with replaced(model, made):
-            errors = apply_plan(model, plan, stats, progress=progress) if len(plan) else {}
-            structure_changed(model)
+    layers = list(plan.layers)
+    for choice in sharing.values():
+        for k in choice.members:
+            layers[k] = replace(
+                layers[k], topology=choice.candidate.topology, storage=choice.candidate.storage
+            )
+    plan = replace(plan, layers=tuple(layers))
+
+    # Compress block by block, and replace all layers.
+    before = record_losses(model, data.batches, source=data.source)
+    schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
+    joint = {
+        tuple(prices.layers[k].name for k in choice.members): partial(_fit, choice)
+        for choice in sharing.values()
+    }
+    cache: LayerCache = {}
+    for _, new in compress_blocks(
+        model, plan, data.batches, factors=prices.factors, joint=joint, progress=progress
+    ):
+        cache |= {schemes[name]: made for name, made in new.items()}
+    errors = apply_plan(model, plan, cache=cache)
+    reports = [
+        _report(choice, names, plan, errors) for names, choice in zip(joint, sharing.values(), strict=True)
+    ]
+    alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
+    plan = replace(plan, layers=tuple(plan.layers[k] for k in alone))
 
     # Measure and report.
     params_after, bytes_after = model_size(model)
@@ -306,39 +333,32 @@ class SharedCandidate:
 StackCandidates = tuple[SharedCandidate, ...]
 
 
-def find_stacks(
-    targets: Sequence[Target],
-    stats: CalibrationStats,
-    config: CompressionConfig,
-    *,
-    progress: bool = False,
-) -> tuple[StackCandidates, ...]:
-    """Group targeted experts into stacks, and predict the losses of all ways to share a core in each stack.
-
-    Args:
-        targets: the targeted weights.
-        stats: calibration statistics with gradients.
-        config: options of the compression.
-        progress: show a progress bar.
-
-    Raises:
-        TargetError: no target is an expert of a mixture.
-    """
-    stacks: dict[tuple[object, ...], list[int]] = {}  # values: indices of the targets of a stack
+def stacks_of(targets: Sequence[Target]) -> list[list[int]]:
+    """Group targeted experts into stacks, as lists of indices of the targets."""
+    stacks: dict[tuple[object, ...], list[int]] = {}
     for place, target in enumerate(targets):
         owner, number, matrix = ["", "", *target.name.rsplit(".", 2)][-3:]
         if len(target.names) == 1 and isinstance(target.modules[0], PartMatrix) and number.isdigit():
             kind = (matrix, target.matrix.shape, target.matrix.dtype)
             stacks.setdefault((owner, *kind), []).append(place)
-    several = [members for members in stacks.values() if len(members) > 1]
-    if not several:
-        raise TargetError(
-            f"compress_experts found no stack of experts among the {len(targets)} targeted layers: nothing "
-            "could share a core. Target the experts of a mixture that keeps them as one parameter of "
-            "shape (experts, out, in), or use tensornet.compress."
-        )
+    return [members for members in stacks.values() if len(members) > 1]
+
+
+def find_stacks(
+    targets: Sequence[Target], stats: CalibrationStats, config: CompressionConfig
+) -> list[tuple[tuple[str, ...], StackCandidates]]:
+    """Predict the losses of all ways to share a core in each stack of experts.
+
+    Args:
+        targets: the targeted weights of a block.
+        stats: statistics with gradients.
+        config: options of the compression.
+
+    Returns:
+        The names of the experts of each stack, and the candidates of the stack.
+    """
     found = []
-    for members in tqdm(several, desc="stacks", disable=not progress, unit="stack"):
+    for members in stacks_of(targets):
         group = [targets[k] for k in members]
         known = [layer_sensitivity(target, "curvature", stats, config.damping) for target in group]
         weights = [sensitivity for sensitivity in known if sensitivity is not None]
@@ -359,8 +379,9 @@ def find_stacks(
         by_bytes = lower_hull([candidate.num_bytes for _, candidate in pairs], costs)
         by_params = lower_hull([candidate.params for _, candidate in pairs], costs)
         best = [pairs[k] for k in sorted({*by_bytes, *by_params})]
-        found.append(tuple(SharedCandidate(tuple(members), *pair) for pair in best))
-    return tuple(found)
+        names = tuple(target.name for target in group)
+        found.append((names, tuple(SharedCandidate(tuple(members), *pair) for pair in best)))
+    return found
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
@@ -527,35 +548,39 @@ def _options(
 
 
 def _fit(
-    choice: SharedCandidate, targets: Sequence[Target], stats: CalibrationStats, damping: float
-) -> tuple[dict[str, nn.Module], SharedStack]:
-    """Fit networks that share a core to a stack; return the new layers by name, and a report."""
+    choice: SharedCandidate, targets: Sequence[Target], weightings: Sequence[Weighting]
+) -> list[NewLayers]:
+    """Fit networks that share a core to a stack; return the new layer and the error of each expert."""
     topology, storage = choice.candidate.topology, choice.candidate.storage
     assert topology is not None
     rank = max(topology.bond_dims.values())
-    weightings = [layer_weighting(x, "curvature", stats, damping) or Weighting() for x in targets]
+    # The walk over the blocks may compute in float32, also where the model has 16 bits.
     stored = fit_stored(choice.pattern, [x.matrix for x in targets], weightings, rank, storage)
-    modules: dict[str, nn.Module] = {}
-    errors = []
+    made: list[NewLayers] = []
     for target, tensors in zip(targets, stored, strict=True):
         (part,), (kind,) = target.modules, target.kinds
         layer = linear_from_stored(topology, tensors, source=kind.name, storage=storage, like=target.matrix)
         assert isinstance(part, PartMatrix)
         layer.bias = part.bias
-        for tensor in layer.stored.values():
-            tensor.requires_grad_(target.weight.requires_grad and isinstance(tensor, nn.Parameter))
-        errors.append(relative_gap(target.matrix, layer.to_matrix()))
-        modules[target.names[0]] = layer
-    report = SharedStack(
-        names=tuple(target.name for target in targets),
+        made.append(([layer], relative_gap(target.matrix, layer.to_matrix())))
+    return made
+
+
+def _report(
+    choice: SharedCandidate, names: tuple[str, ...], plan: CompressionPlan, errors: Mapping[str, float]
+) -> SharedStack:
+    """Report on a compressed stack."""
+    layers = [plan[name] for name in names]
+    assert choice.candidate.topology is not None
+    return SharedStack(
+        names=names,
         pattern=choice.pattern,
-        topology=topology,
-        storage=storage,
-        params_before=sum(target.matrix.numel() for target in targets),
+        topology=choice.candidate.topology,
+        storage=choice.candidate.storage,
+        params_before=sum(x.params_before for x in layers),
         params_after=choice.candidate.params,
-        bytes_before=sum(target.matrix.nbytes for target in targets),
+        bytes_before=sum(x.bytes_before for x in layers),
         bytes_after=choice.candidate.num_bytes,
         loss_increase=choice.candidate.predicted_loss,
-        errors=tuple(errors),
+        errors=tuple(errors[name] for name in names),
     )
-    return modules, report

@@ -122,7 +122,6 @@ WRONG = [
     ("compress GPT2 out --int8", "No such option"),
     ("compress GPT2 out --formatt int8", "--formats"),
     ("compress GPT2 out --bits 4 --objective weight --prices p", "--prices.*--calibration"),
-    ("compress GPT2 out --param-ratio 0.5 --calibration text.txt --prices p", "--prices.*--calibration"),
     ("compress GPT2 out HALF --calibration-tokens 100", "add --calibration"),
     ("compress GPT2 out HALF --whole-model", "--whole-model.*--max-bytes"),
     ("compress GPT2 out HALF --no-resume", "leave out --no-resume"),

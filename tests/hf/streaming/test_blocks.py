@@ -12,7 +12,7 @@ import torch
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import BudgetError, DestinationError, TargetError
+from tensornet.errors import BudgetError, DestinationError
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf import streaming
 from tensornet_hf.embedded import calibration_text, gpt2_path
@@ -133,9 +133,3 @@ def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
     states[1, 2] = torch.ones(2)
     assert states.complete(3) == 1
     assert streaming.fresh_states(tmp_path / "states").complete(3) == 0
-
-
-def test_batches_only_serve_plans_that_use_them(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="calibrate_checkpoint"):
-        compress(tmp_path / "model", tn.CompressionConfig(param_ratio=0.5))
-    assert not list(tmp_path.iterdir())

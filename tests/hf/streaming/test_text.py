@@ -16,7 +16,7 @@ import tensornet_hf as th
 from tensornet_hf import compress as conversion
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, t5_path
-from tensornet_hf.streaming import staging_folder
+from tensornet_hf.streaming import PRICES, staging_folder
 from tensornet_hf.text import load_tokenizer
 
 TOKENS = 600
@@ -83,26 +83,16 @@ def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_statistics_survive_an_interruption(
-    call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = []
-    original = conversion.calibrate_checkpoint
-
-    def counting(*arguments: Any, **options: Any) -> Any:
-        counted.append(arguments)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(conversion, "calibrate_checkpoint", counting)
+def test_prices_survive_an_interruption(call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("compress", sharded, "reference", *HALF, "--workers", 1)[0] == 0
-    (work := staging_folder(Path("out").absolute())).mkdir()
-    (work / ".calibration.of-a-killed-run").mkdir()
+    work = staging_folder(Path("out").absolute())
     with monkeypatch.context() as patch:
         patch.setattr("tensornet_hf.streaming.compress_alone", _interrupt)
         assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 130
-    assert sorted(x.name[:10] for x in work.iterdir())[-1] == "statistics"
-    assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 0
-    assert len(counted) == 2
+    assert (work / PRICES).is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr("tensornet.compression.survey.survey", _interrupt)
+        assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 0
     assert contents(Path("out")) == contents(Path("reference"))
     assert not work.exists()
 

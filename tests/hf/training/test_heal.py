@@ -234,8 +234,9 @@ def test_refitting_prefers_text_that_calibration_has_not_seen(monkeypatch: pytes
     options = th.CompressOptions(refine=True, calibration="text.txt")
     each = data.tokens // len(data.batches)
     for seen in (0, 4 * each, data.tokens):
-        stats = tn.CalibrationStats({}, {}, seen, None, "")
-        conversion._correct(model, model, gpt2_path(), text, stats, options, None, refine_tokens=8 * each)
+        conversion._correct(
+            model, model, gpt2_path(), text, None, seen, options, None, refine_tokens=8 * each
+        )
     for batches, first in zip(given, (0, 4, 0), strict=True):  # all of it seen: better than none
         assert len(batches) == 8
         assert torch.equal(batches[0], data.batches[first])
