@@ -29,7 +29,7 @@ from tensornet.nn.targets import Target
 from tensornet.quantization.menus import MENUS
 from tensornet.topology import Topology
 
-PRICES_VERSION = 2
+PRICES_VERSION = 3
 #: Budgets that `PriceList.plan` can change, since the candidates do not depend on them.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
