@@ -150,10 +150,13 @@ class Bench:
 
     def tool(self, name: str, *arguments: object) -> str:
         command = [str(self.given.tools / name), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with tempfile.TemporaryFile("w+") as out:  # into a pipe, the last lines may be lost at exit
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+            out.seek(0)
+            said = out.read()
         if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
-        return done.stdout + done.stderr
+            raise SystemExit(f"{' '.join(command)}\n{said[-2000:]}")
+        return said
 
     def judge(self, file: Path, size: str, types: str, rounding: str, **facts: Any) -> None:
         """Measure a file on the test windows, and add a row with the results and `facts` to the record.
@@ -392,8 +395,11 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
     figure = Figure(figsize=(4.6 * len(names), 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         some = sorted((x for x in rows if x["model"] == name), key=lambda x: x["bits_per_weight"])
+        effort = "fast" if any(x.get("effort") == "fast" for x in some) else "thorough"
+        shown = (effort, "gguf")  # not the rows of other menus
         for (types, rounding), (style, label) in STYLES.items():
-            found = [x for x in some if (x["types"], x["rounding"]) == (types, rounding) and is_default(x)]
+            those = [x for x in some if (x["types"], x["rounding"]) == (types, rounding)]
+            found = [x for x in those if "effort" not in x or (x["effort"], x["formats"]) == shown]
             if not found:
                 continue
             bits, kl = ([x["bits_per_weight"] for x in found], [x["kl"][0] for x in found])
@@ -410,11 +416,6 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
         axes.legend(fontsize=8, loc="lower left")
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
         figure.savefig(file, metadata={"Date": None})
-
-
-def is_default(row: Row) -> bool:
-    """Return True unless a plan has another effort or menu than the default."""
-    return (row.get("effort", "fast"), row.get("formats", "gguf")) == ("fast", "gguf")
 
 
 def models(given: argparse.Namespace) -> dict[str, Any]:
