@@ -152,7 +152,9 @@ def test_bytes_are_those_of_the_stored_tensors(number_format: NumberFormat, rows
         stored[1:] = [pack(integers, number_format.scale_bits), steps]
         assert torch.equal(number_format.scales_of(integers, steps), rounded.scales)
     if rounded.zeros is not None:
-        stored.append(pack(rounded.zeros, number_format.bits))
+        packed = number_format.pack_zeros(rounded.zeros)
+        assert torch.equal(number_format.unpack_zeros(packed, rounded.zeros.shape[-1]), rounded.zeros)
+        stored.append(packed)
     assert rounded.nbytes == number_format.nbytes((rows, size)) == sum(x.nbytes for x in stored)
 
 
