@@ -397,7 +397,8 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
     try:
         return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
     except FormatError as error:
-        raise FormatError(f"{error} {MENUS.hint}") from error
+        menus = ", ".join(MENUS)
+        raise FormatError(f"{error} {f'Menus are {menus}.' if menus else MENUS.hint}") from error
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:

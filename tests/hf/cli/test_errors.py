@@ -82,6 +82,7 @@ FAILED = [
     ("compress GPT2 out CHAIN --sites 30 --calibration text.txt", "at most 25 legs"),
     ("compress GPT2 out CHAIN --topology-option colour=red", "does not know the options colour.*in_dims"),
     ("compress GPT2 out --bits 4 --formats int9", "Unknown number format 'int9'"),
+    ("compress GPT2 out --bits 4 --formats gguf-slow", "Menus are gguf, gguf-fast"),
     ("compress GPT2 out --rel-error 0.5 --report no/r.html", "report cannot be written"),
     ("compress GPT2 out --plan empty.txt", "Cannot read a compression plan"),
     ("compress GPT2 out --max-bond 4 --calibration short.txt", "fewer than a window"),
