@@ -39,7 +39,11 @@ def test_the_predicted_loss_increase_is_measured_on_other_text(bits: float) -> N
     plan = prices.plan(bits_per_weight=bits)
     report = tn.compress(copied, plan, calibration=batches, prices=prices, progress=False)
     found = measure(copied, model, windows(heldout_text()))
-    assert 0.8 < report.plan.predicted_loss_increase / found.mean < 1.25  # type: ignore[operator]
+    predicted = report.plan.predicted_loss_increase
+    assert predicted is not None
+    # With 6 bits, the loss increase is not much larger than its standard error; the divergence is.
+    noise = 3 * found.stderr
+    assert 0.8 * (found.mean - noise) < predicted < 1.25 * (found.mean + noise)
     assert 0.7 < report.plan.predicted_kl / found.kl_mean < 1.25  # type: ignore[operator]
 
 

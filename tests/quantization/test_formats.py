@@ -172,7 +172,7 @@ def test_bytes_of_the_usual_cases() -> None:
     sizes |= {"int2:g16:s4:min": 2.625, "int4:g32:s6:min": 4.5, "int5:g32:s6:min": 5.5}
     for name, bits_per_weight in sizes.items():  # of types of GGUF
         assert NumberFormat.parse(name).bits_per_weight((128, 512)) == bits_per_weight
-    assert len(format_names()) == 19
+    assert {"float", "int4", "mxfp4", "iq2_s"} <= set(format_names())
     with pytest.raises(TopologyError, match="sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.calibration.batches import tokens_of
+from tensornet.calibration.batches import as_batch, tokens_of
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
@@ -400,7 +400,8 @@ def compress_folder(
         key.append(sorted(file_marks(folder, options.weights).items()))
         checkpoint = _healing_file(Path(destination), key, resume=options.resume)
     if teacher is not None and text is not None and (options.refine or options.heal):
-        seen = 0 if calibration is None else sum(map(tokens_of, calibration.batches))
+        read = () if calibration is None else calibration.batches
+        seen = sum(tokens_of(as_batch(x, model, torch.device("cpu"))) for x in read)
         notes = _correct(model, teacher, folder, text, prices, seen, options, checkpoint)
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
     done = replace(done, seconds=time.perf_counter() - started)
