@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -113,12 +114,11 @@ def test_experts_without_tokens_are_planned_with_the_moments_of_their_mixture() 
 
 @pytest.mark.slow
 def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("tensornet.calibration.walk.has_bfloat16", lambda device: False)  # as in memory
     architecture = PAGE_ARCHITECTURES["Gemma 3"]
     ids = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
-    model = architecture.dense
+    model = copy.deepcopy(architecture.dense)
     data = ProvidedData([{"input_ids": ids, "labels": ids}], "random tokens")
     with pytest.warns(CalibrationWarning, match=r"never ran.*model\.vision_tower\."):
         report = tn.compress(model, HALF, calibration=data, progress=False)
@@ -128,4 +128,7 @@ def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(
         streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
     assert streamed.coverage == report.coverage
     batch = architecture.batch()
-    torch.testing.assert_close(th.load(tmp_path / "made")(**batch).logits, model(**batch).logits)
+    # In memory, the model is one block, so that layers are fitted on the inputs of the dense model.
+    with torch.no_grad():
+        made = [x(**batch).logits for x in (architecture.dense, th.load(tmp_path / "made"), model)]
+    assert 0 < float((made[1] - made[0]).norm()) < 1.3 * float((made[2] - made[0]).norm())

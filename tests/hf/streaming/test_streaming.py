@@ -285,7 +285,8 @@ def test_experts_are_mapped_and_calibrated_without_loading(
     th.compress_checkpoint(experts, tmp_path / "ours", config, calibration=data, **MIXTURE)
     model = th.load(experts)
     tn.compress(model, config, calibration=data, progress=False)
-    torch.testing.assert_close(logits(th.load(tmp_path / "ours")), logits(model))
+    # Moments are summed in another order here and there, and singular values may be close to each other.
+    torch.testing.assert_close(logits(th.load(tmp_path / "ours")), logits(model), rtol=1e-3, atol=1e-4)
 
 
 W1 = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
