@@ -328,19 +328,11 @@ class Bench:
                 continue
             if not logits.is_file():
                 self.tool("llama-perplexity", "-m", self.dense_file(), *how)
-            row["llama_cpp"] = self.divergence_by_llama_cpp(self.file(row["name"]), *how)
+            said = self.tool("llama-perplexity", "-m", self.file(row["name"]), *how, "--kl-divergence")
+            row["llama_cpp"] = {key: numbers(said, label) for key, label in SAID.items()}
             self.write()
             print(row["name"], row["llama_cpp"], flush=True)
         logits.unlink(missing_ok=True)
-
-    def divergence_by_llama_cpp(self, file: Path, *how: object) -> dict[str, tuple[float, float | None]]:
-        """Judge a file by `llama-perplexity`, which sometimes exits before it has printed its last lines."""
-        for _ in range(10):
-            said = self.tool("llama-perplexity", "-m", file, *how, "--kl-divergence")
-            found = {key: numbers(said, label) for key, label in SAID.items()}
-            if None not in found.values():
-                return {key: x for key, x in found.items() if x is not None}
-        raise SystemExit(f"llama-perplexity says nothing about {file}: {said[-1000:]}")
 
     def speed(self) -> None:
         """Measure `own_divergence` and llama.cpp's tokens per second for the files of plans and presets."""
@@ -370,7 +362,8 @@ class Bench:
             text = self.work / "judged.txt"
             how = ("-f", text, "-c", self.context, "--chunks", 6, "-t", 1, "--kl-divergence-base", logits)
             self.tool("llama-perplexity", "-m", wide, *how)
-            return self.divergence_by_llama_cpp(file, *how)["kl"][0]
+            said = self.tool("llama-perplexity", "-m", file, *how, "--kl-divergence")
+        return numbers(said, SAID["kl"])[0]
 
 
 def types_of(file: Path, *, matrices: bool = False) -> dict[str, str]:
@@ -381,10 +374,12 @@ def types_of(file: Path, *, matrices: bool = False) -> dict[str, str]:
     return {name: kind for name, kind in found.items() if kind != "F32"} if matrices else found
 
 
-def numbers(said: str, label: str) -> tuple[float, float | None] | None:
+def numbers(said: str, label: str) -> tuple[float, float | None]:
     """Find the number after a label in the output of `llama-perplexity`, with its standard error."""
     found = re.search(rf"{label}\s*:\s*([-\d.e+]+)(?:\s*±\s*([-\d.e+]+))?", said)
-    return found and (float(found[1]), None if found[2] is None else float(found[2]))
+    if found is None:
+        raise SystemExit(f"llama-perplexity did not print {label!r}: {said[-1000:]}")
+    return float(found[1]), None if found[2] is None else float(found[2])
 
 
 def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:

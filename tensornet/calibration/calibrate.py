@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode, remembering, uncompiled, without_cache
-from tensornet.calibration.batches import (
-    Batch,
-    token_mask,
-)
+from tensornet.calibration.batches import Batch, token_mask
 from tensornet.calibration.coherence import CoherenceSample, HeldTokens
 from tensornet.calibration.losses import (
     PROJECTIONS,

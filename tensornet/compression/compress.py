@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensornet.calibration.batches import (
-    Batch,
-    BatchLike,
-    check_batches,
-    some_rows,
-)
+from tensornet.calibration.batches import Batch, BatchLike, check_batches, some_rows
 from tensornet.calibration.losses import PROJECTIONS, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import LayerCache, apply_plan, run_once
@@ -89,9 +84,8 @@ def compress(
     params_before, bytes_before = model_size(model)
 
     # Plan: survey the model block by block, unless statistics are given or the errors of weights decide.
-    data, stats = gather(model, config, calibration), None
-    if isinstance(calibration, CalibrationStats):
-        stats = calibration
+    data = gather(model, config, calibration)
+    stats = calibration if isinstance(calibration, CalibrationStats) else None
     by_blocks = config.reads_data and bool(data.batches)
     if prices is not None and not by_blocks:
         raise TargetError("prices need calibration=batches, from which they were found; leave them out.")

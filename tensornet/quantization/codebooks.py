@@ -188,7 +188,7 @@ class Codebook:
 
     @staticmethod
     def _signs(target: Tensor, points: Tensor, gap: Tensor, odd: Tensor | bool) -> Tensor:
-        """Return the signs of vectors, of which one is changed if the number of negative ones is wrong.
+        """Return the signs of vectors. If the number of negative elements must change, so does one sign.
 
         Args:
             target: vectors, shape `(..., n)`.

@@ -113,9 +113,7 @@ def test_experts_without_tokens_are_planned_with_the_moments_of_their_mixture() 
 
 
 @pytest.mark.slow
-def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(
-    tmp_path: Path,
-) -> None:
+def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path) -> None:
     architecture = PAGE_ARCHITECTURES["Gemma 3"]
     ids = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
     model = copy.deepcopy(architecture.dense)
@@ -128,7 +126,7 @@ def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(
         streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
     assert streamed.coverage == report.coverage
     batch = architecture.batch()
-    # In memory, the model is one block, so that layers are fitted on the inputs of the dense model.
+    # A folder with several stacks is walked as one block: layers are fitted on the inputs of the dense model.
     with torch.no_grad():
         made = [x(**batch).logits for x in (architecture.dense, th.load(tmp_path / "made"), model)]
     assert 0 < float((made[1] - made[0]).norm()) < 1.3 * float((made[2] - made[0]).norm())
