@@ -491,3 +491,15 @@ def test_the_budget_is_that_of_the_configuration() -> None:
     expected = prices.with_config(config).plan()
     assert [x.storage for x in report.plan.layers] == [x.storage for x in expected.layers]
     assert report.plan.bytes_after < prices.plan().bytes_after
+
+
+def test_an_embedding_may_be_the_first_block() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50))
+    ids = torch.randint(50, (4, 20))
+    loss_fn = lambda net, batch: nn.functional.cross_entropy(  # noqa: E731
+        net(batch["input"]).flatten(0, 1), ids.flatten(), reduction="none"
+    )
+    prices = tn.survey(model, [ids], CONFIG, loss_fn=loss_fn)
+    assert [x.name for x in prices.layers] == ["0", "1", "2"]
+    assert all(min(x.predicted_loss for x in layer.candidates) >= 0 for layer in prices.layers)

@@ -379,3 +379,32 @@ def test_the_error_of_the_weights_needs_no_walk(monkeypatch: pytest.MonkeyPatch)
     config = replace(CONFIG, target_modules="*mlp.up_proj", objective="weight", **options)
     torch.manual_seed(0)
     tn.compress(llama().eval(), config, calibration=[text(0)], progress=False)
+
+
+def test_a_network_of_an_embedding_is_fitted_to_the_rows_that_are_looked_up() -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    ids = torch.randint(3, 8, (8, 20))
+    batches = [{"input_ids": ids, "labels": ids}]
+    name = "model.embed_tokens"
+    config = tn.CompressionConfig(param_ratio=0.5, target_modules=[name])
+    prices = tn.survey(model, batches, config)
+    (_, layers), *_ = compress_blocks(model, prices.plan(), batches, factors=prices.factors)
+    table = model.get_submodule(name).weight.detach()
+    gap = (layers[name][0][0].to_matrix().detach() - table).norm(dim=1) / table.norm(dim=1)
+    assert float(gap[3:8].mean()) < 0.5 * float(gap[8:].mean())
+
+
+def test_moments_of_gradients_have_their_exact_diagonal() -> None:
+    """A survey keeps a factor of low rank, and what it lacks on the diagonal."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(30, 40)), (torch.randn(200, 30), torch.randn(200, 40))
+    config = tn.CompressionConfig(bits_per_weight=4, formats=("int4:g16",))
+    loss_fn = lambda net, given: (net(given["input"]) - given["labels"]).square().sum(1)  # noqa: E731
+    factor = tn.survey(model, [batch], config, loss_fn=loss_fn).factors["0"]
+    exact = tn.calibrate(model, [batch], loss_fn=loss_fn).rows["0"]
+    found = write.moment_of(factor, torch.device("cpu"))
+    assert factor.shape == (40, 17)
+    torch.testing.assert_close(found.diagonal(), exact.diagonal(), rtol=0.02, atol=0)
+    assert float((found - exact).norm()) < float((exact.diagonal().diag() - exact).norm())
+    torch.testing.assert_close(write.moment_of(factor[:, -1:], torch.device("cpu")), factor[:, -1].float())
