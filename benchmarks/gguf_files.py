@@ -14,9 +14,8 @@ calibration does not use, by the loss increase over the dense model and the KL d
 errors over tokens. The step `llama.cpp` judges all files again by `llama-perplexity --kl-divergence` against
 the dense file; it tokenizes the held-out text itself, and counts the second half of each window.
 
-The step `speed` measures the tokens per second of every file with `llama-bench` on one thread, in turn, and
-their ratio to those of the preset of the same size. llama.cpp rounds activations to 8 bits, so
-`llama-perplexity` measures the divergence of its outputs from those of the same weights in float32.
+The step `speed` measures the tokens per second of plans and recipes with `llama-bench` on one thread, in turn
+with the preset of the same size; the ratios are medians.
 
 The residual stream of SmolLM2 is rotated, since the weights of the published file lie on a 4-bit grid.
 `smollm2-wide` is the same model, padded with zeros before rotation such that its rows are multiples of 256,
@@ -45,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -79,6 +78,8 @@ STYLES = {
     ("plan", "tensornet"): ("C0o-", "plan, rounded by tensornet"),
     ("preset", "other"): ("C2^", "other tools"),
 }
+#: Files whose types are planned for their rounding.
+CHOSEN = (("plan", "tensornet"), ("recipe", "llama-quantize"))
 #: Files whose points have the name of the preset.
 NAMED = (("preset", "llama-quantize"), ("preset", "other"))
 #: What `llama-perplexity` says about a file.
@@ -105,6 +106,21 @@ FORMATS = {
 Row = dict[str, Any]
 
 
+class Remembered(nn.Module):
+    """A model that runs only once on each batch, since many files are compared with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.known: dict[bytes, Any] = {}
+
+    def forward(self, input_ids: Tensor) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = self.model(input_ids=input_ids)
+        return self.known[key]
+
+
 class Bench:
     """Makes and measures the files of one model.
 
@@ -122,6 +138,7 @@ class Bench:
         self.tokens = torch.cat([batch["input_ids"].flatten() for batch in subject.judged])
         self.context = subject.judged[0]["input_ids"].shape[1]
         self.dense = subject.load()
+        self.remembered = Remembered(self.dense)
         self.text = self.work / "text.txt"
         if not self.text.is_file():
             windows = [x for batch in subject.calibration(0) for x in batch["input_ids"]]
@@ -167,7 +184,7 @@ class Bench:
             types: who chose the types: preset, plan, or recipe.
             rounding: program that rounded the weights.
         """
-        found = divergence(load_gguf(file), self.dense, self.tokens, context=self.context)
+        found = divergence(load_gguf(file), self.remembered, self.tokens, context=self.context, batch_size=2)
         origin = {x: provenance()[x] for x in ("date", "commit", "dirty", "device", "load", "threads")}
         weights = sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)
         row = {
@@ -335,35 +352,27 @@ class Bench:
         logits.unlink(missing_ok=True)
 
     def speed(self) -> None:
-        """Measure `own_divergence` and llama.cpp's tokens per second for the files of plans and presets."""
-        mine = [x for x in self.rows if x["model"] == self.subject.name and x["size"] in self.given.presets]
-        files = {x["name"]: self.file(x["name"]) for x in mine if self.file(x["name"]).is_file()}
-        rates: dict[str, dict[str, list[float]]] = {x: {"generated": [], "read": []} for x in files}
-        for _ in range(self.given.repeats):
-            for name, file in files.items():
-                said = self.tool(
-                    "llama-bench", "-m", file, "-t", 1, "-p", 256, "-n", 64, "-r", 1, "-o", "json"
-                )
-                for test in json.loads(said[said.index("[") : said.rindex("]") + 1]):
-                    rates[name]["generated" if test["n_gen"] else "read"].append(test["avg_ts"])
-        for row in (x for x in mine if x["name"] in files):
-            for kind, values in rates[row["name"]].items():
-                row[f"{kind}_per_second"] = statistics.median(values)
-                ratios = [a / b for a, b in zip(values, rates[row["size"]][kind], strict=True)]
+        """Measure tokens per second of plans and recipes, each in turn with the preset of the same size."""
+        for row in self.rows:
+            file, preset = self.file(row["name"]), self.file(row["size"])
+            mine = row["model"] == self.subject.name and (row["types"], row["rounding"]) in CHOSEN
+            if not mine or "generated_ratios" in row or not (file.is_file() and preset.is_file()):
+                continue
+            pairs = [(self.rates(file), self.rates(preset)) for _ in range(self.given.repeats)]
+            for kind in ("generated", "read"):
+                ratios = [ours[kind] / theirs[kind] for ours, theirs in pairs]
+                row[f"{kind}_per_second"] = statistics.median(ours[kind] for ours, _ in pairs)
                 row[f"{kind}_over_preset"] = statistics.median(ratios)
-            row["own_kl"] = self.own_divergence(files[row["name"]])
+                row[f"{kind}_ratios"] = ratios
+            row["speed_device"] = provenance()["device"]
             self.write()
+            print(row["name"], row["generated_over_preset"], row["read_over_preset"], flush=True)
 
-    def own_divergence(self, file: Path) -> float:
-        """Measure the KL divergence of a file in llama.cpp from the same weights stored in float32."""
-        with tempfile.TemporaryDirectory(dir=self.work) as scratch:
-            wide, logits = Path(scratch) / "wide.gguf", Path(scratch) / "logits"
-            self.tool("llama-quantize", "--allow-requantize", file, wide, "F32", 1)
-            text = self.work / "judged.txt"
-            how = ("-f", text, "-c", self.context, "--chunks", 6, "-t", 1, "--kl-divergence-base", logits)
-            self.tool("llama-perplexity", "-m", wide, *how)
-            said = self.tool("llama-perplexity", "-m", file, *how, "--kl-divergence")
-        return numbers(said, SAID["kl"])[0]
+    def rates(self, file: Path) -> dict[str, float]:
+        """Measure how many tokens per second `llama-bench` generates and reads."""
+        said = self.tool("llama-bench", "-m", file, "-t", 1, "-p", 256, "-n", 64, "-r", 1, "-o", "json")
+        tests = json.loads(said[said.index("[") : said.rindex("]") + 1])
+        return {"generated" if test["n_gen"] else "read": test["avg_ts"] for test in tests}
 
 
 def types_of(file: Path, *, matrices: bool = False) -> dict[str, str]:
