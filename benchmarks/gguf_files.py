@@ -23,7 +23,7 @@ as K types need. Without `--tools` only plans are measured, for the sizes `--meg
 seconds. Rows in the record and files in the work folder are not made again.
 
 The tools come from llama.cpp, or from packages of it such as Debian's llama.cpp-tools and
-llama.cpp-tools-extra. Writes `gguf_files.json`.
+llama.cpp-tools-extra. Writes `gguf_files.json` and, with `--picture`, tables in `gguf_files.md`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import subjects
-from harness import RECORDS, peak_mib, processor_seconds, provenance, record
+from harness import RECORDS, cell, peak_mib, processor_seconds, provenance, record, table
 from subjects import Subject, tokens_of
 
 import tensornet as tn
@@ -422,6 +422,31 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
         figure.savefig(file, metadata={"Date": None})
 
 
+def page(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Format the files of each model as a Markdown table, by decreasing size."""
+    parts = [
+        "# Files for llama.cpp",
+        "The record of `benchmarks/gguf_files.py`, in nats per token, MB and percent.",
+    ]
+    for name in names:
+        some = sorted((x for x in rows if x["model"] == name), key=lambda x: -x["bytes"])
+        parts += [f"## {TITLES.get(name, name)}", table([cells(x) for x in some])]
+    return "\n\n".join(parts) + "\n"
+
+
+def cells(row: Row) -> dict[str, str]:
+    """Format the results of one file, those of `llama-perplexity` in columns of their own."""
+    found = {"file": row["name"], "MB": f"{row['bytes'] / 1e6:.1f}", "bits": f"{row['bits_per_weight']:.2f}"}
+    ours = {**row, "same_top": [100 * x for x in row["same_top"]]}
+    for judge, results in (("", ours), (" by llama.cpp", row.get("llama_cpp", {}))):
+        for key in SAID:
+            numbers = [x for x in results.get(key, ()) if x is not None]
+            found[key + judge] = " ± ".join(f"{x:.{1 if key == 'same_top' else 4}f}" for x in numbers)
+    for kind in ("generated", "read"):
+        found[f"{kind} over preset"] = cell(row.get(f"{kind}_over_preset"))
+    return found
+
+
 def models(given: argparse.Namespace) -> dict[str, Any]:
     if given.toy:
         return {"gpt2": lambda: subjects.gpt2(count=8, limit=8_000)}
@@ -444,7 +469,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument(
         "--others", nargs="*", default=[], metavar="NAME=FILE", help="GGUF files of other tools"
     )
-    parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
+    parser.add_argument(
+        "--picture", type=Path, help="draw the record to this file, write its tables, and measure nothing"
+    )
     parser.add_argument("--formats", default="gguf", help="menu of number formats of the plans")
     parser.add_argument("--effort", default="fast", choices=("fast", "thorough"))
     parser.add_argument("--repeats", type=int, default=5, help="number of runs of llama-bench")
@@ -456,7 +483,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         given.work = given.records / "gguf-work"
     file = given.records / "gguf_files.json"
     if given.picture is not None:
-        picture(json.loads(file.read_text())["rows"], given.models, given.picture)
+        rows = json.loads(file.read_text())["rows"]
+        picture(rows, given.models, given.picture)
+        file.with_suffix(".md").write_text(page(rows, given.models))
         return Path(given.picture)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
