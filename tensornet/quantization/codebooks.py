@@ -43,8 +43,7 @@ class _Tables(NamedTuple):
         inverse: index of the point in each cell; -1 for cells without a point, shape `(cells,)`.
         near: magnitudes of the points that are nearest to each cell, the nearest one first, float32, shape
             `(cells, compared, length)`.
-        values: magnitudes of every point, float32, shape `(points, length)`.
-        magnitudes: the same as int8.
+        magnitudes: magnitudes of every point, int8, shape `(points, length)`.
         signs: factors 1 and -1 for every number that `split` returns as signs, int8, shape `(256, RUN)`. If
             only 7 signs are stored, the highest bit has no effect.
     """
@@ -52,7 +51,6 @@ class _Tables(NamedTuple):
     points: Tensor
     inverse: Tensor
     near: Tensor
-    values: Tensor
     magnitudes: Tensor
     signs: Tensor
 
@@ -118,11 +116,7 @@ class Codebook:
         if not compare:
             sizes = target.abs()
             points = self._near(sizes.unflatten(-1, (-1, self.length)), 1).flatten(-3)
-            return points * (
-                self._signs(target, points, sizes, False)
-                if self.even
-                else torch.ones_like(target).copysign_(target)
-            )
+            return points * self._signs(target, points, sizes, False if self.even else None)
         if self.length == RUN:
             return self._closest(target, factor, False if self.even else None)[0]
         # The errors of the first vector change the targets of the second one. If the number of negative
@@ -159,11 +153,8 @@ class Codebook:
         """
         sizes = target.abs()
         points = self._near(sizes)  # shape: (stack, n, compared, length)
-        if odd is None:
-            signs = torch.ones_like(target).copysign_(target)
-        else:
-            gap = sizes if factor is None else sizes * factor.square().sum(-1).unsqueeze(-2)
-            signs = self._signs(target, points[..., 0, :], gap, odd)
+        gap = sizes if factor is None else sizes * factor.square().sum(-1).unsqueeze(-2)
+        signs = self._signs(target, points[..., 0, :], gap, odd)
         error = points * signs.unsqueeze(-2)
         error -= target.unsqueeze(-2)
         if factor is not None:
@@ -187,7 +178,7 @@ class Codebook:
         return found.view(*sizes.shape[:-1], -1, self.length).to(sizes.dtype)
 
     @staticmethod
-    def _signs(target: Tensor, points: Tensor, gap: Tensor, odd: Tensor | bool) -> Tensor:
+    def _signs(target: Tensor, points: Tensor, gap: Tensor, odd: Tensor | bool | None) -> Tensor:
         """Return the signs of vectors. If the number of negative elements must change, so does one sign.
 
         Args:
@@ -195,9 +186,11 @@ class Codebook:
             points: magnitudes of the points that replace them.
             gap: increase of the cost if the sign of an element changes, divided by its magnitude in `points`,
                 up to a factor.
-            odd: whether the number of negative elements must be odd.
+            odd: whether the number of negative elements must be odd, or even; None without a restriction.
         """
         signs = torch.ones_like(target).copysign_(target)
+        if odd is None:
+            return signs
         wrong = ((signs < 0).sum(-1, keepdim=True) % 2 == 1) != odd
         place = (points * gap).argmin(-1, keepdim=True)
         return signs.scatter(-1, place, torch.where(wrong, -1.0, 1.0).to(signs) * signs.gather(-1, place))
@@ -308,7 +301,7 @@ def _tables(codebook: Codebook, device: torch.device) -> _Tables:
         if codebook.even:
             bits[:, -1] = bits[:, :-1].sum(1) % 2
         signs = (1 - 2 * bits).to(torch.int8)
-        tables = (points, inverse, near, values, values.to(torch.int8), signs)
+        tables = (points, inverse, near, values.to(torch.int8), signs)
         return _Tables(*(x.to(device) for x in tables))
 
 

@@ -32,7 +32,7 @@ FACTS = {
 
 
 def points_of(book: Codebook) -> Tensor:
-    return book.tables(torch.device("cpu")).values.double()
+    return book.tables(torch.device("cpu")).magnitudes.double()
 
 
 def signed_vectors(book: Codebook, odd: bool | None) -> Tensor:

@@ -91,17 +91,19 @@ def write_blocks(kind: str, points: Array, scales: Array, minima: Array | None =
     # they are for fewer weights, they must be equal within each group of `width`.
     width, given = found.sub[0] if found.sub else BLOCK, points.shape[1] // scales.shape[1]
     width = found.fp4[1] if found.fp4 else width
-    scales = scales.astype(np.float32).repeat(max(given // width, 1), axis=1)
-    equal = scales.reshape(-1, max(width // given, 1))
-    if np.any(equal != equal[:, :1]):
-        raise FormatError(f"{kind} has one scale for {width} weights, but the matrix has one for {given}.")
-    points = points.reshape(-1, width)
-    steps: Array = equal[:, :1]
+
+    def for_width(values: Array) -> Array:
+        each = values.astype(np.float32).repeat(max(given // width, 1), axis=1)
+        each = each.reshape(-1, max(width // given, 1))
+        if np.any(each != each[:, :1]):
+            raise FormatError(f"{kind} has one scale for {width} weights, but the matrix has one for {given}.")
+        return each[:, :1]
+
+    points, steps = points.reshape(-1, width), for_width(scales)
     if minima is not None:
         if found.sub is None or found.sub[1] != 0:
             raise FormatError(f"{kind} has no minima in multiples of a step, but the matrix has.")
-        minima = minima.astype(np.float32).repeat(max(given // width, 1), axis=1)
-        minima = minima.reshape(-1, max(width // given, 1))[:, :1]
+        minima = for_width(minima)
     if found.fp4 is not None:
         codes = np.searchsorted(formats.FP4_LEVELS, points).clip(0, len(formats.FP4_LEVELS) - 1)
         if not np.array_equal(np.array(formats.FP4_LEVELS)[codes], points):
