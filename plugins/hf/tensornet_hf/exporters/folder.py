@@ -7,7 +7,7 @@ entries of config.json.
 import copy
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -117,9 +117,9 @@ def packed_model(
     for stack, (names, compound, place) in stacks.items():
         if stacked.isdisjoint(names):
             continue
-        parts = _pack_stack(
-            model, stack, names, compound, place, integers, lambda x: pack_matrix(x, model.dtype)
-        )
+        rows = stack_rows(model, stack, compound, place)
+        matrices = [integers.get(name) for name in names]
+        parts = _pack_stack(stack, rows, matrices, lambda x: pack_matrix(x, model.dtype))
         if isinstance(parts, str):
             dense |= {name: parts for name in names if name in stacked}
         else:
@@ -219,26 +219,27 @@ def stack_rows(
 
 
 def _pack_stack(
-    model: PreTrainedModel,
     stack: str,
-    names: list[str],
-    compound: Compound,
-    place: StackedMatrices,
-    integers: Mapping[str, IntegerMatrix],
+    rows: Mapping[str, Tensor],
+    matrices: Sequence[IntegerMatrix | None],
     pack_matrix: Callable[[IntegerMatrix], Packed | str],
 ) -> dict[str, Packed] | str:
-    """Pack a stack of matrices as the linear layers of `stack_rows`, or return why this is impossible."""
-    rows = stack_rows(model, stack, compound, place)
+    """Pack a stack of matrices as linear layers, or return why this is impossible.
+
+    Args:
+        stack: name of the stack, for the reason.
+        rows: result of `stack_rows`.
+        matrices: the matrices; None stands for one that is not stored as integers.
+        pack_matrix: see `packed_model`.
+    """
     if not rows:
         return f"{stack} is one tensor in checkpoints of this architecture, which this target does not pack"
-    formats = {integers[name].number_format if name in integers else None for name in names}
-    (number_format, *others) = formats
-    if number_format is None or others:
+    cores = [x.core for x in matrices if x is not None]
+    if len(cores) < len(matrices) or len({core.number_format for core in cores}) > 1:
         return f"the matrices of {stack} have several number formats, but this target needs one for all"
-    cores = [integers[name].core for name in names]
     parts = {part: torch.cat([core.tensors[part] for core in cores]) for part in cores[0].names}
-    shape = (sum(len(core.codes) for core in cores), place.columns)
-    whole = IntegerMatrix(PackedCore(number_format, shape, place.columns, parts))
+    shape = (len(parts["codes"]), cores[0].columns)
+    whole = IntegerMatrix(PackedCore(cores[0].number_format, shape, cores[0].columns, parts))
     made: dict[str, Packed] = {}
     for name, index in rows.items():
         found = pack_matrix(whole.rows(index))

@@ -96,7 +96,9 @@ def write_blocks(kind: str, points: Array, scales: Array, minima: Array | None =
         each = values.astype(np.float32).repeat(max(given // width, 1), axis=1)
         each = each.reshape(-1, max(width // given, 1))
         if np.any(each != each[:, :1]):
-            raise FormatError(f"{kind} has one scale for {width} weights, but the matrix has one for {given}.")
+            raise FormatError(
+                f"{kind} has one scale for {width} weights, but the matrix has one for {given}."
+            )
         return each[:, :1]
 
     points, steps = points.reshape(-1, width), for_width(scales)
