@@ -5,9 +5,9 @@
 
 For each preset of llama.cpp there are files of the same size: the types of the preset or those of a plan,
 each rounded by `llama-quantize` with an importance matrix or by this library. The plan that `llama-quantize`
-rounds is a recipe, planned for its rounding (`th.plan_recipe`). The types of our own plan, rounded by
-`llama-quantize`, show what the rounding alone gives. One more plan has three quarters of the bytes of Q4_K_M.
-Importance matrix and plans read the same calibration text. Plans include the embedding and the output head.
+rounds is a recipe, planned for its rounding (`th.plan_recipe`). One more plan has three quarters of the bytes
+of Q4_K_M. Importance matrix and plans read the same calibration text. Plans include the embedding and the
+output head.
 
 transformers dequantizes every file. All files are judged on one held-out text, from a source that
 calibration does not use, by the loss increase over the dense model and the KL divergence, with standard
@@ -268,8 +268,8 @@ class Bench:
         sizes = {f"{x:g} MB": round(1e6 * x) for x in self.given.megabytes}
         if self.given.tools is not None:
             sizes |= {x: self.file(x).stat().st_size for x in self.given.presets}
-            if POPULAR in sizes:
-                sizes[f"{SHARE:g} {POPULAR}"] = round(SHARE * sizes[POPULAR])
+        if POPULAR in sizes:
+            sizes[f"{SHARE:g} {POPULAR}"] = round(SHARE * sizes[POPULAR])
         done: list[int] = []
         for name, size in sizes.items():
             if any(abs(size / x - 1) < 0.002 for x in done):
@@ -279,7 +279,7 @@ class Bench:
             if self.row(file) is None:
                 self.plan(file, name, size)
             if self.given.tools is not None and self.prefix == "plan":
-                self.rounded_by_llama_cpp(file, name, size)
+                self.recipe(name, size)
 
     @property
     def prefix(self) -> str:
@@ -303,35 +303,27 @@ class Bench:
         }
         self.judge(file, name, "plan", "tensornet", **facts)
 
-    def rounded_by_llama_cpp(self, plan: Path, name: str, size: int) -> None:
-        """Let `llama-quantize` round the types of a plan, and those of a recipe for its own rounding."""
-        same = self.file(f"{plan.stem} rounded by llama-quantize")
-        if self.row(same) is None:
-            self.apply_recipe(same, th.Recipe(types_of(plan, matrices=True), {}, None, 0.0, ""))
-            self.judge(same, name, "plan", "llama-quantize")
+    def recipe(self, name: str, size: int) -> None:
+        """Plan the types of a file for the rounding of `llama-quantize`, and let it write the file."""
         file = self.file(f"recipe {name}")
-        if self.row(file) is None:
-            options = replace(self.options, prices=self.work / "recipe.prices", export=None)
-            config = tn.CompressionConfig(max_bytes=size)
-            recipe = th.plan_recipe(self.subject.folder, config, options, imatrix=self.importance())
-            self.apply_recipe(file, recipe)
-            if not 0 <= recipe.num_bytes - file.stat().st_size <= IMATRIX_METADATA:
-                raise SystemExit(f"{file}: {file.stat().st_size} bytes, but {recipe.num_bytes} were planned")
-            self.judge(file, name, "recipe", "llama-quantize", predicted=recipe.predicted)
-
-    def apply_recipe(self, file: Path, recipe: th.Recipe) -> None:
-        """Write the file of a recipe by the command that it prints, after a run without writing."""
-        place = file.with_suffix(".txt")
-        recipe.save(place)
-        words = shlex.split(recipe.command(str(place), str(self.importance())))
-        dense, _, kind = words[-3:]
+        if self.row(file) is not None:
+            return
+        options = replace(self.options, prices=self.work / "recipe.prices", export=None)
+        config = tn.CompressionConfig(max_bytes=size)
+        recipe = th.plan_recipe(self.subject.folder, config, options, imatrix=self.importance())
+        recipe.save(file.with_suffix(".txt"))
+        words = shlex.split(recipe.command(str(file.with_suffix(".txt")), str(self.importance())))
+        *words, dense, _, kind = words
         assert dense == "model-bf16.gguf"
-        self.tool(words[0], *words[1:-3], "--dry-run", self.dense_file(), kind)
-        self.tool(words[0], *words[1:-3], self.dense_file(), file, kind, 1)
+        self.tool(*words, "--dry-run", self.dense_file(), kind)
+        self.tool(*words, self.dense_file(), file, kind, 1)
         written = types_of(file)
         wrong = {x: (written[x], kind) for x, kind in recipe.types.items() if written[x] != kind}
         if wrong:
             raise SystemExit(f"{file}: llama-quantize chose other types: {wrong}")
+        if not 0 <= recipe.num_bytes - file.stat().st_size <= IMATRIX_METADATA:
+            raise SystemExit(f"{file}: {file.stat().st_size} bytes, but {recipe.num_bytes} were planned")
+        self.judge(file, name, "recipe", "llama-quantize", predicted=recipe.predicted)
 
     def judge_by_llama_cpp(self) -> None:
         """Judge all files by `llama-perplexity`, against the predictions of the dense file."""
