@@ -175,13 +175,15 @@ def compress_checkpoint(
     lazy = open_model(folder, weights) if reads_data else open_lazily(source)
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
+    if plan is not None and prices is not None and Path(prices).is_file():
+        options = _priced_config(Path(prices), plan)
     with _reading_or_writing(folder, destination), staging(destination) as work:
         _check_destination(destination, folder, target, force=force)  # another run may have written it
         batches: list[Batch] = []
         priced: PriceList | None = None
         measured: list[LossIncrease] = []
         if calibration is not None and reads_data:
-            batches = read_enough(calibration.batches, lazy.model, config.survey_kind, tokens)
+            batches = read_enough(calibration.batches, lazy.model, options.survey_kind, tokens)
         decisive = {"text": text_digest(batches), "config": config.to_dict(), "device": device}
         _begin(work, folder, marks, decisive, resume=resume)
 
@@ -295,6 +297,22 @@ def compress_checkpoint(
         measured=next(iter(measured), None),
         measured_layers=next(iter(measured), None),
     )
+
+
+def _priced_config(prices: Path, plan: CompressionPlan) -> CompressionConfig:
+    """Return the configuration of a price list whose moments are used to compress the layers of a plan.
+
+    Raises:
+        BudgetError: the plan has layers that were not surveyed.
+    """
+    known = PriceList.load(prices)
+    missing = sorted({x.name for x in plan} - {x.name for x in known.layers})
+    if missing:
+        raise BudgetError(
+            f"The plan compresses {missing[0]} ({len(missing)} of {len(plan)} layers are missing), of which "
+            f"{prices} says nothing. Give the prices from which the plan was made, or leave them out."
+        )
+    return known.config
 
 
 class StatesOnDisk:

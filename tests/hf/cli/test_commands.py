@@ -195,6 +195,16 @@ def test_prices_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPat
     status, out, _ = tensornet(*how, *text, "--bits", 3.25, "small")
     assert status == 0
     assert re.search(r"measured    loss increase .* on [0-9,]+ tokens of text.txt", out)
+    Path("plan.json").write_text(plan)
+    status, _, err = tensornet(*how[:2], *how[-2:], *text, "--plan", "plan.json", "same")
+    assert (status, err) == (0, "")
+    assert Path("same/model.safetensors").read_bytes() == Path("small/model.safetensors").read_bytes()
+    wider = json.loads(plan)
+    wider["layers"].append({**wider["layers"][0], "name": "transformer.h.1.mlp.c_fc"})
+    Path("plan.json").write_text(json.dumps(wider))
+    status, _, err = tensornet(*how[:2], *how[-2:], *text, "--plan", "plan.json", "other")
+    assert status == 1
+    assert "says nothing" in err
     status, _, err = tensornet(*how, "--bits", 3.25, "--calibration", "default", "other")
     assert status == 1
     assert "other text" in err
