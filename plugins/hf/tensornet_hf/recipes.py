@@ -44,7 +44,8 @@ from tensornet.quantization.predict import spaced_rows
 from tensornet_hf.checkpoint import on_device, resolve_folder
 from tensornet_hf.compress import CompressOptions, OptionError, calibration_batches, open_dense
 from tensornet_hf.exporters.base import refuse_mixtures
-from tensornet_hf.exporters.gguf import FileTensor, GGUFLayout, Place, find_places
+from tensornet_hf.exporters.gguf import Place, empty_layout, find_places
+from tensornet_hf.exporters.gguf_converter import ConvertedTensor
 from tensornet_hf.imatrix import Importance, read_imatrix
 from tensornet_hf.lazy_model import ConvertedWeightError, open_model
 from tensornet_hf.report import compact_bytes
@@ -640,35 +641,49 @@ def plan_recipe(
             "more for the loss, nor how much the loss increases; add a calibration text"
         )
 
-    # Collect the tensors of the file; what is not priced keeps 16 bits, and vectors are float32.
     priced = [with_types(x, kinds) for x in price_tensors(layers, places, shapes)]
+    return _recipe(writer, tensors, priced, config, unit, notes, importance)
+
+
+def _recipe(
+    writer: Any,
+    tensors: Mapping[str, ConvertedTensor],
+    priced: Sequence[PricedTensor],
+    config: CompressionConfig,
+    unit: str,
+    notes: Sequence[str],
+    importance: Mapping[str, Importance],
+) -> Recipe:
+    """Choose the types of a file's tensors. Matrices without prices keep 16 bits, and vectors are float32.
+
+    Args:
+        writer, tensors: results of `find_places`.
+        priced: the tensors of which some types are priced.
+        config: the budget.
+        unit, notes, importance: see `Recipe`.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
     known = {x.name: x for x in priced}
     kept = [name for name, x in tensors.items() if name not in known and not x.float32 and len(x.shape) > 1]
-    start = {
-        name: min(known[name].sizes, key=known[name].sizes.__getitem__) if name in known else UNPLANNED
-        for name in (*known, *kept)
-    }
-    layout = GGUFLayout(
-        writer,
-        [
-            FileTensor(name, start.get(name, "F32"), x.shape, (), lambda _: iter(()))
-            for name, x in tensors.items()
-        ],
-    )
+    smallest = {name: min(x.sizes, key=x.sizes.__getitem__) for name, x in known.items()}
+    layout = empty_layout(writer, tensors, smallest | dict.fromkeys(kept, UNPLANNED))
     fixed = layout.nbytes - sum(layout.parts[name][1] for name in known)
     fixed += IMATRIX_METADATA if importance else 0
-    weights = sum(math.prod(shapes[name]) for name in known)
-    types_of = choose_types(priced, budget_of_tensors(config, fixed, weights))
+    weights = sum(math.prod(tensors[name].shape) for name in known)
+    chosen = choose_types(priced, budget_of_tensors(config, fixed, weights))
     if kept:
         shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
-        notes.append(f"{len(kept)} tensors are not planned and get {UNPLANNED}: {shown}")
-    order = {name: types_of.get(name, UNPLANNED) for name in tensors if name in types_of or name in kept}
-    sizes = {name: _bytes(kind, tensors[name].shape) for name, kind in order.items()}
+        notes = [*notes, f"{len(kept)} tensors are not planned and get {UNPLANNED}: {shown}"]
+    types = chosen | dict.fromkeys(kept, UNPLANNED)
+    types = {name: types[name] for name in tensors if name in types}  # in the order of the file
+    sizes = {name: _bytes(kind, tensors[name].shape) for name, kind in types.items()}
     return Recipe(
-        order,
+        types,
         sizes,
         fixed + sum(sizes[name] for name in known),
-        sum(known[name].losses[kind] for name, kind in types_of.items()),
+        sum(known[name].losses[kind] for name, kind in chosen.items()),
         unit,
         tuple(notes),
         importance,

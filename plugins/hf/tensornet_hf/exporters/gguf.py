@@ -263,6 +263,12 @@ def find_places(
     return planner.writer, planner.tensors, planner.places()
 
 
+def empty_layout(writer: Any, tensors: Mapping[str, ConvertedTensor], kinds: Mapping[str, str]) -> GGUFLayout:
+    """Lay out a file of which only the size is needed; tensors without an entry in `kinds` are float32."""
+    made = [FileTensor(x, kinds.get(x, "F32"), y.shape, (), lambda _: iter(())) for x, y in tensors.items()]
+    return GGUFLayout(writer, made)
+
+
 class _Planner:
     """Chooses the type of each tensor of a file that the converter makes of a model.
 
@@ -982,8 +988,7 @@ def file_constraints(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[s
     sources, _ = weight_sources(stock := dense_skeleton(model))
     known = {name: x for name, x in model.state_dict().items() if not x.is_meta}
     writer, tensors = convert(stock, known, source=folder, title=folder.name)
-    floats = [FileTensor(name, "F32", x.shape, (), lambda _: iter(())) for name, x in tensors.items()]
-    layout = GGUFLayout(writer, floats)
+    layout = empty_layout(writer, tensors, {})
     full = {name: x for name, x in tensors.items() if x.float32}
     halves = sum(math.prod(x.shape) for name, x in tensors.items() if name not in full)
     size, itemsize = sum(p.numel() for p in model.parameters()), next(model.parameters()).element_size()
