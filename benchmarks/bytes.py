@@ -2,12 +2,13 @@
 
 Every row is a model compressed with calibration but without training: all linear layers except the output
 head have the given number of bits per weight, scales included. The methods of this library are configurations
-of the same pipeline. `plan` chooses the format and rank of every layer. `two-sided`, `one-sided` (as GPTQ)
-and `nearest` use one format for all layers: integers in groups of 32 with 8-bit scales, or in groups of 64
-with 16-bit scales (both take the same bytes). Peers are installed packages with default options and symmetric
-groups of 64 (hqq: zero points and groups of 128, which take the same bytes). They write dequantized weights,
-and all methods are judged on the same windows. Calibration, validation and judged windows do not overlap; for
-MiniLM and SmolLM2 they come from different sources.
+of the same pipeline. `plan` chooses the format of every layer; `thorough-plan` does so with
+`effort="thorough"`, and may choose ranks too. `two-sided`, `one-sided` (as GPTQ) and `nearest` use one format
+for all layers: integers in groups of 32 with 8-bit scales, or in groups of 64 with 16-bit scales (both take
+the same bytes). Peers are installed packages with default options and symmetric groups of 64 (hqq: zero
+points and groups of 128, which take the same bytes). They write dequantized weights, and all methods are
+judged on the same windows. Calibration, validation and judged windows do not overlap; for MiniLM and SmolLM2
+they come from different sources.
 
 `predicted` is the predicted loss increase of the plan, `validation` the measured one on other text. SmolLM2
 is rotated, since the weights of the published file lie on a 4-bit grid; `rotated` names the rotated parts (in
@@ -44,21 +45,24 @@ from subjects import Batches, Subject, tokens_of
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against, pooled
-from tensornet.compression import PriceList, measure, price, record_losses
+from tensornet.compression import PriceList, measure, record_losses
 from tensornet.compression.loss_increase import RecordedLosses
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.targets import LayerSelection, find_targets
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
 PEERS = ("torchao", "hqq", "gptq", "autoround")
 #: Options of the configuration for each method; `{}` in a format is replaced by the number of bits.
 OURS: dict[str, dict[str, Any]] = {
-    "plan": {"effort": "thorough"},
+    "plan": {},
+    "thorough-plan": {"effort": "thorough"},
     "two-sided": {"formats": ("int{}:g32:float8",), "rounding": "two_sided"},
     "one-sided": {"formats": ("int{}:g64",), "rounding": "one_sided"},
     "nearest": {"formats": ("int{}:g64",), "objective": "weight", "rounding": "nearest"},
 }
+PLANS = ("plan", "thorough-plan")
 #: Methods measured with every seed of the calibration windows. The others use no text, or take too long.
-SEEDED = ("plan", "two-sided", "one-sided", "gptq")
+SEEDED = (*PLANS, "two-sided", "one-sided", "gptq")
 Row = dict[str, Any]
 
 
@@ -91,12 +95,10 @@ class Bench:
     Args:
         subject: the model and its texts.
         book: receives the rows.
-        work: folder in which calibration statistics are stored, to continue interrupted runs.
     """
 
-    def __init__(self, subject: Subject, book: Book, work: Path | None) -> None:
-        self.subject, self.book, self.work = subject, book, work
-        self.moments: dict[int, tuple[tn.CalibrationStats, float]] = {}
+    def __init__(self, subject: Subject, book: Book) -> None:
+        self.subject, self.book = subject, book
         self.dense = subject.load()
         self.sample = subject.sample(self.dense)
         self.recorded = self.judged()
@@ -118,25 +120,6 @@ class Bench:
         assert found is not None
         return found
 
-    def statistics(self, seed: int) -> tuple[tn.CalibrationStats, float]:
-        """Return the calibration statistics for a seed, and the seconds that collecting them took."""
-        if seed not in self.moments:
-            path = (
-                None if self.work is None else self.work / f"{self.subject.name}-moments-{seed}.safetensors"
-            )
-            start = processor_seconds()
-            if path is not None and path.is_file():
-                stats = tn.CalibrationStats.load(path)
-            else:
-                options = {"config": self.subject.layers, "loss_fn": self.subject.losses}
-                batches = self.subject.calibration(seed)
-                options["tokens"] = tokens_of(batches)  # do not stop early when the moments have converged
-                stats = tn.calibrate(self.dense, batches, autocast=torch.bfloat16, **options)
-                if path is not None:
-                    stats.save(path)
-            self.moments = {seed: (stats, processor_seconds() - start)}
-        return self.moments[seed]
-
     def loss_increase(self, model: nn.Module) -> Row:
         """Measure the loss increase over the dense model with its standard error, and generate a sample."""
         found = measure(model, self.recorded)
@@ -147,23 +130,23 @@ class Bench:
 
     def ours(self, method: str, seed: int, sizes: Sequence[float]) -> None:
         """Measure a method of this library at every size; plans are also measured on validation text."""
-        stats, calibrated = (None, 0.0) if method == "nearest" else self.statistics(seed)
-        known: tuple[PriceList, float] | None = None
+        data = ProvidedData(self.subject.calibration(seed), "calibration text", self.subject.losses)
+        prices: PriceList | None = None
         for bits in sizes:
             options = dict(OURS[method])
             if "formats" in options:
                 names = (name.format(int(bits)) for name in options["formats"])
                 options |= {"formats": tuple(names), "topology": "dense"}
             config = tn.CompressionConfig(bits_per_weight=bits, **asdict(self.subject.layers), **options)
-            if known is None or method != "plan":  # the candidates of plans are the same for all sizes
-                start = processor_seconds()
-                known = price(self.dense, config, stats), processor_seconds() - start
-            plan, small = known[0].plan(bits_per_weight=bits), self.subject.load()
-            start = processor_seconds()
-            tn.apply_plan(small, plan, stats)
-            seconds = {"calibrate": calibrated, "plan": known[1]}
-            row: Row = {"seconds": seconds | {"round": processor_seconds() - start}, "peak_mib": peak_mib()}
-            if method == "plan":
+            start, small = processor_seconds(), self.subject.load()
+            if method in PLANS and prices is None:  # the prices are the same for all sizes
+                prices = tn.survey(self.dense, data.batches, config, loss_fn=data.loss_fn)
+            planned = processor_seconds()
+            text = None if method == "nearest" else data
+            plan = tn.compress(small, config, calibration=text, prices=prices, progress=False).plan
+            seconds = {"survey": planned - start, "compress": processor_seconds() - planned}
+            row: Row = {"seconds": seconds, "peak_mib": peak_mib()}
+            if method in PLANS:
                 row |= self.forecast(plan, small)
             row |= {"bits_per_weight": plan.bits_per_weight, **self.loss_increase(small)}
             self.book.add(method, seed, bits, **row)
@@ -262,7 +245,7 @@ def run(subject: Subject, given: argparse.Namespace) -> None:
             sizes = book.missing(method, seed, given.sizes)
             if not sizes or (method in PEERS and given.peers is None):
                 continue
-            bench = bench or Bench(subject, book, given.work)
+            bench = bench or Bench(subject, book)
             if method in PEERS:
                 bench.peer(method, seed, sizes, given.peers)
             else:
@@ -279,7 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
     parser.add_argument("--peers", type=Path, help="Python with the extra `peers`; without it, no peers")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--work", type=Path, help="folder of calibration statistics, to continue runs")
     given = parser.parse_args(arguments)
     if given.toy:
         given.models, given.sizes, given.seeds = ["gpt2"], [4.25, 3.25], [0]

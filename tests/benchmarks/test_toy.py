@@ -15,7 +15,7 @@ ORIGIN = {"name", "date", "commit", "dirty", "device", "dtype", "threads", "vers
 #: Number of rows of the toy record, and keys of each row: time, memory or bytes, and what is compared.
 SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "bytes": (
-        8,
+        10,
         {"loss_increase", "standard_error", "bits_per_weight", "seconds", "peak_mib", "unit", "commit"},
     ),
     "gguf_files": (
@@ -89,7 +89,7 @@ def test_bytes_are_kept_and_only_missing_rows_are_measured(
     module = load_benchmark("bytes")
     path = module.main(["--toy", "--records", str(tmp_path)])
     again = json.loads(path.read_text())["rows"]
-    assert [row["loss_increase"] == 7.0 for row in again] == [True] * 7 + [False]
+    assert [row["loss_increase"] == 7.0 for row in again] == [True] * 9 + [False]
     assert again[-1]["loss_increase"] == pytest.approx(rows[0]["loss_increase"], rel=1e-3)
 
 
