@@ -4,10 +4,12 @@
 
 import copy
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tensornet.calibration.batches import as_batch, tokens_of
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.walk import Loaded, in_memory
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import CompressionPlan
@@ -52,7 +55,7 @@ from tensornet_hf.exporters.gguf import check_files
 from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_model
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import rotate
-from tensornet_hf.streaming import compress_checkpoint, digest, file_marks
+from tensornet_hf.streaming import StatesOnDisk, compress_checkpoint, digest, file_marks
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
@@ -381,8 +384,8 @@ def compress_folder(
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
         prices = None
-        if isinstance(config, CompressionConfig) and reads_text(config, options):
-            prices = _prices(model, config, options, calibration)
+        if isinstance(config, CompressionConfig) and calibration and reads_text(config, options):
+            prices = find_prices(model, config, options, calibration)
         elif options.prices is not None:
             prices = PriceList.load(options.prices)
         done = tn.compress(
@@ -501,10 +504,12 @@ def plan_folder(
 ) -> PlannedFolder:
     """Plan the compression of the model in a folder, without writing files.
 
+    With a calibration text, the weights of one block are in memory at a time.
+
     Args:
         source: model folder, or hub id if there is no folder of that name.
         config: compression options.
-        options: further options; only those that a plan can depend on are allowed.
+        options: further options; those that need a compressed model are not allowed.
 
     Raises:
         OptionError: an option needs a compressed model.
@@ -516,7 +521,7 @@ def plan_folder(
         >>> planned.plan.save("plan.json")  # edit it, load it, and pass it to compress_folder
     """
     options = options or CompressOptions()
-    needing = ("report", "held_out", "workers", "refine", "heal", "share_experts")
+    needing = ("report", "held_out", "refine", "heal", "share_experts")
     if asked := [f"{{{name}}}" for name in needing if getattr(options, name)]:
         raise OptionError(
             f"{{dry_run}} only plans, but {' and '.join(asked)} would need a compressed model. Leave out one "
@@ -525,14 +530,18 @@ def plan_folder(
     checked = _check_data(config, options)
     assert isinstance(checked, CompressionConfig)
     folder = resolve_folder(source)
-    model = on_device(open_dense(folder, options.weights), options.device)
+    loaded: Loaded = in_memory
+    if reads_text(checked, options) and not options.rotate:
+        model, loaded = open_to_survey(folder, options)
+    else:
+        model = on_device(open_dense(folder, options.weights), options.device)
     if options.export is not None:
         checked = for_target(options.export, checked, model, folder)
     if options.rotate:
         rotate(model)
     calibration = calibration_batches(model, folder, checked, options, options.text)
-    if reads_text(checked, options):
-        plan = _prices(model, checked, options, calibration).plan()
+    if calibration is not None and reads_text(checked, options):
+        plan = find_prices(model, checked, options, calibration, loaded).plan()
     else:
         plan = tn.plan(model, checked, progress=options.progress)
     with unfused(model):
@@ -550,24 +559,52 @@ def plan_folder(
     return PlannedFolder(plan, sizes, measure_coverage(weights, names, unseen=plan.unseen))
 
 
-def _prices(
+def find_prices(
     model: PreTrainedModel,
     config: CompressionConfig,
     options: CompressOptions,
-    data: ProvidedData | None,
+    data: ProvidedData,
+    loaded: Loaded = in_memory,
+    **more: Any,
 ) -> PriceList:
-    """Read the prices of a model from the file `options.prices`, or survey the model and write this file."""
-    assert data is not None  # `reads_text` needs a calibration text
-    return survey_or_load(
-        model,
-        list(data.batches),
-        config,
-        options.prices,
-        tokens=options.calibration_tokens,
-        loss_fn=data.loss_fn,
-        source=data.source,
-        progress=options.progress,
-    )
+    """Read the prices of a model from the file `options.prices`, or survey the model and write this file.
+
+    Args:
+        model: the dense model.
+        config: the compression options.
+        options: further options.
+        data: batches of the calibration text.
+        loaded, more: see `survey`. If the model is not in memory, hidden states are stored in a temporary
+            folder.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        return survey_or_load(
+            model,
+            list(data.batches),
+            config,
+            options.prices,
+            tokens=options.calibration_tokens,
+            loss_fn=data.loss_fn,
+            source=data.source,
+            states=None if loaded is in_memory else StatesOnDisk(Path(work)),
+            loaded=loaded,
+            device=torch.device(options.device),
+            progress=options.progress,
+            **more,
+        )
+
+
+def open_to_survey(folder: Path, options: CompressOptions) -> tuple[PreTrainedModel, Loaded]:
+    """Open a model without its weights, or load it if these can only be read all together.
+
+    Returns:
+        The model, and a function that loads the weights of some modules (see `survey`).
+    """
+    try:
+        lazy = open_model(folder, options.weights)
+    except ConvertedWeightError:
+        return on_device(open_dense(folder, options.weights), options.device), in_memory
+    return lazy.model, partial(lazy.loaded, device=torch.device(options.device))
 
 
 def open_dense(folder: Path, weights: str | Path | None = None) -> PreTrainedModel:

@@ -12,7 +12,6 @@ GGUF stacks the experts of a layer in one tensor, which has a single type. Its p
 import math
 import re
 import shlex
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,15 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tensornet._util import import_optional
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.calibration.walk import Loaded, in_memory
+from tensornet.calibration.walk import Loaded
 from tensornet.compression.allocate import Candidate, CostCurve, PricedLayer, spend_size
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.compression.survey import survey_or_load
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
 from tensornet.linalg.svd import check_finite
@@ -41,15 +38,19 @@ from tensornet.nn.targets import Target, find_targets
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet.quantization.predict import spaced_rows
-from tensornet_hf.checkpoint import on_device, resolve_folder
-from tensornet_hf.compress import CompressOptions, OptionError, calibration_batches, open_dense
+from tensornet_hf.checkpoint import resolve_folder
+from tensornet_hf.compress import (
+    CompressOptions,
+    OptionError,
+    calibration_batches,
+    find_prices,
+    open_to_survey,
+)
 from tensornet_hf.exporters.base import refuse_mixtures
 from tensornet_hf.exporters.gguf import Place, empty_layout, find_places
 from tensornet_hf.exporters.gguf_converter import ConvertedTensor
 from tensornet_hf.imatrix import Importance, read_imatrix
-from tensornet_hf.lazy_model import ConvertedWeightError, open_model
 from tensornet_hf.report import compact_bytes
-from tensornet_hf.streaming import StatesOnDisk
 
 #: Types of llama.cpp that recipes use, by increasing size.
 TYPES = (
@@ -585,15 +586,7 @@ def plan_recipe(
     config = _check_recipe(config, options, imatrix)
     folder = resolve_folder(source)
     entries = {} if imatrix is None else read_imatrix(imatrix)
-    loaded: Loaded = in_memory
-    lazy = None
-    device = torch.device(options.device)
-    try:
-        lazy = open_model(folder, options.weights)
-        model: PreTrainedModel = lazy.model
-        loaded = partial(lazy.loaded, device=device)
-    except ConvertedWeightError:
-        model = on_device(open_dense(folder, options.weights), device)
+    model, loaded = open_to_survey(folder, options)
     refuse_mixtures(model)
     with unfused(model):
         chosen = [x for x in find_targets(model, config) if not x.skip]
@@ -607,22 +600,8 @@ def plan_recipe(
     if options.calibration:
         data = calibration_batches(model, folder, config, options, options.text)
         assert data is not None
-        with tempfile.TemporaryDirectory() as work:
-            prices = survey_or_load(
-                model,
-                list(data.batches),
-                config,
-                options.prices,
-                tokens=options.calibration_tokens,
-                loss_fn=data.loss_fn,
-                source=data.source,
-                states=None if lazy is None else StatesOnDisk(Path(work) / "states"),
-                loaded=loaded,
-                device=device,
-                inputs=inputs,
-                price=partial(type_candidates, names=None if inputs is None else frozenset(inputs)),
-                progress=options.progress,
-            )
+        price = partial(type_candidates, names=None if inputs is None else frozenset(inputs))
+        prices = find_prices(model, config, options, data, loaded, inputs=inputs, price=price)
         layers, unit = prices.layers, "loss increase in nats per token"
         importance = entries or file_importance(prices.inputs, places, shapes)
         if prices.template.unrouted:

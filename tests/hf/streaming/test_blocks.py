@@ -12,9 +12,11 @@ import torch
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.compression.report import model_size
 from tensornet.errors import BudgetError, DestinationError
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf import streaming
+from tensornet_hf.compress import calibration_batches, find_prices
 from tensornet_hf.embedded import calibration_text, gpt2_path
 from tensornet_hf.exporters.gguf_writer import GGUFWriter
 from tensornet_hf.folder_writer import FolderWriter
@@ -133,3 +135,18 @@ def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
     states[1, 2] = torch.ones(2)
     assert states.complete(3) == 1
     assert streaming.fresh_states(tmp_path / "states").complete(3) == 0
+
+
+def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = th.CompressOptions(calibration="default", calibration_tokens=256)
+    config = tn.CompressionConfig(byte_ratio=0.3)
+    model = th.load(gpt2_path())
+    data = calibration_batches(model, gpt2_path(), config, options, options.text)
+    assert data is not None
+    expected = find_prices(model, config, options, data).plan()
+    monkeypatch.delattr("tensornet_hf.compress.load")
+    planned = th.plan_folder(gpt2_path(), config, options)
+    assert [x.storage for x in planned.plan] == [x.storage for x in expected]
+    assert planned.plan.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase, rel=0.02)
+    params, size = model_size(model)
+    assert (planned.sizes["model_params_before"], planned.sizes["model_bytes_before"]) == (params, size)

@@ -91,6 +91,10 @@ from tensornet_hf.upcycling import upcycle as upcycle_model
 PROMPT = "And it came to pass in those days, that"
 #: Title of the options of recipes.
 RECIPES = "Recipes for llama-quantize"
+#: Options of `CompressOptions` that need a compressed model or a destination.
+WRITING = (
+    "held_out", "refine", "heal", "share_experts", "workers", "resume", "report", "networks", "force",
+)  # fmt: skip
 _FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in fields(kind)}
 
 
@@ -156,7 +160,7 @@ def compress(
         note(f"note: {line}")
 
 
-@with_options(CompressionConfig, CompressOptions)
+@with_options(CompressionConfig, CompressOptions, without=WRITING)
 def plan(
     source: Annotated[
         str | None,

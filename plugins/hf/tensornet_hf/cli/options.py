@@ -190,19 +190,30 @@ def spelled(described: Field[Any]) -> str:
     return prefix + (described.metadata["name"] or described.name).replace("_", "-")
 
 
-def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(
+    *classes: type, without: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds options to a command, one for each dataclass field that has metadata.
 
     The metadata of a field (see `tensornet.compression.config.option`) determines the type and group of its
     option; the docstring of the class contains the help text. The command gets the values as keyword
     arguments with the names of the fields; `collect` converts them to arguments of the dataclass.
+
+    Args:
+        classes: the dataclasses.
+        without: fields that are no options of the command.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function)
         given = [x for x in signature.parameters.values() if x.kind is not inspect.Parameter.VAR_KEYWORD]
         own = [x for x in given if x.kind is not inspect.Parameter.KEYWORD_ONLY]
-        described = [(x, help_of(kind, x.name)) for kind in classes for x in fields(kind) if x.metadata]
+        described = [
+            (x, help_of(kind, x.name))
+            for kind in classes
+            for x in fields(kind)
+            if x.metadata and x.name not in without
+        ]
         described.sort(key=lambda pair: list(GROUPS).index(pair[0].metadata["group"]))
         own += [_parameter(*pair) for pair in described]
         own += [x for x in given if x.kind is inspect.Parameter.KEYWORD_ONLY]
