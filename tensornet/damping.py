@@ -12,7 +12,7 @@ ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
 #: Damping of the row moment when a dense matrix is rounded, in addition to `CompressionConfig.damping`.
 #: Rounding moves errors into directions with small moments, in which another text may have larger gradients.
 #: Without this damping, two-sided rounding halves the predicted loss increase of a language model, but hardly
-#: lowers the measured loss increase (benchmarks/records/bytes.md).
+#: lowers the measured loss increase (docs/planning.md).
 DENSE_ROW_DAMPING = 0.8
 #: Damping of the column moment when a dense matrix is rounded with one-sided feedback. It is larger than
 #: `COLUMN_DAMPING`, since errors move into directions in which few tokens have large inputs. For a moment of

@@ -21,7 +21,7 @@ from tensornet.quantization import Rounding
 
 #: Fraction of the token frequencies that is spread evenly over all rows of an embedding, since other texts
 #: contain other tokens. With a smaller fraction, the ratio of measured to predicted loss of SmolLM2's
-#: embedding was four times as large for low rank as for integers (benchmarks/records/bytes.md).
+#: embedding was four times as large for low rank as for integers (benchmarks/bytes.py).
 FREQUENCY_SPREAD = 0.5
 
 
