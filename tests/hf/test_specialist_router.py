@@ -1,4 +1,4 @@
-"""A router chooses specialists from the trunk's hidden states, for a text or for each token."""
+"""Specialists are chosen by a router, for a text or for each token, or by the likelihood of a text."""
 
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ def test_a_text_gets_the_specialist_of_its_domain(s: th.Specialists, tmp_path: P
     short = s.router(*s._features({"input_ids": ids[:, :12]}, None))  # type: ignore[misc]
     for name, w in s.route(input_ids=padded, attention_mask=mask.long()).items():
         assert torch.equal(w, short[name])
+    # Padding on the left, as for generation, does not count either.
+    left = {"input_ids": padded.roll(8, 1), "attention_mask": mask.long().roll(8, 1)}
+    pooled = s.router.pooled  # type: ignore[union-attr]
+    torch.testing.assert_close(
+        pooled(*s._features(left, 16)), pooled(*s._features({"input_ids": ids[:, :12]}, 16))
+    )
     with s.use(weights):
         s.model.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0)
     # Saving and loading keeps the choices; a removed specialist is chosen no longer.
@@ -94,9 +100,38 @@ def test_each_token_gets_its_own_specialists(s: th.Specialists) -> None:
     logits(s, ids, weights)
 
 
+def test_the_most_likely_specialist_is_chosen(s: th.Specialists) -> None:
+    ids = torch.stack([windows(name)[k] for name in TEXTS for k in (3, 50)])
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = mask[2, :24] = 0
+    ids = torch.where(mask.bool(), ids, ids.roll(2, 0))  # padding of another domain
+    losses = {}
+    for name in TEXTS:
+        with s.use(name), torch.no_grad():
+            losses[name] = [
+                float(s.model(input_ids=x[m.bool()][None], labels=x[m.bool()][None]).loss)
+                for x, m in zip(ids, mask, strict=True)
+            ]
+    best = [min(TEXTS, key=lambda name: losses[name][row]) for row in range(6)]
+    assert len(set(best)) > 1
+    found = s.route(input_ids=ids, attention_mask=mask)
+    assert found == {name: found[name] for name in TEXTS}
+    assert {name: w.tolist() for name, w in found.items()} == {
+        name: [float(name == x) for x in best] for name in TEXTS
+    }
+    # A router is preferred, but only the likelihood also compares specialists that were added later.
+    s.fit_router(loaders("verse", "code"))
+    assert s.route(input_ids=ids).keys() == {"verse", "code"}
+    assert s.route(input_ids=ids, by="likelihood").keys() == TEXTS.keys()
+    with pytest.raises(ValueError, match="'mode'"):
+        s.route(input_ids=ids, by="mode")  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="fewer than two tokens"):
+        s.route(input_ids=ids, attention_mask=mask * (torch.arange(32) < 1), by="likelihood")
+
+
 def test_bad_input_keeps_the_earlier_router(s: th.Specialists) -> None:
     with pytest.raises(TargetError, match="no router"):
-        s.route(input_ids=windows("code"))
+        s.route(input_ids=windows("code"), by="router")
     s.fit_router(loaders("verse", "code"))
     router = s.router
     with pytest.raises(TargetError, match="no specialist named 'law'"):
@@ -107,7 +142,7 @@ def test_bad_input_keeps_the_earlier_router(s: th.Specialists) -> None:
         s.fit_router({**loaders("code"), "sums": [{"input_ids": windows("sums")[:3]}]})
     with pytest.raises(TargetError, match="has no batch"):
         s.fit_router({**loaders("code"), "sums": []})
-    for options in ({"scope": "layer"}, {"top_k": 3}, {"prefix": 0}, {"lr": -1.0}):
+    for options in ({"scope": "layer"}, {"top_k": 3}, {"prefix": 0}, {"weight_decay": -1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             s.fit_router(loaders("verse", "code"), **options)
     assert s.router is router
@@ -115,11 +150,42 @@ def test_bad_input_keeps_the_earlier_router(s: th.Specialists) -> None:
     assert not any("specialist" in name for name in s.model.state_dict())
 
 
+def test_a_text_may_differ_only_in_how_much_its_features_vary() -> None:
+    torch.manual_seed(0)
+    texts = {"calm": 0.1 * torch.randn(100, 40, 3), "wild": torch.randn(100, 40, 3)}
+    router = tm.SpecialistRouter(list(texts), 3)
+    mask = torch.arange(40) < torch.randint(5, 40, (100, 1))
+    assert min(router.fit({name: router.pooled(x, mask) for name, x in texts.items()}).values()) > 0.9
+    seen = router.pooled(texts["wild"], mask)
+    for row in range(100):
+        x = texts["wild"][row][mask[row]]
+        torch.testing.assert_close(seen[row], torch.cat([x.mean(0), x.std(0, correction=0)]))
+
+
+def test_the_fit_is_a_logistic_regression_that_has_converged() -> None:
+    torch.manual_seed(0)
+    examples = {"a": torch.randn(40, 2), "b": torch.randn(40, 2) + 1.0}
+    router = tm.SpecialistRouter(list(examples), 2, scope="token")
+    router.fit(examples, weight_decay=0.1)
+    weight = router.router.weight.clone().requires_grad_()
+    # The fit uses four fifths of the examples, in the order of a generator with seed 0.
+    generator, parts = torch.Generator().manual_seed(0), []
+    for x in examples.values():
+        parts.append(x[torch.randperm(40, generator=generator)[8:]])
+    x = (torch.cat(parts) - router.mean) / router.scale
+    loss = 0.05 * weight[:, :2].square().sum()
+    for k, own in enumerate(x.split(32)):
+        logits = own @ weight[:, :2].T + weight[:, 2]
+        loss = loss - logits.log_softmax(1)[:, k].mean() / 2
+    loss.backward()
+    assert float(weight.grad.abs().max()) < 1e-4
+
+
 def test_the_fit_balances_a_small_domain() -> None:
     torch.manual_seed(0)
     centers = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     examples = {"large": centers[0] + torch.randn(2000, 2), "small": centers[1] + torch.randn(40, 2)}
-    router = tm.SpecialistRouter(["large", "small"], 2)
+    router = tm.SpecialistRouter(["large", "small"], 2, scope="token")
     assert min(router.fit(examples).values()) > 0.7
     with pytest.raises(TargetError, match="Examples are of"):
         router.fit({"large": examples["large"]})

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -29,6 +29,7 @@ from tensornet.io import new_folder, restore
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import load, read_json
 from tensornet_hf.specialist_exports import export_specialist, merge_specialists
+from tensornet_hf.text import require_causal
 from tensornet_hf.upcycling import UpcycleReport
 from tensornet_moe.specialist_layers import attach, layer_shape
 from tensornet_moe.specialist_routers import Scope
@@ -40,6 +41,10 @@ ROUTER_FILE = "router.safetensors"
 ROUTER = "specialist_router"
 #: Number of outputs of each trunk layer, for a fixed input, by which a folder recognizes its trunk.
 _PROBED = 8
+#: Number of tokens at the beginning of a text by which its specialist is chosen.
+_PREFIX = 64
+#: Number of hidden states, evenly spaced, that a router reads.
+_STATES = 5
 #: Largest relative difference of these outputs; rounding the trunk to bfloat16 changes them by about 0.004.
 _SAME_TRUNK = 0.02
 
@@ -83,20 +88,22 @@ class Specialists(tm.Specialists):
         *,
         scope: Scope = "sequence",
         top_k: int = 1,
-        prefix: int = 64,
+        prefix: int = _PREFIX,
         **options: Any,
     ) -> dict[str, float]:
-        """Fit a router that chooses specialists from the trunk's last hidden states.
+        """Fit a router that chooses specialists from hidden states of the trunk.
 
-        `route` first runs the trunk alone. The choice is then the same in all layers, so a router costs one
-        more pass over what it reads.
+        The router reads up to five hidden states, from the embeddings to the last one. `route` first runs the
+        trunk alone. The choice is then the same in all layers, so a router costs one more pass over what it
+        reads. A choice by likelihood (see `route`) costs one pass for each specialist, and is better.
 
         Args:
-            loaders: batches of each domain, by the name of its specialist.
+            loaders: batches of each domain, by the name of its specialist. Draw about a thousand texts from all
+                of a domain: a router that was fitted on the beginning of each domain knows only the beginning.
             scope: `"sequence"`: one choice for a text, from its beginning; `"token"`: one for each token.
             top_k: number of specialists for each choice.
             prefix: number of tokens at the beginning of a text that `scope="sequence"` reads.
-            options: `steps`, `lr`, `balance_coef` and `seed` of `tensornet_moe.SpecialistRouter.fit`.
+            options: `steps`, `weight_decay` and `seed` of `tensornet_moe.SpecialistRouter.fit`.
 
         Returns:
             The share of correct choices for each domain, on a fifth of the examples that is held out.
@@ -130,39 +137,89 @@ class Specialists(tm.Specialists):
         setattr(self.model, ROUTER, router)
         return accuracy
 
-    def _features(self, batch: Mapping[str, Tensor], prefix: int | None) -> tuple[Tensor, Tensor]:
-        """Return the trunk's last hidden states of a batch, and the mask of its tokens."""
+    def _beginning(self, batch: Mapping[str, Tensor], prefix: int | None) -> tuple[Tensor, Tensor]:
+        """Return the first tokens of each text, with padding moved to the right, and their mask.
+
+        Without a prefix, all tokens stay where they are.
+        """
         device = next(iter(self.layers.values())).weight.device
-        ids = batch["input_ids"].to(device)[:, :prefix]
-        mask = batch.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask.to(device)[:, :prefix]
+        ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask.to(device)
+        if prefix is None:
+            return ids, mask
+        order = mask.argsort(dim=1, descending=True, stable=True)[:, :prefix]
+        return ids.gather(1, order), mask.gather(1, order)
+
+    def _features(self, batch: Mapping[str, Tensor], prefix: int | None) -> tuple[Tensor, Tensor]:
+        """Return hidden states of the trunk for each token of a batch, and the mask of the tokens."""
+        ids, mask = self._beginning(batch, prefix)
         reader: Any = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
         with self.use(None), in_eval_mode(self.model):
-            hidden = reader(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-        return hidden, mask
+            states = reader(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        last = len(states) - 1
+        index = sorted({round(k * last / (_STATES - 1)) for k in range(_STATES)})
+        return torch.cat([states[k] for k in index], -1), mask
 
     @torch.no_grad()
-    def route(self, **batch: Tensor) -> dict[str, Tensor]:
+    def route(
+        self, *, by: Literal["router", "likelihood"] | None = None, **batch: Tensor
+    ) -> dict[str, Tensor]:
         """Choose specialists for a batch, as weights for `use`.
 
-        A text of a domain that the router was not fitted on goes to the most similar specialist. To generate
-        text, route the prompts with a router of `scope="sequence"`:
+        By likelihood, a text gets the specialist with the lowest loss on its first 64 tokens. All specialists
+        are compared, also those that were added after a router was fitted. A text of a domain that no
+        specialist knows goes to the most similar specialist. To generate text, route the prompts, with a
+        router of `scope="sequence"` or by likelihood:
         `with s.use(s.route(**inputs)): model.generate(**inputs)`.
 
         Args:
+            by: `"router"`: one pass of the trunk, then the router; `"likelihood"`: one pass with each
+                specialist. By default, the router if there is one.
             batch: `input_ids` and, with padding, `attention_mask`, each `(rows, tokens)`.
 
         Returns:
             Weights by name, each `(rows,)` or `(rows, tokens)`.
 
         Raises:
-            TargetError: no router was fitted.
+            TargetError: `by="router"`, but no router was fitted; or a choice by likelihood, but there is no
+                specialist, the model is not a causal language model, or a text has fewer than two tokens.
+            ValueError: `by` is unknown.
+
+        Example:
+            >>> s = th.specialists(th.load(th.embedded.gpt2_path()), rank=8)
+            >>> s.add("python")
+            >>> s.route(input_ids=torch.tensor([[3, 1, 4]]))
+            {'python': tensor([1.])}
         """
-        if self.router is None:
-            raise TargetError("There is no router; call fit_router({name: batches of its domain}) first.")
-        prefix = self.router.prefix if self.router.scope == "sequence" else None
-        found: dict[str, Tensor] = self.router(*self._features(batch, prefix))
-        return found
+        if by not in (None, "router", "likelihood"):
+            raise ValueError(f"Unknown by={by!r}; choose 'router', 'likelihood' or None.")
+        router = None if by == "likelihood" else self.router
+        if router is not None:
+            features = self._features(batch, router.prefix if router.scope == "sequence" else None)
+            found: dict[str, Tensor] = router(*features)
+            return found
+        if by == "router":
+            raise TargetError(
+                "There is no router; call fit_router({name: batches of its domain}) first, or choose by "
+                "likelihood."
+            )
+        if not self.names:
+            raise TargetError("There is no specialist to choose; call add(name) first.")
+        require_causal(self.model)
+        ids, mask = self._beginning(batch, _PREFIX)
+        if ids.shape[1] < 2 or bool((mask.sum(1) < 2).any()):
+            raise TargetError(
+                "A text of fewer than two tokens has no likelihood: give a longer text, fit a router, or "
+                "choose a specialist by name."
+            )
+        losses = []
+        for name in self.names:
+            with self.use(name), in_eval_mode(self.model):
+                logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+            each = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            losses.append((each * mask[:, 1:]).sum(1))
+        best = torch.stack(losses).argmin(0)
+        return {name: (best == k).float() for k, name in enumerate(self.names)}
 
     def detach(self) -> None:
         """Put the layers of the trunk back, and remove the router; the specialists are lost unless saved."""
@@ -232,7 +289,7 @@ class Specialists(tm.Specialists):
         }
         if (router := self.router) is not None:
             options = {name: getattr(router, name) for name in ("names", "scope", "top_k", "prefix")}
-            description["router"] = {**options, "num_features": len(router.mean)}
+            description["router"] = {**options, "num_features": router.num_features}
         try:
             with new_folder(target, force=bool(old)) as made:
                 save_file(_stored(shared), made / SHARED, {"format": "pt"})

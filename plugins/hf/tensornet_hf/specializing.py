@@ -1,6 +1,7 @@
 """Train specialists of domains with transformers' `Trainer`: the command `tensornet specialize`."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ LEAST_WINDOWS = 12
 #: How often the held-out loss is measured in a phase, and how many times it may fail to improve.
 _MEASURED, _PATIENCE = 8, 2
 _LONGEST = 512
+#: Largest number of windows of each domain on which a router is fitted; they are evenly spaced.
+_ROUTED_WINDOWS = 1000
 #: Column of the losses if the router chooses; no specialist can have this name.
 ROUTED = "router"
 
@@ -313,8 +316,9 @@ def specialize(
         s.freeze()
         accuracy = {}
         if router:
-            batches = {name: windows.split(batch_size) for name, windows in training.items()}
-            accuracy = s.fit_router({name: [{"input_ids": ids} for ids in x] for name, x in batches.items()})
+            drawn = {name: x[:: math.ceil(len(x) / _ROUTED_WINDOWS)] for name, x in training.items()}
+            batches = {name: [{"input_ids": x} for x in w.split(batch_size)] for name, w in drawn.items()}
+            accuracy = s.fit_router(batches)
         s.save(target, trunk=str(folder), force=train_shared)
         shutil.rmtree(work, ignore_errors=True)
     for name, windows in held_out.items():

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tensornet._util import check_size
 from tensornet.errors import ShapeError, TargetError
 from tensornet_moe.bank import check_not_negative
-from tensornet_moe.layer import load_balancing_loss
 from tensornet_moe.routers import TopKRouter
 
 Scope = Literal["sequence", "token"]
@@ -26,9 +25,9 @@ class SpecialistRouter(nn.Module):
 
     Args:
         names: names of the specialists.
-        num_features: number of features.
-        scope: `"sequence"`: one choice for each row, from the mean of its features; `"token"`: one choice for
-            each token.
+        num_features: number of features of a token.
+        scope: `"sequence"`: one choice for each row, from the mean and the standard deviation of each feature
+            over its tokens; `"token"`: one choice for each token.
         top_k: number of specialists for each choice; their weights sum to one.
         prefix: number of tokens at the beginning of a text that `scope="sequence"` reads.
 
@@ -64,10 +63,12 @@ class SpecialistRouter(nn.Module):
             raise ValueError(f"top_k={top_k} must lie between 1 and {len(names)}, the number of specialists.")
         self.names, self.scope, self.top_k = list(names), scope, top_k
         self.prefix = check_size("prefix", prefix, error=ValueError)
+        self.num_features = num_features
+        seen = 2 * num_features if scope == "sequence" else num_features
         # A router has no bias, so the last feature is the constant 1.
-        self.router = TopKRouter(num_features + 1, len(names), top_k=top_k)
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("scale", torch.ones(num_features))
+        self.router = TopKRouter(seen + 1, len(names), top_k=top_k)
+        self.register_buffer("mean", torch.zeros(seen))
+        self.register_buffer("scale", torch.ones(seen))
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Choose specialists for texts.
@@ -89,17 +90,24 @@ class SpecialistRouter(nn.Module):
         return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
     def pooled(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return what the router sees: the mean of each row's first features, or all features."""
+        """Return what the router sees: mean and standard deviation of each row's first features, or all.
+
+        Args:
+            features, mask: as for `forward`; rows begin with their first token, so padding is on the right.
+
+        Raises:
+            ShapeError: the features do not have three dimensions.
+        """
         if features.ndim != 3:
             raise ShapeError(f"Features have shape (rows, tokens, features), got {tuple(features.shape)}.")
         if self.scope == "token":
             return features
-        features = features[:, : self.prefix]
-        if mask is None:
-            return features.mean(1)
-        mask = mask[:, : self.prefix]
-        kept = mask.to(features)[..., None]
-        return (features * kept).sum(1) / kept.sum(1).clamp_min(1)
+        x = features[:, : self.prefix].float()
+        kept = x.new_ones(*x.shape[:2], 1) if mask is None else mask[:, : self.prefix, None].to(x)
+        count = kept.sum(1).clamp_min(1)
+        mean = (x * kept).sum(1) / count
+        deviation = ((x - mean[:, None]).square() * kept).sum(1) / count
+        return torch.cat([mean, deviation.sqrt()], 1)
 
     def without(self, name: str) -> "SpecialistRouter | None":
         """Return a router that does not choose `name`; None if fewer than two specialists would be left."""
@@ -110,7 +118,8 @@ class SpecialistRouter(nn.Module):
             return None
         names, top_k = [self.names[k] for k in kept], min(self.top_k, len(kept))
         options = {"scope": self.scope, "top_k": top_k, "prefix": self.prefix}
-        made = SpecialistRouter(names, len(self.mean), **options).to(self.mean.device)  # type: ignore[arg-type]
+        made = SpecialistRouter(names, self.num_features, **options)  # type: ignore[arg-type]
+        made.to(self.mean.device)
         made.requires_grad_(False)
         with torch.no_grad():
             made.mean.copy_(self.mean)
@@ -122,18 +131,18 @@ class SpecialistRouter(nn.Module):
         self,
         examples: Mapping[str, Tensor],
         *,
-        steps: int = 300,
-        lr: float = 0.03,
-        balance_coef: float = 0.0,
+        steps: int = 100,
+        weight_decay: float = 0.01,
         seed: int = 0,
     ) -> dict[str, float]:
         """Fit the router to known domains, by the cross entropy of the domain.
 
+        The fit is a logistic regression. All domains have the same weight, however many examples they have.
+
         Args:
             examples: what the router sees (`pooled`) of each domain by name, shape `(examples, features)`.
-            steps: number of steps with all examples.
-            lr: learning rate.
-            balance_coef: weight of the load-balancing loss; useful if the domains have very different sizes.
+            steps: largest number of steps of L-BFGS with all examples.
+            weight_decay: weight of half the squared weights of the router in the loss.
             seed: seed that selects the fifth of the examples on which the fit is judged.
 
         Returns:
@@ -141,8 +150,10 @@ class SpecialistRouter(nn.Module):
 
         Raises:
             TargetError: the domains are not those of the router, or a domain has fewer than five examples.
+            ValueError: an option is out of its range.
         """
-        check_not_negative(lr=lr, balance_coef=balance_coef)
+        check_size("steps", steps, error=ValueError)
+        check_not_negative(weight_decay=weight_decay)
         if set(examples) != set(self.names):
             raise TargetError(f"Examples are of {sorted(examples)}, but the router is for {self.names}.")
         if few := [name for name, x in examples.items() if len(x) < _HELD_OUT]:
@@ -162,20 +173,20 @@ class SpecialistRouter(nn.Module):
         self.mean.copy_(x.mean(0))
         self.scale.copy_(x.std(0).clamp_min(1e-6))
         x = self._standardized(x)
-        weight = torch.tensor([len(x) / len(own) for own, _ in parts[False]], device=x.device)
-        optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.01)
+        share = torch.tensor([len(x) / len(own) for own, _ in parts[False]], device=x.device)
+        weight = self.router.weight
+        nn.init.zeros_(weight)
+        optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+
+        def evaluate() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.router(x).logits, labels, weight=share)
+            loss = loss + weight_decay / 2 * weight[:, :-1].square().sum()
+            loss.backward()
+            return loss
+
         with torch.enable_grad():
-            for _ in range(steps):
-                routing = self.router(x)
-                loss = nn.functional.cross_entropy(routing.logits, labels, weight=weight)
-                if balance_coef > 0:
-                    count = len(self.names)
-                    loss = loss + balance_coef * load_balancing_loss(
-                        routing.probs, routing.expert_indices, num_experts=count
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            optimizer.step(evaluate)
         self.requires_grad_(False)
         found = {}
         for name, (own, wanted) in zip(self.names, parts[True], strict=True):

@@ -475,7 +475,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     specialist: Annotated[
         str | None,
-        typer.Option(help="Specialist of a folder of specialists (default: what its router chooses)."),
+        typer.Option(
+            help="Specialist of a folder of specialists (default: what its router chooses for the prompt, or "
+            "the one that finds the prompt most likely)."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest length of the continuation in tokens.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -514,9 +517,6 @@ def generate(
         specialists = load_specialists(folder)
         model = on_device(specialists.model, device)
         folder = resolve_folder(read_description(folder)["trunk"])
-        if specialist is None and specialists.router is None:
-            names = ", ".join(specialists.names)
-            raise typer.BadParameter(f"Choose a specialist by --specialist NAME; there are {names}.")
         chosen: Any = specialist
         if specialist is None:
             ids = token_ids(load_tokenizer(folder), prompt)[None]
@@ -711,7 +711,8 @@ def specialize(
 
     Again with another --domain, it adds a specialist, and leaves the others unchanged.
 
-    With --router, tensornet generate chooses the specialist by the prompt.
+    With --router, tensornet generate chooses the specialist in one pass over the prompt, instead of one pass
+    with each specialist.
     """
     report = train_specialists(
         source,
