@@ -5,6 +5,7 @@ documentation for 1,500 steps. Eight domains are learned, then a ninth. Each row
 
     python benchmarks/specialists.py --cache CACHE --row lora8
     python benchmarks/specialists.py --cache CACHE --report
+    python benchmarks/specialists.py --cache CACHE --speed
 
 `CACHE/texts` contains the unpacked packages `postgresql-doc-17`, `python3.13-doc`, `debian-handbook`,
 `fortunes` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the machine. Each rate is
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +153,13 @@ class Trial:
         model.eval()
 
     @torch.no_grad()
-    def loss(self, model: nn.Module, name: str, router: th.Specialists | None = None) -> float:
-        """Return the loss of a domain; a router chooses a specialist for each window."""
+    def loss(
+        self, model: nn.Module, name: str, s: th.Specialists | None = None, by: Any = "likelihood"
+    ) -> float:
+        """Return the loss of a domain; with specialists, one is chosen for each window."""
         ids, total = self.texts[name][1], 0.0
         for x in ids.split(16):
-            with nullcontext() if router is None else router.use(router.route(input_ids=x)):
+            with nullcontext() if s is None else s.use(s.route(input_ids=x, by=by)):
                 total += float(model(input_ids=x, labels=x).loss) * len(x)
         return total / len(ids)
 
@@ -183,7 +188,8 @@ def mean(losses: dict[str, float]) -> float:
 
 
 #: What a row measures: `losses` by domain; `lost`, by how much the ninth domain raised the mean of the
-#: others; `bytes`, shared and of each specialist.
+#: others; `bytes`, shared and of each specialist; `router` and `likelihood`, the mean loss if a specialist is
+#: chosen for each window by its first 64 tokens.
 Result = dict[str, Any]
 
 
@@ -298,8 +304,10 @@ def run_shared(
         rows = trial.texts["kernel"][1][: len(domains)]
         with torch.no_grad(), s.use(list(domains)):
             before = model(input_ids=rows).logits
-        s.fit_router({x: [{"input_ids": ids} for ids in trial.texts[x][0][:400].split(50)] for x in domains})
-        result["routed"] = mean({x: trial.loss(model, x, s) for x in domains})
+        drawn = {x: trial.texts[x][0][:: math.ceil(len(trial.texts[x][0]) / 1000)] for x in domains}
+        s.fit_router({x: [{"input_ids": ids} for ids in w.split(50)] for x, w in drawn.items()})
+        for by in ("router", "likelihood"):
+            result[by] = mean({x: trial.loss(model, x, s, by) for x in domains})
         s.add(NINTH)
         trial.train(model, s.parameters(NINTH), in_turn([NINTH], steps), rate, s)
         with torch.no_grad(), s.use(list(domains)):
@@ -361,6 +369,47 @@ def run_row(row: str, trial: Trial) -> Result:
     return result
 
 
+def step_times(trial: Trial, repeats: int) -> list[dict[str, Any]]:
+    """Time a batch with eight specialists, one for each row, against the same batch with one specialist."""
+    ids = torch.stack([trial.texts[x][0][0] for x in DOMAINS])
+    rows = []
+    for form, options in (
+        ("ends", {"share": "ends", "rank": 32}),
+        ("LoRA", {"share": None, "rank": 8}),
+        ("center", {"share": "center", "rank": 24}),
+    ):
+        model = trial.trunk()
+        s = th.specialists(model, **options)
+        for name in DOMAINS:
+            s.add(name)
+        s.freeze()
+
+        def train(which: Any, s: th.Specialists = s) -> None:
+            with s.use(which):
+                s.model(input_ids=ids, labels=ids).loss.backward()
+            for p in s.parameters():
+                p.grad = None
+
+        def read(which: Any, tokens: int | None, s: th.Specialists = s) -> None:
+            with torch.no_grad(), s.use(which):
+                s.model(input_ids=ids[:, :tokens])
+
+        for what, run in (
+            ("training step", train),
+            ("forward pass", partial(read, tokens=None)),
+            ("forward pass of one token a row", partial(read, tokens=1)),
+        ):
+            which = {"one": DOMAINS[0], "eight": list(DOMAINS)}
+            functions = {x: partial(run, names) for x, names in which.items()}
+            times = harness.paired_medians(functions, repeats, warmup=2, clock=time.process_time)
+            one, eight = times["one"], times["eight"]
+            times_of = {"one": vars(one), "eight": vars(eight)}
+            row = {"form": form, "what": what, "ratio": eight.median / one.median, "seconds": times_of}
+            print(form, what, round(row["ratio"], 3), flush=True)
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cache", type=Path, help="folder of the texts, the trunk and the finished rows")
@@ -369,12 +418,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", action="store_true", help="write the record of all finished rows")
     parser.add_argument("--records", type=Path, default=harness.RECORDS)
+    parser.add_argument("--speed", action="store_true", help="time batches with eight specialists")
     parser.add_argument("--toy", action="store_true", help="three rows on parts of the package's text")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.toy:
         toys = [run_row(row, Trial(None, 6, 0)) for row in ("trunk", "LoRA of rank 2", "ends")]
         harness.record("specialists", toys, folder=given.records)
+        harness.record("specialists_speed", step_times(Trial(None, 6, 0), 2), folder=given.records)
         return
     if given.cache is None:
         parser.error("--cache FOLDER is needed")
@@ -384,6 +435,9 @@ def main() -> None:
         with kept.open("a") as file:
             file.write(json.dumps(result) + "\n")
         print(json.dumps({k: result[k] for k in ("row", "loss", "ninth", "rate", "seconds")}), flush=True)
+    if given.speed:
+        times = step_times(Trial(given.cache, given.steps, given.seed), 21)
+        harness.record("specialists_speed", times, folder=given.records)
     if given.report:
         rows = [json.loads(line) for line in kept.read_text().splitlines()]
         shown = [
@@ -391,7 +445,7 @@ def main() -> None:
                 "row": x["row"],
                 "seed": x["seed"],
                 "loss": round(x["loss"], 4),
-                "routed": round(x["routed"], 4) if "routed" in x else "",
+                **{by: round(x[by], 4) if by in x else "" for by in ("router", "likelihood")},
                 "ninth": round(x["ninth"], 4),
                 "shared bytes": x.get("bytes", {}).get("shared"),
                 "bytes of a specialist": x.get("bytes", {}).get("next"),

@@ -106,7 +106,7 @@ class SpecialistAdapterLinear(SpecialistLinear, BaseTunerLayer):  # type: ignore
     def _follow(self) -> None:
         """Set the specialists in use to PEFT's active adapters."""
         active = () if self.disable_adapters else self.active_adapters
-        self.parts = tuple((name, None, None) for name in active if name in self.specialists)
+        self.parts = tuple((name, 1.0) for name in active if name in self.specialists)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse to merge.

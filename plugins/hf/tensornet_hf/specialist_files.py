@@ -98,8 +98,8 @@ class Specialists(tm.Specialists):
         reads. A choice by likelihood (see `route`) costs one pass for each specialist, and is better.
 
         Args:
-            loaders: batches of each domain, by the name of its specialist. Draw about a thousand texts from all
-                of a domain: a router that was fitted on the beginning of each domain knows only the beginning.
+            loaders: batches of each domain, by the name of its specialist. Draw about a thousand texts from
+                all parts of a domain: a router that reads only its beginning chooses worse.
             scope: `"sequence"`: one choice for a text, from its beginning; `"token"`: one for each token.
             top_k: number of specialists for each choice.
             prefix: number of tokens at the beginning of a text that `scope="sequence"` reads.

@@ -42,8 +42,8 @@ SHARED = ("ends", "in", "out", "center")
 MakeChange = Callable[[int, int], tuple[Topology, Sequence[str]]]
 #: What `Specialists.use` takes: a name, a name for each row, weights by name, or None for the trunk.
 Use = str | None | Sequence[str | None] | Mapping[str, float | Tensor]
-#: A specialist, its weight (None is 1) and the rows of the batch that it changes (None is all).
-Part = tuple[str, float | Tensor | None, Tensor | None]
+#: A specialist, and its weight.
+Part = tuple[str, float | Tensor]
 
 #: Names of files and of entries in reports.
 _RESERVED = ("shared", "router", "next")
@@ -95,13 +95,15 @@ class SpecialistLinear(nn.Module):
         self.topology, self.shared, self.private = topology, tuple(shared), tuple(private)
         self.specialists = nn.ModuleDict()
         self.shared_cores = nn.ParameterDict()
+        self.low_rank = is_low_rank(topology)
         #: The layer that owns the shared cores; empty if this layer owns them. A tuple is not registered as a
         #: submodule, so that these cores are trained and saved once.
         self.owners: tuple[SpecialistLinear, ...] = () if owner is None else (owner,)
         #: The specialists in use; empty for the trunk alone.
         self.parts: tuple[Part, ...] = ()
-        #: Number of rows of the batch, if `parts` names specialists for each row.
-        self.rows: int | None = None
+        #: If each row of the batch has its own specialist: its index in `parts`, shape `(rows,)`, and
+        #: `len(parts)` for the trunk alone.
+        self.rows: Tensor | None = None
         if owner is None:
             seeds = {name: crc32(f"shared {name}".encode()) for name in shared}
             for name, seed in seeds.items():
@@ -122,7 +124,7 @@ class SpecialistLinear(nn.Module):
         """Draw a Gaussian core; a matrix of a low-rank chain preserves the variance of its inputs."""
         generator = torch.Generator().manual_seed(seed)
         shape = self.topology.core_shapes[core]
-        if is_low_rank(self.topology):
+        if self.low_rank:
             drawn = torch.randn(shape, generator=generator, device="cpu") / (shape[2] * shape[3]) ** 0.5
         else:
             drawn = random_cores(self.topology, generator=generator)[self.topology.core_names.index(core)]
@@ -163,7 +165,7 @@ class SpecialistLinear(nn.Module):
         Raises:
             TargetError: the topology is not a product of two or three matrices.
         """
-        if not is_low_rank(self.topology):
+        if not self.low_rank:
             raise TargetError(
                 f"The changes of this specialist are not of low rank: their topology is "
                 f"{self.topology.core_shapes}. Train specialists with share='ends', 'in', 'out' or None."
@@ -183,9 +185,9 @@ class SpecialistLinear(nn.Module):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if not self.parts:
             return y
-        if self.rows is not None and x.shape[0] != self.rows:
+        if self.rows is not None and x.shape[0] != len(self.rows):
             raise ShapeError(
-                f"There are names of specialists for {self.rows} rows, but this layer gets {tuple(x.shape)}: "
+                f"There are names of specialists for {len(self.rows)} rows, but this layer gets {tuple(x.shape)}: "
                 "(rows, ..., features). Give one name for each row of the batch, with None for the trunk; "
                 "repeat the names if generation repeats the rows. Layers that see the tokens of several rows "
                 "in one dimension can only use one name for the whole batch."
@@ -200,39 +202,61 @@ class SpecialistLinear(nn.Module):
             x = x.to(next(iter(self.cores(self.parts[0][0]).values())).dtype)
         right: list[Tensor] = []
         left: list[Tensor] = []
-        if is_low_rank(self.topology):
+        if self.low_rank:
             while names[-1] in shared:
                 right.append(_as_matrix(shared[names.pop()]))
             while names[0] in shared:
                 left.insert(0, _as_matrix(shared[names.pop(0)]))
         for core in right:
             x = nn.functional.linear(x, core)
-        total: Tensor | None = None
-        for name, weight, rows in self.parts:
-            y = x if rows is None else x[rows.to(x.device)]
-            if is_low_rank(self.topology):
-                cores = self.cores(name)
-                for core_name in reversed(names):
-                    y = nn.functional.linear(y, _as_matrix(cores[core_name]))
-            else:
-                y = nn.functional.linear(y, self.change(name))
-            if isinstance(weight, Tensor):
-                if y.shape[: weight.ndim] != weight.shape:
-                    raise ShapeError(
-                        f"The weights of {name!r} have the shape {tuple(weight.shape)}, but this layer gets "
-                        f"{tuple(x.shape)}: (rows, tokens, features). Weights are numbers, or have the shape "
-                        "(rows,) or (rows, tokens)."
-                    )
-                y = y * weight.to(y).reshape(*weight.shape, *[1] * (y.ndim - weight.ndim))
-            elif weight is not None:
-                y = y * weight
-            if rows is not None:
-                y = y.new_zeros(*x.shape[:-1], y.shape[-1]).index_copy(0, rows.to(y.device), y)
-            total = y if total is None else total + y
-        assert total is not None
+        if self.rows is not None:
+            total = self._changes_by_row(x, self.rows, names)
+        else:
+            changes = []
+            for name, weight in self.parts:
+                y = self._change_of(name, x, names)
+                if isinstance(weight, Tensor):
+                    if y.shape[: weight.ndim] != weight.shape:
+                        raise ShapeError(
+                            f"The weights of {name!r} have the shape {tuple(weight.shape)}, but this layer "
+                            f"gets {tuple(x.shape)}: (rows, tokens, features). Weights are numbers, or have "
+                            "the shape (rows,) or (rows, tokens)."
+                        )
+                    weight = weight.to(y).reshape(*weight.shape, *[1] * (y.ndim - weight.ndim))
+                changes.append(y * weight)
+            total = sum(changes[1:], changes[0])
         for core in left:
             total = nn.functional.linear(total, core)
         return total
+
+    def _change_of(self, name: str, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Apply the cores `names` of one specialist, or its matrix if its topology is no product."""
+        if not self.low_rank:
+            return nn.functional.linear(x, self.change(name))
+        cores = self.cores(name)
+        for core in reversed(names):
+            x = nn.functional.linear(x, _as_matrix(cores[core]))
+        return x
+
+    def _changes_by_row(self, x: Tensor, rows: Tensor, names: Sequence[str]) -> Tensor:
+        """Apply to each row of `x: (rows, ..., features)` the change of its own specialist."""
+        if not self.low_rank:
+            index = [(rows == k).nonzero()[:, 0] for k in range(len(self.parts))]
+            found = [self._change_of(self.parts[k][0], x[i], names) for k, i in enumerate(index)]
+            y = found[0].new_zeros(*x.shape[:-1], found[0].shape[-1])
+            return y.index_copy(0, torch.cat(index), torch.cat(found))
+        # One batched product for all rows takes less time than a small product for each specialist.
+        y = x.reshape(len(rows), -1, x.shape[-1])
+        shared = self.shared_parameters()
+        for core in reversed(names):
+            if core in shared:
+                y = nn.functional.linear(y, _as_matrix(shared[core]))
+                continue
+            own = [self.specialists[name][f"core_{core}"] for name, _ in self.parts]  # type: ignore[index]
+            own.append(torch.zeros_like(own[0]))  # for rows of the trunk alone
+            picked = torch.stack(own)[rows]
+            y = torch.bmm(y, picked.reshape(len(rows), -1, y.shape[-1]).transpose(1, 2))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
@@ -585,33 +609,31 @@ class Specialists:
             TargetError: an unknown name.
             ShapeError: the batch has another number of rows than `which`.
         """
-        parts = self._parts(which)
-        rows = None if which is None or isinstance(which, str | Mapping) else len(which)
+        rows: list[str | None] = []
+        weights: dict[str, float | Tensor] = {}
+        if isinstance(which, Mapping):
+            weights = dict(which)
+        elif isinstance(which, str):
+            weights = {which: 1.0}
+        elif which is not None:
+            rows = list(which)
+            weights = {name: 1.0 for name in rows if name is not None}
+        for name in weights:
+            self._check(name)
         before = [(layer, layer.parts, layer.rows) for layer in self.layers.values()]
+        indices: dict[tuple[str, ...], Tensor] = {}  # of rows, by the specialists of a layer
         try:
             for layer in self.layers.values():
-                layer.parts = tuple(part for part in parts if part[0] in layer.specialists)
-                layer.rows = rows
+                known = tuple(name for name in weights if name in layer.specialists)
+                if rows and known not in indices:
+                    index = [known.index(x) if x in known else len(known) for x in rows]
+                    indices[known] = torch.tensor(index, device=layer.weight.device)
+                layer.parts = tuple((name, weights[name]) for name in known)
+                layer.rows = indices.get(known)
             yield
         finally:
             for layer, old_parts, old_rows in before:
                 layer.parts, layer.rows = old_parts, old_rows
-
-    def _parts(self, which: Use) -> tuple[Part, ...]:
-        if which is None or isinstance(which, str):
-            self._check(*([] if which is None else [which]))
-            return () if which is None else ((which, None, None),)
-        if isinstance(which, Mapping):
-            self._check(*which)
-            return tuple((name, weight, None) for name, weight in which.items())
-        rows = list(which)
-        self._check(*(name for name in rows if name is not None))
-        device = next(iter(self.layers.values())).weight.device
-        return tuple(
-            (name, None, torch.tensor([k for k, x in enumerate(rows) if x == name], device=device))
-            for name in dict.fromkeys(rows)
-            if name is not None
-        )
 
     def changes(self, which: str | Mapping[str, float]) -> dict[str, Tensor]:
         """Build the matrices `sum_s w_s Delta_s` by layer, each `(out_features, in_features)`."""
