@@ -187,10 +187,10 @@ class SpecialistLinear(nn.Module):
             return y
         if self.rows is not None and x.shape[0] != len(self.rows):
             raise ShapeError(
-                f"There are names of specialists for {len(self.rows)} rows, but this layer gets {tuple(x.shape)}: "
-                "(rows, ..., features). Give one name for each row of the batch, with None for the trunk; "
-                "repeat the names if generation repeats the rows. Layers that see the tokens of several rows "
-                "in one dimension can only use one name for the whole batch."
+                f"There are names of specialists for {len(self.rows)} rows, but this layer gets "
+                f"{tuple(x.shape)}: (rows, ..., features). Give one name for each row of the batch, with "
+                "None for the trunk; repeat the names if generation repeats the rows. Layers that see the "
+                "tokens of several rows in one dimension can only use one name for the whole batch."
             )
         return y + self._changes(x).to(y.dtype)
 
