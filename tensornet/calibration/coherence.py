@@ -151,7 +151,7 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
         The transformed vectors, in single precision if this is accurate enough, else in double precision.
     """
     if moment.ndim == 1:
-        return x.double() / damped(moment, damping).sqrt()
+        return x / damped(moment, damping).sqrt()  # in double precision, as the moment is
     lower = _root(moment, damping)
     if lower is None:  # not positive definite, since rounding errors in the moment exceed the damping
         return x.double() @ root(damped(moment, damping))[1].mT

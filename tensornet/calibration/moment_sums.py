@@ -186,7 +186,7 @@ def _add_products(total: Tensor, x: Tensor) -> None:
     """
     with torch.autocast(x.device.type, enabled=False):
         if total.ndim == 1:
-            total += x.float().square().sum(0)
+            total += x.to(torch.float32, copy=True).square_().sum(0)
         elif x.dtype == torch.bfloat16 and x.is_cpu:
             # The factors of float32 products are rounded to bfloat16, which leaves these vectors unchanged.
             products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

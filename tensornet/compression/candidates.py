@@ -682,7 +682,7 @@ def _predicted(
     if sensitivity.rounding != "two_sided":
         known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
     weightings = [known, sensitivity.weighting, sensitivity.forecast, Weighting()]
-    norm = max(float(energy(matrix)), 1e-300)
+    norm = max(sum(float(energy(rows)) for rows in matrix.split(_ROWS)), 1e-300)
     found = predict_losses(
         matrix,
         formats,

@@ -69,10 +69,12 @@ class WeightedSVD:
 @remembered
 def damped(moment: Tensor, amount: float) -> Tensor:
     """Add `amount * mean(diag M)` to the diagonal of a moment `M`, in double precision."""
-    moment = moment.to(working_dtype(moment.dtype))
+    dtype = working_dtype(moment.dtype)
     if moment.ndim == 1:
+        moment = moment.to(dtype)
         return moment + amount * moment.mean()
-    shifted = (moment + moment.T).mul_(0.5)  # a moment is symmetric only up to rounding
+    shifted = moment.to(dtype, copy=True)
+    shifted = shifted.add_(moment.T).mul_(0.5)  # a moment is symmetric only up to rounding
     shifted.diagonal().add_(amount * moment.diagonal().mean())
     return shifted
 

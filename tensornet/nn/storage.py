@@ -683,7 +683,9 @@ def _rounded(
     own = next(iter(tensors.values())).dtype
     dtype = torch.float64 if own == torch.float64 else torch.float32
     views = {name: kept for name, kept, _ in kept_shapes(topology, storage)}
-    work = {name: tensor.to(dtype).reshape(views[name]) for name, tensor in tensors.items()}
+    # A dense matrix is converted when its rows are rounded, since all rows would need twice its memory.
+    wide = own if topology.family == "dense" else dtype
+    work = {name: tensor.to(wide).reshape(views[name]) for name, tensor in tensors.items()}
     plain = replace(storage, number_format=FLOAT, core_formats=())
 
     def assemble(found: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

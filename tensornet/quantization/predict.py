@@ -89,23 +89,25 @@ def predict_losses(
     check_finite(weight, "The weight")
     if not formats:
         return torch.zeros(0, len(weightings), dtype=torch.float64, device=weight.device)
-    work = weight.detach().to(rounding_dtype(weight, chosen.rows, chosen.columns))[None]
-    # 1. Factorize the moments once for all formats.
-    rows = damped_moment(chosen.rows, work.shape[1], (), row_damping, work, "rows")
-    columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, work, "columns")
-    ways = possible_roundings(rounding, rows, columns)
+    # 1. Factorize the moments once for all formats. Only the sampled rows of the weight are converted.
+    work = weight.detach()[None]
     part = work if sample is None else work[:, sample]
+    part = part.to(rounding_dtype(weight, chosen.rows, chosen.columns))
+    rows = damped_moment(chosen.rows, work.shape[1], (), row_damping, part, "rows")
+    columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, part, "columns")
+    ways = possible_roundings(rounding, rows, columns)
     losses = []
     for number_format in formats:
         if number_format.book is not None:
-            losses.append(_losses_of_rows(work, number_format, weightings, columns, rounding, sample))
+            losses.append(_losses_of_rows(work, part, number_format, weightings, columns, rounding, sample))
             continue
         # 2. Predict the residuals for each rounding method that may be the best.
         scales, zeros = search_scales(part, number_format, importance(columns, ways[-1]))
         zeros = None if zeros is None else number_format.ratios(scales, zeros)
         tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
         expected = [
-            expect(work, number_format, scales, zeros, rows, columns, way, sample) for way in reversed(tried)
+            expect(work, part, number_format, scales, zeros, rows, columns, way, sample)
+            for way in reversed(tried)
         ]
         # 3. Compute the losses of these residuals under every weighting.
         found = [
@@ -126,6 +128,7 @@ def predict_losses(
 
 def _losses_of_rows(
     work: Tensor,
+    part: Tensor,
     number_format: NumberFormat,
     weightings: Sequence[Weighting],
     columns: Moment | None,
@@ -139,6 +142,7 @@ def _losses_of_rows(
 
     Args:
         work: matrix, shape `(1, out, in)`.
+        part: its sampled rows in the dtype of computations, shape `(1, sampled, in)`.
         number_format: format with a codebook.
         columns: damped moment of the inputs.
         weightings, rounding, sample: see `predict_losses`.
@@ -150,11 +154,10 @@ def _losses_of_rows(
     sample = torch.arange(work.shape[1], device=work.device) if sample is None else sample
     fed = None if columns is None else columns.in_runs
     way = possible_roundings(rounding, None, fed)[-1]
-    part = work[:, sample]
     scales, _ = search_scales(part, number_format, importance(fed, way))
     codes, _ = round_with_feedback(part, scales, None, number_format, *fed_back(way, None, fed))
     error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0]
-    ranges = group_ranges(work, number_format.group, False)[0].square()
+    ranges = group_ranges(work, number_format.group, False)[0].to(part).square()
     found = []
     for each in weightings:
         own = (times(each.columns, error.mT).mT * error).sum(1, dtype=torch.float64)
@@ -247,7 +250,7 @@ def _expect_factor(
     part = work if sample is None else work[:, sample]
     way = possible_roundings(rounding, r, c)[-1]
     scales, zeros = search_scales(part, number_format, importance(c, way))
-    return expect(work, number_format, scales, zeros, r, c, way, sample)
+    return expect(work, part, number_format, scales, zeros, r, c, way, sample)
 
 
 # --- residuals of every element --------------------------------------------------------------------
@@ -313,6 +316,7 @@ class ExpectedResiduals:
 
 def expect(
     weight: Tensor,
+    part: Tensor,
     number_format: NumberFormat,
     scales: Tensor,
     zeros: Tensor | None,
@@ -325,20 +329,21 @@ def expect(
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
+        part: their sampled rows in the dtype of computations, shape `(stack, sampled, in)`.
         number_format: integer format.
-        scales: scales of all rows, or of the sampled rows.
+        scales: scales of the sampled rows.
         zeros: zero points of the same rows, or the result of `NumberFormat.ratios`.
         rows: moment of the gradients.
         columns: moment of the inputs.
         way: rounding method.
-        sample: indices of the rows whose residuals are predicted; all rows if absent.
+        sample: indices of the sampled rows; all rows if absent.
     """
-    size, part = weight.shape[2], weight if sample is None else weight[:, sample]
-    zero = number_format.center if zeros is None else number_format.spread(zeros.to(weight.dtype), size)
-    grid = Grid.of(number_format, number_format.spread(scales.to(weight.dtype), size), zero)
+    size = weight.shape[2]
+    zero = number_format.center if zeros is None else number_format.spread(zeros.to(part.dtype), size)
+    grid = Grid.of(number_format, number_format.spread(scales.to(part.dtype), size), zero)
     along = fed_back(way, rows, columns)
     by_row, by_column = (
-        _residual_weights(moment, moment is not None and moment is fed, weight, n)
+        _residual_weights(moment, moment is not None and moment is fed, part, n)
         for moment, fed, n in zip((rows, columns), along, weight.shape[1:], strict=True)
     )
     fed = along[1]
@@ -356,7 +361,7 @@ def expect(
     ranges = None
     if sample is not None:
         shifted = number_format.zero_point or number_format.minimum
-        ranges = group_ranges(weight, number_format.group, shifted).square()
+        ranges = group_ranges(weight, number_format.group, shifted).to(part).square()
     return ExpectedResiduals(square, by_row, by_column, number_format, sample, ranges)
 
 

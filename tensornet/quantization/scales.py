@@ -330,8 +330,9 @@ def scale_fault(
 @remembered
 def group_ranges(weight: Tensor, group: int | None, shifted: bool) -> Tensor:
     """Compute the largest absolute value of each group or, with shifted grids, the spread of its values."""
-    groups = NumberFormat(8, group).grouped(weight)
-    return groups.amax(-1) - groups.amin(-1) if shifted else groups.abs().amax(-1)
+    groups, dtype = NumberFormat(8, group).grouped(weight), torch.promote_types(weight.dtype, torch.float32)
+    high, low = groups.amax(-1).to(dtype), groups.amin(-1).to(dtype)
+    return high - low if shifted else torch.maximum(high, -low)
 
 
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:

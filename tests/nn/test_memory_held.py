@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import peak
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import tensornet as tn
 import tensornet_moe as tm
@@ -59,19 +59,6 @@ def inputs(model: nn.Module, tokens: int) -> tuple[object, ...]:
     if isinstance(model, tm.ExpertFFN):
         return x, group_rows(torch.arange(tokens) * 2 // tokens, 2)
     return (x,)
-
-
-def peak(call: Callable[[], object]) -> int:
-    """Most bytes that are allocated at one time during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        result = call()
-    del result
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize("training", [True, False])

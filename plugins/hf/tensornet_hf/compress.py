@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -604,7 +603,7 @@ def open_to_survey(folder: Path, options: CompressOptions) -> tuple[PreTrainedMo
         lazy = open_model(folder, options.weights)
     except ConvertedWeightError:
         return on_device(open_dense(folder, options.weights), options.device), in_memory
-    return lazy.model, partial(lazy.loaded, device=torch.device(options.device))
+    return lazy.model, lazy.loaded_on(options.device)
 
 
 def open_dense(folder: Path, weights: str | Path | None = None) -> PreTrainedModel:

@@ -9,9 +9,10 @@ from the files.
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from tensornet.calibration.walk import Loaded, walk_dtype
 from tensornet.errors import FormatError
 from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice, read_slices
 from tensornet.nn.unfuse import Compound
@@ -122,6 +124,11 @@ class LazyModel:
         known = self._known.get(id(tensor))
         return tensor.is_meta and known is not None and known[1].parts[0].dtype in FLOATS
 
+    def loaded_on(self, device: torch.device | str) -> Loaded:
+        """Return the function that loads the weights of modules for a walk on a device."""
+        products = walk_dtype(self.model, self.loaded, torch.device(device))
+        return partial(self.loaded, device=device, products=products)
+
     @contextmanager
     def loaded(
         self,
@@ -129,6 +136,7 @@ class LazyModel:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = torch.float32,
+        products: torch.dtype | None = None,
     ) -> Iterator[None]:
         """Within a `with` block, have the weights of modules in memory; afterwards, restore the old tensors.
 
@@ -139,6 +147,9 @@ class LazyModel:
             modules: the modules, without their children. The model may be unfused.
             device: where the weights are needed.
             dtype: dtype of floating-point parameters, and of 16-bit buffers; None keeps the stored dtypes.
+            products: dtype to which autocast converts the factors of matrix products. Linear layers and
+                embeddings that are stored in this dtype keep it, which takes half of the memory of float32.
+                The outputs of embeddings are converted instead of their tables.
 
         Raises:
             FormatError: a file was truncated or changed since the model was opened, or a weight is stored in
@@ -150,7 +161,9 @@ class LazyModel:
                 if id(parameter) in self._known and layer.matrix is not parameter:
                     views[id(layer.matrix)] = self._known[id(parameter)][1], number, stack
         names = {id(module): name for name, module in self.model.named_modules()}
-        before: list[tuple[nn.Module, str, Tensor]] = []
+        modules = list(modules)
+        converted = {id(x) for m in modules if not _multiplies(m) for x in m.parameters(recurse=False)}
+        before: list[tuple[nn.Module, str, Any]] = []
         held: dict[int, Tensor] = {}
         try:
             for module in modules:
@@ -161,15 +174,19 @@ class LazyModel:
                         found = self._read(full, tensor, views.get(id(tensor)))
                         wide = not isinstance(tensor, nn.Parameter) and found.dtype.itemsize > 2
                         kept = dtype is None or wide or not found.is_floating_point()
+                        kept |= found.dtype == products and found.ndim == 2 and id(tensor) not in converted
                         found = found.to(device, None if kept else dtype)
                         is_weight = isinstance(tensor, nn.Parameter)
                         held[id(tensor)] = nn.Parameter(found, requires_grad=False) if is_weight else found
                     before.append((module, name, tensor))
                     setattr(module, name, held[id(tensor)])
+                if isinstance(module, nn.Embedding) and dtype not in (None, module.weight.dtype):
+                    before.append((module, "forward", vars(module).get("forward")))
+                    module.forward = partial(_looked_up, module.forward, dtype)
             yield
         finally:
-            for module, name, tensor in before:
-                setattr(module, name, tensor)
+            for module, name, value in reversed(before):
+                delattr(module, name) if value is None else setattr(module, name, value)
 
     def _read(self, name: str, tensor: Tensor, view: tuple[Origin, int, Any] | None) -> Tensor:
         """Read a tensor of the model from the files, or return the tensor itself if it is not stored there.
@@ -206,6 +223,15 @@ class LazyModel:
             return origin.read().reshape(tensor.shape)
         matrix = origin.read(number, len(stack.names)).reshape(-1, stack.columns)
         return matrix.T if stack.transposed else matrix
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Return True if a module only looks up rows of its weight, or only multiplies by it."""
+    return type(module).forward in (nn.Embedding.forward, nn.Linear.forward)
+
+
+def _looked_up(forward: Callable[..., Tensor], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
+    return forward(*args, **kwargs).to(dtype)
 
 
 def _mark(file: Path) -> tuple[int, int]:

@@ -188,7 +188,7 @@ def compress_checkpoint(
         _begin(work, folder, marks, decisive, resume=resume)
 
         # Survey the model, unless an interrupted run has already done so, and plan.
-        loaded_on = partial(lazy.loaded, device=device)
+        loaded = lazy.loaded_on(device)
         if calibration is not None and reads_data and (plan is None or plan.objective == "curvature"):
             _check_readable(lazy, options)
             file = work / PRICES if prices is None else Path(prices)
@@ -201,7 +201,7 @@ def compress_checkpoint(
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 tokens=tokens,
-                loaded=loaded_on,
+                loaded=loaded,
                 device=torch.device(device),
                 price=None if plan is None else dense_only,
                 progress=progress,
@@ -261,7 +261,7 @@ def compress_checkpoint(
                 read,
                 states=states,
                 start=start,
-                loaded=loaded_on,
+                loaded=loaded,
                 device=torch.device(device),
                 loss_fn=calibration.loss_fn or label_losses if calibration else None,
                 losses=priced.losses if priced else (),
