@@ -1,30 +1,33 @@
 """How much processor time, memory and disk does a GGUF file of a large model take?
 
-    python benchmarks/any_size.py                      # Llama of 1.1 billion weights; an hour
-    python benchmarks/any_size.py --shapes llama-8b qwen3-30b-a3b --blocks 1 2
-    python benchmarks/any_size.py --shapes llama-1b --blocks 2 --workers 1 2
+    python benchmarks/any_size.py                      # Llama of 1.1 billion weights
+    python benchmarks/any_size.py --shapes llama-8b qwen3-30b-a3b
+    python benchmarks/any_size.py --shapes llama-1b --workers 1 2
     python benchmarks/any_size.py --toy                # seconds; only tests the script
 
 A checkpoint of random bfloat16 weights has the shapes of a known model, but only some of its blocks. It is
-compressed to a GGUF file by a process of its own, as by `tensornet compress`. The seconds of the whole model
-are counted: those of a block are the difference between two numbers of blocks, and those of both ends (the
-embedding, the output head and the start of the program) are the rest. Random weights say nothing about the
-loss. `peak_gb` is the largest resident memory of the process without pages of mapped files, `disk_gb` the
-largest size of all files beside the result.
+compressed to a GGUF file by a process of its own, as by `tensornet compress`. `block_seconds` are the
+processor seconds from the loading of weights of a block to the next loading of others. The seconds of the
+whole model are counted from their mean and from the rest, which is the time of both ends (the embedding, the
+output head and the start of the program). Random weights say nothing about the loss. `peak_gb` is the largest
+resident memory of the process without pages of mapped files, `disk_gb` the largest size of all files beside
+the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet_hf.lazy_model import LazyModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, processor_seconds, record
@@ -112,16 +116,18 @@ def compress(source: Path, destination: Path, bits: float, workers: int) -> dict
     thread.start()
     start, wall = processor_seconds(), time.perf_counter()
     try:
-        report = th.compress_folder(
-            source,
-            destination,
-            tn.CompressionConfig(bits_per_weight=bits),
-            th.CompressOptions(calibration="default", workers=workers),
-        )
+        with seconds_by_part() as spent:
+            report = th.compress_folder(
+                source,
+                destination,
+                tn.CompressionConfig(bits_per_weight=bits),
+                th.CompressOptions(calibration="default", workers=workers),
+            )
     finally:
         done.set()
         thread.join()
     return {
+        "block_seconds": round(spent["blocks"], 1),
         "processor_seconds": round(processor_seconds() - start, 1),
         "wall_seconds": round(time.perf_counter() - wall, 1),
         "peak_gb": round(peak[0] / 1e9, 2),
@@ -130,11 +136,36 @@ def compress(source: Path, destination: Path, bits: float, workers: int) -> dict
     }
 
 
-def counted(rows: Sequence[dict[str, Any]], shape: str) -> dict[str, Any]:
-    """Count the processor hours of the whole model from the runs with the fewest and the most blocks."""
-    few, many = rows[0], rows[-1]
-    a_block = (many["processor_seconds"] - few["processor_seconds"]) / (many["blocks"] - few["blocks"])
-    ends = few["processor_seconds"] - few["blocks"] * a_block
+@contextmanager
+def seconds_by_part() -> Iterator[Counter[str]]:
+    """Count the processor seconds of blocks; a part begins when its weights are loaded."""
+    spent, load = Counter[str](), LazyModel.loaded
+    last = ["ends", processor_seconds()]
+
+    def switch(part: str) -> None:
+        now = processor_seconds()
+        spent[last[0]] += now - last[1]
+        last[:] = part, now
+
+    def loaded(self: LazyModel, modules: Any, **options: Any) -> Any:
+        modules = list(modules)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        if modules:
+            inside = all(re.search(r"\.\d+(\.|$)", names[id(module)]) for module in modules)
+            switch("blocks" if inside else "ends")
+        return load(self, modules, **options)
+
+    LazyModel.loaded = loaded  # type: ignore[method-assign, assignment]
+    try:
+        yield spent
+    finally:
+        LazyModel.loaded = load  # type: ignore[method-assign]
+        switch("ends")
+
+
+def counted(row: dict[str, Any], shape: str) -> dict[str, Any]:
+    """Count the processor hours of the whole model from a run with some of its blocks."""
+    a_block, ends = row["block_seconds"] / row["blocks"], row["processor_seconds"] - row["block_seconds"]
     blocks = SHAPES[shape]["num_hidden_layers"]
     return {
         "blocks": blocks,
@@ -147,7 +178,7 @@ def counted(rows: Sequence[dict[str, Any]], shape: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> Path | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-1b"])
-    parser.add_argument("--blocks", nargs="+", type=int, default=[1, 2], help="numbers of blocks to run")
+    parser.add_argument("--blocks", nargs="+", type=int, default=[2], help="numbers of blocks to run")
     parser.add_argument("--workers", nargs="+", type=int, default=[1])
     parser.add_argument("--bits", type=float, default=4.5)
     parser.add_argument("--folder", type=Path, help="folder for checkpoints, which are kept there")
@@ -180,9 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
                     rows.append({**row, **found})
                     print(rows[-1], flush=True)
                     Path(place[1]).unlink()
-            one = [row for row in rows if row["shape"] == shape and row["workers"] == options.workers[0]]
-            if len(one) > 1:
-                counts[shape] = counted(one, shape)
+            # The seconds of workers are only known when they have ended.
+            if alone := [row for row in rows if row["shape"] == shape and row["workers"] == 1]:
+                counts[shape] = counted(alone[-1], shape)
                 print(shape, counts[shape])
     return record("any_size", rows, folder=options.records, summary=counts, dtype="bfloat16")
 

@@ -180,9 +180,9 @@ class LazyModel:
                         held[id(tensor)] = nn.Parameter(found, requires_grad=False) if is_weight else found
                     before.append((module, name, tensor))
                     setattr(module, name, held[id(tensor)])
-                if isinstance(module, nn.Embedding) and dtype not in (None, module.weight.dtype):
+                if isinstance(module, nn.Embedding) and dtype and module.weight.dtype != dtype:
                     before.append((module, "forward", vars(module).get("forward")))
-                    module.forward = partial(_looked_up, module.forward, dtype)
+                    setattr(module, "forward", partial(_looked_up, module.forward, dtype))  # noqa: B010
             yield
         finally:
             for module, name, value in reversed(before):
