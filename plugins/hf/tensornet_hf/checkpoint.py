@@ -152,6 +152,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         )
         advice = "Give a folder of save_pretrained, or a hub id."
+        if folder.suffix == ".gguf":
+            advice += " The commands eval and generate also read GGUF files; gguf-dump lists their tensors."
         if (earlier := moved_aside(folder)) is not None:
             advice = f"A run that was replacing it was interrupted, and left it as {earlier}: rename it."
         raise FormatError(f"{folder} is not a model folder: it {why}. {advice}")

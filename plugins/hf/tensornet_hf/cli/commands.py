@@ -466,8 +466,13 @@ def evaluate(
         print_lines(f"lm-evaluation-harness {scores.version}")
 
 
-def _loaded(path: Path, device: torch.device) -> PreTrainedModel:
-    return on_device(load_gguf(path) if path.suffix == GGUF else load(path), device)
+def _loaded(path: Path, device: torch.device, experts_cache: int | None = None) -> PreTrainedModel:
+    """Load a model folder or a GGUF file."""
+    if path.suffix != GGUF:
+        return on_device(load(path, experts_cache=experts_cache), device)
+    if experts_cache is not None:
+        raise typer.BadParameter("--experts-cache needs a model folder; leave it out for a GGUF file.")
+    return on_device(load_gguf(path), device)
 
 
 def generate(
@@ -525,7 +530,7 @@ def generate(
     elif specialist is not None:
         raise typer.BadParameter(f"{path} is not a folder of specialists; leave out --specialist.")
     else:
-        model = on_device(load(folder, experts_cache=experts_cache), device)
+        model = _loaded(folder, device, experts_cache)
     if experts_cache is None:
         prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
     tokenizer = load_tokenizer(folder)
