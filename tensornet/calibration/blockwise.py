@@ -36,7 +36,7 @@ from tensornet.calibration.calibrate import (
     mean_loss,
     observed,
 )
-from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, scores_next_token
+from tensornet.calibration.losses import TokenLosses, default_losses, has_token_losses, label_losses
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.calibration.walk import Loaded, Walk, block_bar, blocks_to_walk, in_memory
 from tensornet.errors import TargetError
@@ -189,7 +189,7 @@ def begin_walk(
     of_tokens = False
     with torch.no_grad(), precision():
         if gradients and loaded is not in_memory:  # the whole model cannot run
-            loss_fn, of_tokens = loss_fn or label_losses, scores_next_token(model) is True
+            loss_fn, of_tokens = loss_fn or label_losses, has_token_losses(model)
         elif gradients and (loss_fn is None or loss_fn in OWN_LOSSES):
             default, entropies = default_losses(model, small_batch(batch, model) or batch)
             loss_fn = loss_fn or default

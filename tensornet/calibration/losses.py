@@ -159,6 +159,8 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 #: Losses that draw random projections. Only the gradients of these losses have a meaning, not the values.
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
+#: Loss functions with random values, which cannot be compared between models.
+RANDOM_LOSSES = (*PROJECTIONS, sampled_losses)
 
 
 #: Kinds of losses that models have (see `loss_rule`).
@@ -252,6 +254,11 @@ def scores_next_token(model: nn.Module) -> bool | None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or name.endswith(_IN_PLACE):
         return False
     return True if name.endswith(_DECODERS) else None
+
+
+def has_token_losses(model: nn.Module) -> bool:
+    """Return True if the name of a model's class says that its labels are tokens."""
+    return type(unwrapped(model)).__name__.endswith((*_DECODERS, "XLMWithLMHeadModel", "ForMaskedLM"))
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tensornet.calibration.batches import Batch, BatchLike, check_batches, some_rows
-from tensornet.calibration.losses import PROJECTIONS, sampled_losses
+from tensornet.calibration.losses import RANDOM_LOSSES
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import LayerCache, apply_plan, run_once
 from tensornet.compression.config import CompressionConfig, check_config
@@ -104,7 +104,7 @@ def compress(
 
     # Apply the plan.
     cache: LayerCache = {}
-    comparable = data.loss_fn not in (*PROJECTIONS, sampled_losses)  # the values of others are random
+    comparable = data.loss_fn not in RANDOM_LOSSES
     before = record_losses(
         model, data.batches, loss_fn=data.loss_fn if comparable else None, source=data.source
     )

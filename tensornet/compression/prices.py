@@ -47,7 +47,8 @@ class PriceList:
         untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
             other bytes of the model's file; they count in budgets of the whole model.
         key: everything else that the prices depend on, such as the text, by name.
-        losses: losses of the dense model on the tokens that were read, to compare with the compressed model.
+        losses: losses of the dense model on the tokens that were read, to compare with the compressed model;
+            empty if the losses are random.
         factors: moments of gradients by name of a module, as a diagonal and a low-rank factor (see
             `CalibrationStats`). Networks are fitted with them, and rounding feeds errors back along outputs.
         inputs: mean squares of the inputs of each weight, shape `(in,)`, and the number of its tokens, by

@@ -26,7 +26,7 @@ from tensornet.calibration.calibrate import (
     lowered,
     observed,
 )
-from tensornet.calibration.losses import TokenLosses
+from tensornet.calibration.losses import RANDOM_LOSSES, TokenLosses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import (
     Loaded,
@@ -217,7 +217,8 @@ def survey(
     )
     layers = tuple(priced[x.name] for x in kept)
     key = {"tokens": str(count), "text": digest(given), "inputs": digest([inputs or {}])}
-    losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses or [torch.zeros(0)]).tolist())
+    scored = walk.losses if loss_fn not in RANDOM_LOSSES else []
+    losses = tuple(float(f"{x:.4g}") for part in scored for x in part.tolist())
     sizes = untargeted_sizes(model, kept)
     return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors, inputs=seen)
 

@@ -198,8 +198,10 @@ def compress_blocks(
                 block.enter_context(rounded_weights(here, new, restored=loaded is in_memory))
                 yield name, new
         if measured is not None and losses and walk.losses:
-            before = torch.tensor(losses, dtype=torch.float64)
-            increases = torch.cat(walk.losses)[: len(before)].double() - before
+            # The survey may have read more batches than this walk, or fewer.
+            after = torch.cat(walk.losses).double()
+            before = torch.tensor(losses[: len(after)], dtype=torch.float64)
+            increases = after[: len(before)] - before
             source = plan.calibration or "calibration data"
             measured.append(LossIncrease.of(increases, source=source, dense_loss=float(before.mean())))
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.calibration import label_losses
 from tensornet.compression.report import model_size
 from tensornet.errors import BudgetError, DestinationError
 from tensornet.nn.extension import ProvidedData
@@ -150,3 +152,32 @@ def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatc
     assert planned.plan.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase, rel=0.02)
     params, size = model_size(model)
     assert (planned.sizes["model_params_before"], planned.sizes["model_bytes_before"]) == (params, size)
+
+
+def test_the_losses_of_the_rows_that_both_walks_read_are_compared(tmp_path: Path) -> None:
+    """If a loss belongs to rows, the survey reads more rows than the walk that compresses."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=64, num_labels=3, initializer_range=0.3)
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    batches = [
+        {"input_ids": torch.randint(50, (64, 32)), "labels": torch.randint(3, (64,))} for _ in range(16)
+    ]
+    options = {"config": tn.CompressionConfig(bits_per_weight=2.5), "calibration": ProvidedData(batches, "x")}
+    measured = th.compress_checkpoint(tmp_path / "dense", tmp_path / "small", **options).measured
+    small = th.load(tmp_path / "small")
+    with torch.no_grad():
+        changes = torch.cat([label_losses(small, x) - label_losses(model, x) for x in batches[:8]])
+    assert measured is not None
+    assert measured.mean == pytest.approx(float(changes.mean()), abs=0.1 * float(changes.abs().mean()))
+    assert float(changes.abs().mean()) > 0.01
+
+
+def test_random_losses_are_not_compared(tmp_path: Path) -> None:
+    """The losses of an encoder-decoder are those of labels that the model draws itself."""
+    options = th.CompressOptions(calibration="default", calibration_tokens=512)
+    done = th.compress_folder(
+        th.embedded.t5_path(), tmp_path / "small", replace(CONFIG, formats=None), options
+    )
+    assert (done.report.measured, done.report.plan.of_tokens) == (None, True)
