@@ -244,9 +244,8 @@ def calibration_data(
         return CalibrationData(tuple(batches), label_losses, windows.numel())
     if model.main_input_name != "input_ids":
         raise TargetError(
-            f"{type(model).__name__} reads {model.main_input_name}, not text. Calibrate it in Python with "
-            "suitable batches: stats = tensornet.calibrate(model, batches, loss_fn=...), then "
-            "tensornet.compress(model, config, calibration=stats)."
+            f"{type(model).__name__} reads {model.main_input_name}, not text. In Python, pass batches of "
+            "these inputs to tensornet.compress."
         )
     tokenizer = load_tokenizer(folder)
     labelled = model.config.is_encoder_decoder or type(model).__name__.endswith("ForMaskedLM")
@@ -299,8 +298,8 @@ def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
         return cosine_losses
     raise TargetError(
         f"{type(model).__name__} returns neither classes nor hidden states, so it has no loss on text. "
-        "Calibrate it in Python with your own loss: stats = tensornet.calibrate(model, batches, "
-        "loss_fn=...), then tensornet.compress(model, config, calibration=stats)."
+        "In Python, pass the result of tensornet.calibrate(model, batches, loss_fn=...) to "
+        "tensornet.compress as its calibration data."
     )
 
 
