@@ -105,8 +105,8 @@ class LazyModel:
     """
 
     model: PreTrainedModel
-    origins: Mapping[str, Origin]
-    others: Mapping[str, Slice]
+    origins: Mapping[str, Origin] = field(repr=False)
+    others: Mapping[str, Slice] = field(repr=False)
     surplus: tuple[str, ...]
     # Maps the id of a tensor to the tensor and its origin. Keeping the tensor prevents reuse of its id.
     _known: dict[int, tuple[Tensor, Origin]] = field(init=False, repr=False)

@@ -117,6 +117,14 @@ def test_a_router_chooses_and_inspect_counts(tensornet: Run, tmp_path: Path) -> 
     )
     assert json.loads(out)["text"] == chosen
 
+    status, out, err = tensornet("export", "s", "law-lora", "--specialist", "law", "--json")
+    assert (status, json.loads(out)) == (0, {"adapter": str(tmp_path / "law-lora")}), err
+    assert (tmp_path / "law-lora" / "adapter_model.safetensors").is_file()
+    for wrong in (("s",), ("s", "--specialist", "law", "--networks", "lora"), (TRUNK, "--specialist", "law")):
+        status, _, err = tensornet("export", wrong[0], "x", *wrong[1:])
+        assert status != 0
+        assert "specialist" in err
+
     status, out, err = tensornet("inspect", "s", "--json")
     assert status == 0, err
     found = json.loads(out)

@@ -595,8 +595,13 @@ def export(
     target: Annotated[
         str | None,
         typer.Option(
-            help=f"Format to write: {', '.join(TARGETS)} (default: gguf if the destination ends in .gguf)."
+            help=f"Format to write: {', '.join(TARGETS)} (default: gguf if the destination ends in .gguf). "
+            "For a specialist: peft (the default), gguf, mlx."
         ),
+    ] = None,
+    specialist: Annotated[
+        str | None,
+        typer.Option(help="Specialist of a folder of specialists, which becomes a LoRA adapter."),
     ] = None,
     skeleton: Annotated[
         Path | None,
@@ -619,9 +624,24 @@ def export(
     """Write a model for another runtime, with exactly the same weights.
 
     Layers that the target cannot store are written as dense weights, and are listed.
+
+    One of several specialists: tensornet export SPECIALISTS law-lora --specialist law
     """
     given: dict[str, Any] = {"skeleton": skeleton, "networks": networks}
     options = {name: value for name, value in given.items() if value is not None}
+    folder = resolve_folder(source)
+    if (folder / DESCRIPTION).is_file() or specialist is not None:
+        if specialist is None or options:
+            raise typer.BadParameter(
+                "A specialist is exported as a LoRA adapter: give --specialist NAME, and leave out "
+                "--skeleton and --networks."
+            )
+        trunk = resolve_folder(read_description(folder)["trunk"])
+        made = load_specialists(folder).export(
+            specialist, destination, target=target, source=trunk, force=force
+        )
+        print_json({"adapter": str(made)}) if as_json else print_lines(f"written to {made}")
+        return
     report = export_model(source, destination, target=target, force=force, **options)
     if as_json:
         adapter = None if report.adapter is None else str(report.adapter)
