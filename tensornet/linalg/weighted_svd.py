@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tensornet._util import remembered
 from tensornet.errors import ShapeError
-from tensornet.linalg.svd import check_finite, fix_signs, working_dtype
+from tensornet.linalg.svd import check_finite, fix_signs, largest_element, working_dtype
 
 #: If Cholesky fails, eigenvalues below this fraction of the largest count as zero.
 _EIGEN_FLOOR = 1e-12
@@ -227,6 +227,8 @@ def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
     if moment.ndim == 1:
         return 1.0, other - moment, True
     own, its = moment.diagonal(), other.diagonal()
+    if other is moment:
+        return 1.0, torch.zeros_like(own), True
     square = float(torch.vdot(moment.flatten(), moment.flatten()) - torch.vdot(own, own))
     factor = 1.0
     if square > 0:
@@ -235,7 +237,7 @@ def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
     shift = rest.diagonal().clone()
     rest.diagonal().zero_()
     limit = 1e3 * torch.finfo(moment.dtype).eps * float(its.abs().max())
-    return factor, shift, bool(rest.abs().max() <= limit)
+    return factor, shift, largest_element(rest) <= limit
 
 
 def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
@@ -338,4 +340,5 @@ def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
     pivots = lower.diagonal(dim1=-2, dim2=-1).square()
     if positive and bool((pivots > _LEAST_PIVOT * moments.diagonal(dim1=-2, dim2=-1)).all()):
         return lower, True
+    del lower
     return cholesky(moments.double())

@@ -156,7 +156,8 @@ def _losses_of_rows(
     way = possible_roundings(rounding, None, fed)[-1]
     scales, _ = search_scales(part, number_format, importance(fed, way))
     codes, _ = round_with_feedback(part, scales, None, number_format, *fed_back(way, None, fed))
-    error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0]
+    # In the precision of the moments, of which no copy is then needed.
+    error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0].double()
     ranges = group_ranges(work, number_format.group, False)[0].to(part).square()
     found = []
     for each in weightings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import peak
 from quantization.rounding_cases import moment, weight
 
 import tensornet as tn
@@ -157,3 +158,14 @@ def test_formats_that_do_not_fit_a_matrix_are_left_out(monkeypatch: pytest.Monke
     menu = tn.CompressionConfig(bits_per_weight=4, formats="super")
     assert NumberFormat.parse("nl4:g32:s6") in layer_formats([layers[0][0]], [layers[0][1]], menu)
     assert all(x.divides(320) for x in layer_formats([layers[1][0]], [layers[1][1]], menu))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+def test_a_large_moment_is_copied_few_times() -> None:
+    """Its damped values, their factor and one temporary matrix are in memory, all in single precision."""
+    columns = damped(moment(1024, 2, tokens=4096), 0.01)
+    seen = Weighting(moment(32, 1).diagonal(), columns)
+    matrix, formats = weight(32, 1024, 3).float(), [NumberFormat.parse("int4")]
+    most = peak(lambda: format_losses(matrix, Sensitivity(seen, seen, "one_sided"), formats))
+    assert most <= 4 * columns.numel() * 4
