@@ -327,7 +327,7 @@ def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
     A pivot is a diagonal element minus a sum of squares, so a small pivot has few correct digits.
 
     Args:
-        moments: symmetric matrices, shape `(..., n, n)`; only the lower triangle is read.
+        moments: symmetric matrices, shape `(..., n, n)`.
 
     Returns:
         `L`, in the dtype of the moments or in double precision, and whether all moments are positive
@@ -340,5 +340,9 @@ def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
     pivots = lower.diagonal(dim1=-2, dim2=-1).square()
     if positive and bool((pivots > _LEAST_PIVOT * moments.diagonal(dim1=-2, dim2=-1)).all()):
         return lower, True
+    # In place, since moments may be as large as all else. A symmetric matrix has the memory of its transpose,
+    # whose columns are contiguous, as LAPACK needs them.
     del lower
-    return cholesky(moments.double())
+    lower = moments.double().mT
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return lower, not bool(info.any())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import peak
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,6 +13,7 @@ import tensornet as tn
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.linalg.weighted_svd import (
     Weighting,
+    cholesky,
     closest_shift,
     damped,
     frobenius_errors,
@@ -193,3 +195,18 @@ def test_bad_input() -> None:
         weighted_svd(torch.randn(2, 3), Weighting(torch.full((2, 2), torch.nan)))
     with pytest.raises(NonFiniteError, match="The matrix"):
         weighted_svd(torch.full((2, 3), torch.inf), Weighting())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+def test_cholesky_in_double_precision_needs_one_matrix() -> None:
+    columns = torch.randn(4096, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    columns[:, 0] *= 100  # so that the later pivots are too small for single precision
+    columns[:, 1:] += columns[:, :1]
+    moments = (columns.T @ columns).float()[None]
+    most = peak(lambda: cholesky(moments))
+    assert most <= 2.1 * moments.nbytes
+    lower, positive = cholesky(moments)
+    assert positive
+    assert lower.dtype == torch.float64
+    torch.testing.assert_close(lower, torch.linalg.cholesky(moments.double()))
