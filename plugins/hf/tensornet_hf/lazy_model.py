@@ -294,7 +294,9 @@ def open_lazily(source: Checkpoint) -> LazyModel:
 
     there = {id(tensor) for name, tensor in state.items() if name in renamed or name in stacked}
     if absent := [name for name, x in model.named_parameters() if id(x) not in there]:
-        if stacked:  # some stored tensors are converted when transformers loads the model
+        computed = [re.compile(x) for x in model._keys_to_ignore_on_save or ()]
+        # Some stored tensors are converted when transformers loads the model, and others are computed.
+        if stacked or all(any(x.search(name) for x in computed) for name in absent):
             raise _other_form(source.folder, absent[0])
         raise FormatError(
             f"{source.folder} describes {absent[0]} and {len(absent) - 1} more weights that are not stored. "
@@ -362,8 +364,8 @@ class ConvertedWeightError(FormatError):
 
 def _other_form(folder: str | os.PathLike[str], name: str) -> ConvertedWeightError:
     return ConvertedWeightError(
-        f"{folder} stores {name} in another form than the model uses, so the weight cannot be read alone. "
-        "Load the model and use tensornet.compress."
+        f"{folder} stores {name} in another form than the model uses, or does not store it, so it is only "
+        "known when the whole model is loaded. Load the model and use tensornet.compress."
     )
 
 

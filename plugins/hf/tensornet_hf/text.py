@@ -90,7 +90,14 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
 
 def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
     """Return the default window length: the number of positions of the model, at most `limit`."""
-    return min(limit, getattr(model.config, "max_position_embeddings", None) or limit)
+    known = [getattr(model.config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    # RoBERTa and its relatives count positions from the row after the padding index.
+    known += [
+        x.num_embeddings - x.padding_idx - 1
+        for name, x in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(x, nn.Embedding) and x.padding_idx is not None
+    ]
+    return min([limit, *(x for x in known if isinstance(x, int) and x > 0)])
 
 
 def require_causal(model: PreTrainedModel) -> None:
@@ -237,16 +244,16 @@ def calibration_data(
         TargetError: text alone is not enough to calibrate this model; the message says what to do.
         ValueError: the text is too short.
     """
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        context = usual_context(model, limit=window)
-        windows = random_windows(token_ids(load_tokenizer(folder), text), context, tokens)
-        batches = windows.split(max(1, window_batch // windows.shape[1]))
-        return CalibrationData(tuple(batches), label_losses, windows.numel())
     if model.main_input_name != "input_ids":
         raise TargetError(
             f"{type(model).__name__} reads {model.main_input_name}, not text. In Python, pass batches of "
             "these inputs to tensornet.compress."
         )
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        context = usual_context(model, limit=window)
+        windows = random_windows(token_ids(load_tokenizer(folder), text), context, tokens)
+        batches = windows.split(max(1, window_batch // windows.shape[1]))
+        return CalibrationData(tuple(batches), label_losses, windows.numel())
     tokenizer = load_tokenizer(folder)
     labelled = model.config.is_encoder_decoder or type(model).__name__.endswith("ForMaskedLM")
     loss_fn = sampled_losses if labelled else _losses_of(model, tokenizer)
@@ -287,10 +294,16 @@ def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
     """Choose the loss function of an encoder or classifier by the kind of its outputs.
 
     Raises:
-        TargetError: the model returns neither classes nor hidden states.
+        TargetError: the model does not run on text alone, or returns neither classes nor hidden states.
     """
-    with torch.no_grad():
-        output = model(**as_batch(_read(model, tokenizer, ["word"]), model, model.device))
+    try:
+        with torch.no_grad():
+            output = model(**as_batch(_read(model, tokenizer, ["word"]), model, model.device))
+    except Exception as error:
+        raise TargetError(
+            f"{type(model).__name__} does not run on text alone: {first_line(error)}. In Python, pass "
+            "batches with all of its inputs to tensornet.compress."
+        ) from error
     logits = getattr(output, "logits", None)
     if logits is not None and logits.shape[-1] > 1:
         return sampled_losses
@@ -347,7 +360,9 @@ def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return an encoder-decoder's greedy answers as labels, with `IGNORED` after the end of each answer."""
     generate: Any = model.generate
     inputs = as_batch(batch, model, model.device)
-    labels = generate(**inputs, max_new_tokens=ANSWER, do_sample=False, num_beams=1)[:, 1:].cpu()
+    labels = generate(
+        **inputs, max_new_tokens=min(ANSWER, usual_context(model) - 1), do_sample=False, num_beams=1
+    )[:, 1:].cpu()
     end = model.generation_config.eos_token_id
     ends = torch.tensor(end if isinstance(end, list) else [-1 if end is None else end], device=labels.device)
     ended = torch.isin(labels, ends).cumsum(1)

@@ -15,9 +15,17 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BertTokenizerFast,
+    MarianConfig,
+    MarianMTModel,
+    MptConfig,
+    MptForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
     ViTConfig,
     ViTModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 import tensornet as tn
@@ -27,7 +35,8 @@ from tensornet.errors import TargetError
 from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
-from tensornet_hf.text import calibration_data, random_windows
+from tensornet_hf.lazy_model import ConvertedWeightError, open_model
+from tensornet_hf.text import calibration_data, random_windows, usual_context
 
 WORDS = ["the", "river", "runs", "past", "a", "mill", "and", "two", "old", "trees", "to", "sea"]
 TEXT = "\n\n".join(" ".join(WORDS[k % 12 :] + WORDS[: k % 5]) for k in range(40))
@@ -181,3 +190,24 @@ def test_command_line_calibrates_an_encoder(
     assert plan["calibration"].endswith("tokens of text.txt")
     assert plan["predicted_loss_increase"] > 0
     assert plan["dense_loss"] is plan["predicted_perplexity"] is None  # a cosine distance has no perplexity
+
+
+def test_windows_have_no_more_tokens_than_positions() -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = RobertaConfig(**sizes, intermediate_size=8, max_position_embeddings=64, pad_token_id=1)
+    with torch.device("meta"):
+        assert usual_context(RobertaForMaskedLM(roberta)) == 62  # positions begin at 2
+        assert (
+            usual_context(MptForCausalLM(MptConfig(d_model=8, n_heads=2, n_layers=1, max_seq_len=32))) == 32
+        )
+        # The configuration says -1, for a model without a limit.
+        assert usual_context(XLNetLMHeadModel(XLNetConfig(d_model=8, n_head=2, n_layer=1, d_inner=8))) == 1024
+
+
+def test_weights_that_are_computed_need_the_whole_model(tmp_path: Path) -> None:
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "vocab_size": 20}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    tokens = {"pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    MarianMTModel(MarianConfig(**sizes, **heads, **tokens)).save_pretrained(tmp_path)
+    with pytest.raises(ConvertedWeightError, match="embed_positions"):
+        open_model(tmp_path)
