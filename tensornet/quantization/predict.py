@@ -159,9 +159,12 @@ def _losses_of_rows(
     # In the precision of the moments, of which no copy is then needed.
     error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0].double()
     ranges = group_ranges(work, number_format.group, False)[0].to(part).square()
-    found = []
+    found: list[Tensor] = []
+    losses: dict[int, Tensor] = {}  # by moment of the inputs, which most weightings share
     for each in weightings:
-        own = (times(each.columns, error.mT).mT * error).sum(1, dtype=torch.float64)
+        if id(each.columns) not in losses:
+            losses[id(each.columns)] = (times(each.columns, error.mT).mT * error).sum(1)
+        own = losses[id(each.columns)]
         moment = ranges.new_ones(size) if each.columns is None else each.columns
         diagonal = (moment if moment.ndim == 1 else moment.diagonal()).to(ranges)
         known = (ranges @ number_format.grouped(diagonal).sum(-1)).double()
