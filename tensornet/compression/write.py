@@ -15,6 +15,7 @@ from tensornet.calibration.batches import Batch, BatchLike, read_batches, run_mo
 from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
+from tensornet.calibration.moment_sums import numbered_parts
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import (
     Loaded,
@@ -115,7 +116,8 @@ def compress_blocks(
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     layers = {layer.name: layer for layer in plan if layer.topology is not None}
-    names: Any = list(layers)
+    # Experts without tokens need the moments of their mixture, so experts that stay dense are observed too.
+    names: Any = [x.name for x in plan if x.name in layers or len(numbered_parts(x.name)) > 1]
     given = batches_to_write(batches, model, plan, tokens)
     if not given and plan.reads_data:
         raise TargetError("No batches: pass at least one, better 16 of 1,000 tokens.")

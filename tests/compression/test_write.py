@@ -408,3 +408,35 @@ def test_moments_of_gradients_have_their_exact_diagonal() -> None:
     torch.testing.assert_close(found.diagonal(), exact.diagonal(), rtol=0.02, atol=0)
     assert float((found - exact).norm()) < float((exact.diagonal().diag() - exact).norm())
     torch.testing.assert_close(write.moment_of(factor[:, -1:], torch.device("cpu")), factor[:, -1].float())
+
+
+class TwoOfThree(nn.Module):
+    """A mixture of three experts, of which the last one gets no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, found = x[:, 0] > 0, torch.zeros_like(x)
+        found[first], found[~first] = self.experts[0](x[first]), self.experts[1](x[~first])
+        return x + found
+
+
+def test_an_expert_without_tokens_may_be_the_only_one_to_compress() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(TwoOfThree(), TwoOfThree(), nn.Linear(16, 4))
+    batches = [(torch.randn(200, 16), torch.randint(4, (200,)))]
+    config = tn.CompressionConfig(param_ratio=0.5, target_modules="*.experts.*")
+    prices = tn.survey(model, batches, config)
+    assert set(prices.template.unrouted) == {"0.experts.2", "1.experts.2"}
+    plan = prices.plan()
+    for name in ("0.experts.0", "0.experts.1", "1.experts.0", "1.experts.1"):
+        plan = plan.replace_layer(name, None)
+    made = {}
+    for _, layers in compress_blocks(model, plan, batches, factors=prices.factors):
+        made |= layers
+    assert made.keys() == {"0.experts.2", "1.experts.2"}
+    for name, ((new,), _) in made.items():
+        weight = model.get_submodule(name).weight.detach()
+        assert float((new.to_matrix() - weight).norm()) < 0.9 * float(weight.norm())
