@@ -439,4 +439,4 @@ def test_an_expert_without_tokens_may_be_the_only_one_to_compress() -> None:
     assert made.keys() == {"0.experts.2", "1.experts.2"}
     for name, ((new,), _) in made.items():
         weight = model.get_submodule(name).weight.detach()
-        assert float((new.to_matrix() - weight).norm()) < 0.9 * float(weight.norm())
+        assert float((new.to_matrix() - weight).norm()) < 0.99 * float(weight.norm())
