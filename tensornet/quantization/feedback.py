@@ -158,6 +158,7 @@ def round_with_feedback(
 
     each = sorted_by(grid.zero) if isinstance(grid.zero, Tensor) else None
     work, points = sorted_by(weight), Grid.of(number_format, sorted_by(spread), each)
+    del spread, grid  # as large as the weight
     if rows is not None and columns is not None:
         couplings = (moment.feedback[0].expand(len(weight), -1, -1) for moment in (rows, columns))
         codes, residuals = two_sided(work, points, *couplings)
@@ -312,7 +313,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> tupl
     tall, long = -m % TILE, -n % TILE
 
     def padded(x: Tensor, down: int = tall, right: int = long) -> Tensor:
-        return torch.nn.functional.pad(x, (0, right, 0, down))
+        return torch.nn.functional.pad(x, (0, right, 0, down)) if right or down else x
 
     w, scale = padded(weight).flip(2), padded(grid.scale).flip(2)
     zero = padded(grid.zero).flip(2) if isinstance(grid.zero, Tensor) else grid.zero
@@ -324,6 +325,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> tupl
     divisor = Grid(scale, 0.0, 0).divisor
     parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
     planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)
+    del parts, scale, divisor, zero  # each may be as large as the weight
     above, left = planes[_ABOVE], planes[_LEFT]
     by_tile = planes.view(-1, stack, down, TILE, across, TILE)
     row_tiles = rows.view(stack, down, TILE, down, TILE).diagonal(0, 1, 3).permute(2, 1, 0, 3)

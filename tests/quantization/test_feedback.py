@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocations import peak
 from hypothesis import given
 from hypothesis import strategies as st
 from quantization.rounding_cases import (
@@ -17,7 +18,7 @@ from quantization.rounding_cases import (
     weight,
 )
 
-from tensornet.quantization import NumberFormat, feedback
+from tensornet.quantization import NumberFormat, feedback, round_weight
 from tensornet.quantization.feedback import Grid, one_sided, round_with_feedback, two_sided
 from tensornet.quantization.moments import Moment
 from tensornet.quantization.scales import search_scales
@@ -119,3 +120,16 @@ def test_residuals_stay_within_half_a_step() -> None:
     grid = Grid(torch.full((1, 33, 50), 0.1, dtype=torch.float64), 2.0**20, 2**21)
     _, residuals = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])
     assert float(residuals.abs().max()) <= 0.05 * (1 + 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+def test_two_sided_rounding_needs_few_copies() -> None:
+    """Of the weight and its moments; the stack that tiles are read from has the size of six weights."""
+    matrix, known = weight(512, 512, 1).float(), moment(512, 2).float()
+
+    def rounded() -> object:
+        return round_weight(matrix, "int5:g32:s6:min", rows=known, columns=known, refits=0)
+
+    rounded()  # fills caches
+    assert peak(rounded) <= 24 * matrix.nbytes
