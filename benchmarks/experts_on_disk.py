@@ -8,9 +8,9 @@ TEXTS is the folder of the quotations of `mpoe_tasks.py`. There are two kinds of
   `mpoe_vs_switch.py`, at the rate that was best there for Switch and MPOE. Experts are rounded to int4, and
   the bytes read for a token are counted by `tm.describe(resident="shared")` on the routing of the test text:
   without a cache, and with a cache of a quarter of all matrices.
-- `speed`: a mixture of random weights in int4 generates from disk, in a process of its own. Before that, the
-  pages of its file are dropped from the page cache. `read_bytes` is what the process read from disk during
-  generation, as counted by Linux.
+- `speed`: a mixture of random weights in int4 is loaded, the pages of its file are dropped from the page
+  cache, and it generates from disk. `read_bytes` is what was read from disk during generation, as counted by
+  Linux.
 
 Writes the record `experts_on_disk.json`.
 """
@@ -18,10 +18,9 @@ Writes the record `experts_on_disk.json`.
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -111,7 +110,7 @@ def save_random(form: str, sizes: dict[str, Any], experts: int, folder: Path) ->
 
 
 def generate(folder: Path, cache: int, tokens: int, prefetch: bool) -> dict[str, Any]:
-    """Generate from disk with a cold page cache; this runs in a process of its own."""
+    """Load a model, drop its file from the page cache, and generate from disk."""
     model: Any = th.load(folder, experts_cache=cache)
     if not prefetch:
         for layer in model.modules():
@@ -126,6 +125,8 @@ def generate(folder: Path, cache: int, tokens: int, prefetch: bool) -> dict[str,
     made = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
     seconds, own = time.perf_counter() - start, time.process_time() - own
     assert made.shape[1] == 8 + tokens
+    del model
+    gc.collect()  # pages of files that are still mapped cannot be dropped
     return {
         "tokens_per_second": tokens / seconds,
         "processor_seconds": own,
@@ -153,10 +154,7 @@ def measure_speed(
         for form in ("private", "shared center"):
             for cache in (0, matrices // 4):
                 for prefetch in (True, False):
-                    given = [str(folder / form), str(cache), str(tokens), str(int(prefetch))]
-                    command = [sys.executable, __file__, "--generate", *given]
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
-                    result = json.loads(done.stdout.splitlines()[-1])
+                    result = generate(folder / form, cache, tokens, prefetch)
                     found.setdefault((form, cache, prefetch), []).append(result)
     rows = []
     for (form, cache, prefetch), results in found.items():
@@ -174,14 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--toy", action="store_true", help="a few steps on verses of the embedded text")
-    parser.add_argument("--generate", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    if given.generate:
-        folder, cache, tokens, prefetch = given.generate
-        print(json.dumps(generate(Path(folder), int(cache), int(tokens), bool(int(prefetch)))))
-        return
     if given.texts is None and not given.toy:
         parser.error("TEXTS is needed")
     quotations = divided(heldout_text().split("\n")) if given.toy else read_quotations(given.texts)
