@@ -43,7 +43,6 @@ from mpoe_vs_switch import BALANCE, Row, build, judge, optimizer_of, stepper
 
 from tensornet_hf.embedded import heldout_text
 from tensornet_moe.experts_on_disk import banks_of
-from tensornet_moe.layer import dispatch
 
 RATE = 3e-3
 #: What experts share: options of `tensornet_hf.upcycle`, or a row of `mpoe_vs_switch.py`.
@@ -109,13 +108,9 @@ def save_random(form: str, sizes: dict[str, Any], experts: int, folder: Path) ->
     th.save(model, folder)
 
 
-def generate(folder: Path, cache: int, tokens: int, prefetch: bool) -> dict[str, Any]:
+def generate(folder: Path, cache: int, tokens: int) -> dict[str, Any]:
     """Load a model, drop its file from the page cache, and generate from disk."""
     model: Any = th.load(folder, experts_cache=cache)
-    if not prefetch:
-        for layer in model.modules():
-            if isinstance(layer, tm.SharedCoreMoE):
-                layer.dispatch = dispatch
     ids = torch.arange(8)[None]
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as opened:
@@ -144,7 +139,7 @@ def measure_speed(
     folder: Path, sizes: dict[str, Any], experts: int, *, tokens: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Measure tokens per second of private experts and of those with a shared center, in turn."""
-    found: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for form in ("private", "shared center"):
         save_random(form, sizes, experts, folder / form)
     matrices = (
@@ -153,12 +148,10 @@ def measure_speed(
     for _ in range(repeats):
         for form in ("private", "shared center"):
             for cache in (0, matrices // 4):
-                for prefetch in (True, False):
-                    result = generate(folder / form, cache, tokens, prefetch)
-                    found.setdefault((form, cache, prefetch), []).append(result)
+                found.setdefault((form, cache), []).append(generate(folder / form, cache, tokens))
     rows = []
-    for (form, cache, prefetch), results in found.items():
-        row = {"kind": "speed", "form": form, "cache": cache, "prefetch": prefetch}
+    for (form, cache), results in found.items():
+        row = {"kind": "speed", "form": form, "cache": cache}
         row |= {key: statistics.median(x[key] for x in results) for key in results[0]}
         file = folder / form / "model.safetensors"
         rows.append({**row, "file": file.stat().st_size, "runs": results})

@@ -11,8 +11,9 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import tensornet_moe as tm
+from tensornet.contraction.plan import RECONSTRUCT
 from tensornet.errors import TargetError
-from tensornet_moe.experts_on_disk import CachedExperts, banks_of, expert_bytes
+from tensornet_moe.experts_on_disk import banks_of, expert_bytes
 
 
 def mixtures(share: str, **options: object) -> nn.Sequential:
@@ -75,6 +76,7 @@ def test_the_outputs_are_those_of_the_model(name: str, max_bytes: int) -> None:
         torch.testing.assert_close(cached(x[:, t : t + 1]), expected[:, t : t + 1])
     if max_bytes == 0:
         assert cache.hits == 0
+        assert cache.bytes_read > 0
     if max_bytes == 10**6:  # every matrix was built once
         banks = {id(bank): bank for layer in layers_of(cached) for bank in banks_of(layer)}
         assert cache.misses <= sum(bank.num_experts for bank in banks.values())
@@ -150,19 +152,26 @@ def test_sharing_reads_fewer_bytes() -> None:
     assert sizes["base"] < sizes["none"]
 
 
-def test_the_next_layer_is_read_ahead() -> None:
-    model = mixtures("none")
-    read: list[int] = []
-    tm.cache_experts(model, max_bytes=0)
-    following = layers_of(model)[1]
-    bank = following.experts.up
-    assert isinstance(bank, CachedExperts)
-    reads = bank.prefetch
-    bank.prefetch = lambda expert: (read.append(expert), reads(expert))[1]  # type: ignore[method-assign]
-    x = torch.randn(1, 1, 16, dtype=torch.float64)
-    model[0](x)
-    layers_of(model)[0].dispatch.args[1].shutdown()  # wait for the thread
-    assert sorted(read) == sorted(following.router(x[0]).expert_indices.flatten().tolist())
+def test_one_expert_is_applied_core_by_core() -> None:
+    torch.manual_seed(0)
+    for topology, shared in (("mpo", "center"), ("dense", "none")):
+        weight = torch.randn(512, 256)
+        options = {"out_dims": (4, 32, 4), "in_dims": (4, 16, 4)} if topology == "mpo" else {}
+        bank = tm.SharedCoreExperts.from_dense(
+            weight, num_experts=3, topology=topology, shared=shared, noise=0.5, **options
+        )
+        # For one row, applying the cores of the chain is faster than building the matrix.
+        assert (bank._route(weight[:1], 1) == RECONSTRUCT) == (topology == "dense")
+        for rows in (1, 300):
+            x = torch.randn(rows, 256)
+            expected = x @ bank.expert_matrices()[1].T
+            with torch.no_grad():
+                kept = [tensor.clone() for tensor in bank.private_tensors()]
+                for tensor in bank.private_tensors():
+                    tensor[[0, 2]] = torch.nan
+                torch.testing.assert_close(bank.apply_expert(x, 1), expected, rtol=1e-4, atol=1e-3)
+                for tensor, before in zip(bank.private_tensors(), kept, strict=True):
+                    tensor.copy_(before)
 
 
 def test_refusals() -> None:

@@ -273,7 +273,7 @@ class SharedCoreExperts(ExpertBank):
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Multiply rows by their experts' matrices, or core by core if predicted faster; see `ExpertBank`."""
         if len(self.shared) == len(self.topology.cores):
-            return self._apply_to_all(x)
+            return self.apply_expert(x, 0)
         if groups.active is None or groups.sizes is None:  # sizes are unknown in compiled code
             return super().apply_rows(x, groups)
         rows = len(x) // len(groups.active)
@@ -300,6 +300,16 @@ class SharedCoreExperts(ExpertBank):
                 for e, piece in zip(groups.active, pieces, strict=True)
             ]
         )
+
+    def apply_expert(self, x: Tensor, expert: int) -> Tensor:
+        """Multiply rows by one expert's matrix, or core by core if predicted faster; see `ExpertBank`."""
+        # The route cannot depend on the number of rows in compiled code, where this number is not a constant.
+        route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
+        if route == RECONSTRUCT:
+            return super().apply_expert(x, expert)
+        cores = self.cores(self.check_experts([expert])).items()
+        own = [core if name in self.shared else core[0] for name, core in cores]
+        return contract_with_input(plan_operator(self.topology), own, x, route=route)
 
     def _apply_one(self, x: Tensor, cores: Sequence[Tensor], *, built_again: bool) -> Tensor:
         """Multiply rows by the matrix of one expert; if `built_again`, rebuild it in the backward pass."""
@@ -353,16 +363,6 @@ class SharedCoreExperts(ExpertBank):
     def multiply_adds(self, rows: int) -> int:
         """Count the multiply-adds of building all matrices and multiplying `rows` rows by them."""
         return self.plan.multiply_adds(self.num_experts) + super().multiply_adds(rows)
-
-    def _apply_to_all(self, x: Tensor) -> Tensor:
-        """Multiply all rows by the one matrix of a bank whose cores are all shared."""
-        # The route cannot depend on the number of rows in compiled code, where this number is not a constant.
-        route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
-        if route != RECONSTRUCT:
-            cores = list(self.cores().values())
-            return contract_with_input(plan_operator(self.topology), cores, x, route=route)
-        matrix = build_matrices(self.plan, self.cores(), 1).squeeze(0)
-        return nn.functional.linear(x, matrix.to(x.dtype))
 
     def _route(self, x: Tensor, rows: int) -> int:
         """Return the fastest route for `rows` rows of an expert.

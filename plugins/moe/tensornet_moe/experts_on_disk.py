@@ -7,15 +7,15 @@ experts, and the more the experts share, the fewer bytes are read.
 
 Reference:
     Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3
-    (a cache of the experts used last, and reading experts that the next layer's router probably chooses).
+    (a cache of the experts used last). Their reading ahead, of experts that the next layer's router probably
+    chooses, is missing: it made generation no faster.
 """
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -28,7 +28,7 @@ from tensornet.errors import TargetError
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups
-from tensornet_moe.layer import SharedCoreMoE, dispatch
+from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.pool import PooledExperts
 from tensornet_moe.routers import Routing
 
@@ -95,13 +95,27 @@ class ExpertCache:
     def matrix(self, bank: ExpertBank, expert: int) -> Tensor:
         """Return the matrix of an expert, shape `(out, in)`, from the cache or from its tensors."""
         key = id(bank), expert
-        size = bank.out_features * bank.in_features * bank.dtype.itemsize
-        if self.use(key, size, expert_bytes(bank)):
+        if self.use(key, matrix_bytes(bank), expert_bytes(bank)):
             return self._matrices[key]
         made = bank.expert_matrices([expert])[0]
         if key in self._sizes:
             self._matrices[key] = made
         return made
+
+    def apply(self, bank: ExpertBank, expert: int, x: Tensor) -> Tensor:
+        """Multiply rows `x: (rows, in)` by the matrix of an expert.
+
+        If the cache could not keep the matrix, the matrix is not built where applying the cores is faster.
+        """
+        if matrix_bytes(bank) <= self.max_bytes:
+            return nn.functional.linear(x, self.matrix(bank, expert).to(x.dtype))
+        self.use((id(bank), expert), matrix_bytes(bank), expert_bytes(bank))
+        return bank.apply_expert(x, expert)
+
+
+def matrix_bytes(bank: ExpertBank) -> int:
+    """Return the number of bytes of the matrix of one expert."""
+    return bank.out_features * bank.in_features * bank.dtype.itemsize
 
 
 def expert_bytes(bank: ExpertBank) -> int:
@@ -134,15 +148,8 @@ class CachedExperts(ExpertBank):
         if groups.sizes is None or groups.active is None:
             raise TargetError("Experts on disk cannot be compiled; call the model without torch.compile.")
         pieces = x.split([groups.sizes[e] for e in groups.active])
-        matrices = (self.cache.matrix(self.bank, e).to(x.dtype) for e in groups.active)
-        return torch.cat([nn.functional.linear(*pair) for pair in zip(pieces, matrices, strict=True)])
-
-    def prefetch(self, expert: int) -> None:
-        """Read the private tensors of an expert, so that their pages are in memory when they are needed."""
-        if (id(self.bank), expert) not in self.cache:
-            for tensor in self.bank.private_tensors():
-                if tensor.ndim and len(tensor) == self.num_experts:
-                    tensor[expert].clone()
+        pairs = zip(pieces, groups.active, strict=True)
+        return torch.cat([self.cache.apply(self.bank, expert, rows) for rows, expert in pairs])
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the shared cores of the bank."""
@@ -184,7 +191,7 @@ def _refuse(*_: object) -> NoReturn:
     )
 
 
-def cache_experts(model: nn.Module, *, max_bytes: int, prefetch: bool = True) -> ExpertCache:
+def cache_experts(model: nn.Module, *, max_bytes: int) -> ExpertCache:
     """Build the matrices of experts only when a token needs them, and keep those that were used last.
 
     This saves memory if the private tensors of the experts are memory-mapped, as in models that
@@ -193,8 +200,6 @@ def cache_experts(model: nn.Module, *, max_bytes: int, prefetch: bool = True) ->
     Args:
         model: a model with mixtures of this library; it is changed in place and set to eval mode.
         max_bytes: largest size of the kept matrices in bytes, over all layers.
-        prefetch: whether a thread reads the experts that the router of the next layer would choose for the
-            inputs of this layer, while this layer is computed.
 
     Returns:
         The cache, which counts hits, misses and bytes read.
@@ -227,10 +232,6 @@ def cache_experts(model: nn.Module, *, max_bytes: int, prefetch: bool = True) ->
             f"{type(model).__name__} has no mixture whose experts have private cores, so there is nothing to "
             "cache. Build one by tensornet_hf.upcycle or tensornet_moe.mixture."
         )
-    if prefetch:
-        reader = ThreadPoolExecutor(1, thread_name_prefix="experts")
-        for layer, following in pairwise(layers):
-            layer.dispatch = partial(_dispatch_ahead, following, reader)
     return cache
 
 
@@ -245,29 +246,6 @@ def banks_of(layer: SharedCoreMoE) -> list[ExpertBank]:
     network = _network(layer)
     banks = [] if network is None else [network.bank(name) for name in network.names]
     return [bank.bank if isinstance(bank, CachedExperts) else bank for bank in banks]
-
-
-def _index_in_pool(layer: SharedCoreMoE, expert: int) -> int:
-    return layer.experts.experts[expert] if isinstance(layer.experts, PooledExperts) else expert
-
-
-def _dispatch_ahead(
-    following: SharedCoreMoE,
-    reader: ThreadPoolExecutor,
-    x: Tensor,
-    routing: Routing,
-    experts: ExpertFFN | PooledExperts,
-) -> Tensor:
-    """Compute a mixture as `dispatch` does, while a thread reads the probable experts of the next one."""
-    network = _network(following)
-    if network is not None and following.router.num_features == x.shape[-1]:
-        chosen = following.router(x).expert_indices.unique().tolist()
-        for name in network.names:
-            bank = network.bank(name)
-            if isinstance(bank, CachedExperts):
-                for expert in chosen:
-                    reader.submit(bank.prefetch, _index_in_pool(following, expert))
-    return dispatch(x, routing, experts)
 
 
 class BytesRead(NamedTuple):
@@ -346,11 +324,12 @@ def bytes_read(model: nn.Module, batches: Iterable[BatchLike], *, cache_bytes: i
                     continue
                 tokens += 1
                 for layer, each, experts in zip(layers, banks, step, strict=True):
+                    if isinstance(layer.experts, PooledExperts):
+                        experts = [layer.experts.experts[x] if x >= 0 else x for x in experts]
                     for expert in (x for x in experts if x >= 0):
                         for bank in each:
                             if (read := expert_bytes(bank)) > 0:
-                                size = bank.out_features * bank.in_features * bank.dtype.itemsize
-                                cache.use((id(bank), _index_in_pool(layer, expert)), size, read)
+                                cache.use((id(bank), expert), matrix_bytes(bank), read)
     uses = max(cache.hits + cache.misses, 1)
     return BytesRead.of(model, chain(*banks), cache.bytes_read / max(tokens, 1), cache.hits / uses)
 
