@@ -1,7 +1,7 @@
 """How much of our small loss in GGUF files is due to the plan, and how much to the rounding?
 
     OMP_NUM_THREADS=1 python benchmarks/gguf_files.py [--toy] [--models gpt2 smollm2] [--cache CACHE]
-        [--tools LLAMA_CPP/bin] [--work FOLDER] [--steps files llama.cpp speed]
+        [--tools LLAMA_CPP/bin] [--work FOLDER] [--steps files recipes llama.cpp speed]
 
 For each preset of llama.cpp there are files of the same size: the types of the preset or those of a plan,
 each rounded by `llama-quantize` with an importance matrix or by this library. The plan that `llama-quantize`
@@ -69,7 +69,7 @@ TITLES = {
     "smollm2": "SmolLM2-135M, rotated",
     "smollm2-wide": "SmolLM2-135M, padded to 768",
 }
-STEPS = ("files", "others", "llama.cpp", "speed")
+STEPS = ("files", "recipes", "others", "llama.cpp", "speed")
 #: Style and label of the files, by who chose their types and what rounded their weights.
 STYLES = {
     ("preset", "llama-quantize"): ("C1s", "preset, rounded by llama-quantize"),
@@ -278,7 +278,7 @@ class Bench:
             file = self.file(f"{self.prefix} {name}")
             if self.row(file) is None:
                 self.plan(file, name, size)
-            if self.given.tools is not None and self.prefix == "plan":
+            if "recipes" in self.given.steps and self.given.tools is not None and self.prefix == "plan":
                 self.recipe(name, size)
 
     @property
