@@ -414,13 +414,13 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
         figure.savefig(file, metadata={"Date": None})
 
 
-def page(rows: Sequence[Row], names: Sequence[str]) -> str:
+def page(rows: Sequence[Row]) -> str:
     """Format the files of each model as a Markdown table, by decreasing size."""
     parts = [
         "# Files for llama.cpp",
         "The record of `benchmarks/gguf_files.py`, in nats per token, MB and percent.",
     ]
-    for name in names:
+    for name in dict.fromkeys(x["model"] for x in rows):
         some = sorted((x for x in rows if x["model"] == name), key=lambda x: -x["bytes"])
         parts += [f"## {TITLES.get(name, name)}", table([cells(x) for x in some])]
     return "\n\n".join(parts) + "\n"
@@ -477,7 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if given.picture is not None:
         rows = json.loads(file.read_text())["rows"]
         picture(rows, given.models, given.picture)
-        file.with_suffix(".md").write_text(page(rows, given.models))
+        file.with_suffix(".md").write_text(page(rows))
         return Path(given.picture)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
