@@ -316,11 +316,18 @@ def scale_fault(
     small, large = steps < smallest, steps > largest
     if not bool((small | large).any()):
         return None
-    energy, seen = (weight.double() / safe_scale(weight)).square(), weighting or Weighting()
-    for moment, axis in ((seen.rows, 1), (seen.columns, 0)):
-        if moment is not None:
-            energy *= (moment if moment.ndim == 1 else moment.diagonal()).to(energy).unsqueeze(axis)
-    of_groups = number_format.grouped(energy).sum(-1)
+    divisor, seen, found = safe_scale(weight), weighting or Weighting(), []
+    step = max(
+        1, _CHUNK // weight.shape[1]
+    )  # in double precision, all rows may need more memory than all else
+    for some in (slice(start, start + step) for start in range(0, len(weight), step)):
+        energy = (weight[some].double() / divisor).square_()
+        for moment, part, axis in ((seen.rows, some, 1), (seen.columns, slice(None), 0)):
+            if moment is not None:
+                diagonal = moment if moment.ndim == 1 else moment.diagonal()
+                energy *= diagonal[part].to(energy).unsqueeze(axis)
+        found.append(number_format.grouped(energy).sum(-1))
+    of_groups = torch.cat(found)
     limit = _NEGLIGIBLE * float(of_groups.sum())
     if float(of_groups[large].sum()) > limit:
         return "overflow"

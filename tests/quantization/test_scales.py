@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import peak
 from hypothesis import given
 from hypothesis import strategies as st
 from quantization.rounding_cases import moment, weight
@@ -253,3 +254,13 @@ def test_formats_with_16_bit_scales_take_as_many_bytes(name: str) -> None:
     assert not scale_fault(2.0**-40 * narrow(), wide)
     assert storable_formats(2.0**-40 * narrow(), [number_format]) == (wide,)
     assert storable_formats(narrow(), [number_format]) == (number_format,)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+def test_faults_of_a_large_weight_are_found_a_few_rows_at_a_time() -> None:
+    large = torch.ones(1 << 17, 128)
+    large[:, :16] = 1e-9  # too small for 16-bit scales, but not important
+    number_format = NumberFormat.parse("int4:g16:float16")
+    assert scale_fault(large, number_format) is None
+    assert peak(lambda: scale_fault(large, number_format)) <= 2 * large.nbytes
