@@ -317,9 +317,7 @@ def scale_fault(
     if not bool((small | large).any()):
         return None
     divisor, seen, found = safe_scale(weight), weighting or Weighting(), []
-    step = max(
-        1, _CHUNK // weight.shape[1]
-    )  # in double precision, all rows may need more memory than all else
+    step = max(1, _CHUNK // weight.shape[1])  # all rows in double precision may need too much memory
     for some in (slice(start, start + step) for start in range(0, len(weight), step)):
         energy = (weight[some].double() / divisor).square_()
         for moment, part, axis in ((seen.rows, some, 1), (seen.columns, slice(None), 0)):
