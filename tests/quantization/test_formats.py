@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from allocations import peak
 from devices import DEVICES
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -316,3 +317,15 @@ def test_bad_packing() -> None:
     for size in (8, 17, 160):
         with pytest.raises(ShapeError, match=r"\(2, 6\).*damaged"):
             unpack(packed, 3, size)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+@pytest.mark.parametrize("name", ["iq3_s", "int5:g32:s6:min", "int4:g32"])
+def test_large_weights_are_packed_in_parts(name: str) -> None:
+    number_format = NumberFormat.parse(name)
+    codes = round_weight(torch.randn(300, 256), number_format).codes.repeat(512, 1)
+    packed = number_format.pack(codes)
+    assert torch.equal(packed[:300], number_format.pack(codes[:300]))
+    assert torch.equal(number_format.unpack(packed, 256), codes)
+    assert peak(lambda: number_format.pack(codes)) < 5 * codes.nbytes
