@@ -14,6 +14,7 @@ Reference:
 """
 
 import base64
+import math
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +31,8 @@ from tensornet.quantization.packing import pack, packed_bytes, unpack
 RUN = 8
 #: Number of points that are compared for each element of a vector (see `Codebook.nearest`).
 _COMPARED = 2
+#: Number of codes that are packed at a time.
+_PACKED = 1 << 22
 
 
 class _Tables(NamedTuple):
@@ -243,6 +246,13 @@ class Codebook:
 
     def pack(self, codes: Tensor) -> Tensor:
         """Pack codes `(..., in)` to bytes, shape `(..., packed_bytes(in))`."""
+        size = codes.shape[-1]
+        rows = codes.reshape(math.prod(codes.shape[:-1]), size)
+        # Splitting needs several times the memory of the codes.
+        packed = [self._pack_rows(part) for part in rows.split(max(1, _PACKED // max(size, 1)))]
+        return torch.cat(packed).reshape(*codes.shape[:-1], self.packed_bytes(size))
+
+    def _pack_rows(self, codes: Tensor) -> Tensor:
         indices, signs = self.split(codes)
         each = indices.unflatten(-1, (-1, RUN // self.length))
         number = (signs & (2**self.sign_bits - 1)) << each.shape[-1] * self.index_bits

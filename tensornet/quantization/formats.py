@@ -61,8 +61,6 @@ FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
 FP4 = {"mxfp4": (32, torch.float8_e8m0fnu), "nvfp4": (16, torch.float8_e4m3fn)}
 #: Number of weights in a block of `nvfp4` in files; rows consist of whole blocks.
 _NVFP4_BLOCK = 64
-#: Number of codes that are packed at a time.
-_PACKED = 1 << 22
 #: Numbers of bits of integer scales, in formats that end in `:s6` or `:s8`, and the number of weights that
 #: share a step.
 SCALE_BITS, SUPER_BLOCK = (6, 8), 256
@@ -628,13 +626,6 @@ class NumberFormat:
             >>> packed.shape, int4.unpack(packed, 3).tolist()
             (torch.Size([1, 2]), [[0, 8, 9]])
         """
-        # Packing needs several times the memory of the codes, so large weights are packed in parts.
-        rows = codes.reshape(-1, codes.shape[-1])
-        parts = rows.split(max(1, _PACKED // max(codes.shape[-1], 1)))
-        packed = torch.cat([self._pack(part) for part in parts])
-        return packed.reshape(*codes.shape[:-1], packed.shape[-1])
-
-    def _pack(self, codes: Tensor) -> Tensor:
         if self.book is not None:
             return self.book.pack(codes)
         packed = pack(codes, self._integer_bits())

@@ -321,9 +321,8 @@ def test_bad_packing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
-@pytest.mark.parametrize("name", ["iq3_s", "int5:g32:s6:min", "int4:g32"])
-def test_large_weights_are_packed_in_parts(name: str) -> None:
-    number_format = NumberFormat.parse(name)
+def test_codes_of_large_codebook_weights_are_packed_in_parts() -> None:
+    number_format = NumberFormat.parse("iq3_s")
     codes = round_weight(torch.randn(300, 256), number_format).codes.repeat(512, 1)
     packed = number_format.pack(codes)
     assert torch.equal(packed[:300], number_format.pack(codes[:300]))

@@ -383,7 +383,7 @@ def compress_folder(
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
         prices = None
-        if isinstance(config, CompressionConfig) and calibration and reads_text(config, options):
+        if isinstance(config, CompressionConfig) and calibration is not None and reads_text(config, options):
             prices = find_prices(model, config, options, calibration)
         elif options.prices is not None:
             prices = PriceList.load(options.prices)

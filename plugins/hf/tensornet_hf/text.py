@@ -90,14 +90,8 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
 
 def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
     """Return the default window length: the number of positions of the model, at most `limit`."""
-    known = [getattr(model.config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    # RoBERTa and its relatives count positions from the row after the padding index.
-    known += [
-        x.num_embeddings - x.padding_idx - 1
-        for name, x in model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(x, nn.Embedding) and x.padding_idx is not None
-    ]
-    return min([limit, *(x for x in known if isinstance(x, int) and x > 0)])
+    known = getattr(model.config, "max_position_embeddings", None) or limit
+    return min(limit, known) if known > 0 else limit  # -1 stands for any number
 
 
 def require_causal(model: PreTrainedModel) -> None:
@@ -371,7 +365,7 @@ def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str, Tensor]:
     """Tokenize passages into a padded batch of keyword arguments for a model, including `attention_mask`."""
-    length = usual_context(model, limit=PASSAGE)
+    length = min(usual_context(model, limit=PASSAGE), tokenizer.model_max_length)
     return dict(
         tokenizer(
             parts,

@@ -17,11 +17,7 @@ from transformers import (
     BertTokenizerFast,
     MarianConfig,
     MarianMTModel,
-    MptConfig,
-    MptForCausalLM,
     PreTrainedModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
     ViTConfig,
     ViTModel,
     XLNetConfig,
@@ -192,16 +188,14 @@ def test_command_line_calibrates_an_encoder(
     assert plan["dense_loss"] is plan["predicted_perplexity"] is None  # a cosine distance has no perplexity
 
 
-def test_windows_have_no_more_tokens_than_positions() -> None:
-    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    roberta = RobertaConfig(**sizes, intermediate_size=8, max_position_embeddings=64, pad_token_id=1)
+def test_passages_have_no_more_tokens_than_model_and_tokenizer_allow(bert_folder: Path) -> None:
+    xlnet = XLNetConfig(d_model=8, n_head=2, n_layer=1, d_inner=8)
     with torch.device("meta"):
-        assert usual_context(RobertaForMaskedLM(roberta)) == 62  # positions begin at 2
-        assert (
-            usual_context(MptForCausalLM(MptConfig(d_model=8, n_heads=2, n_layers=1, max_seq_len=32))) == 32
-        )
-        # The configuration says -1, for a model without a limit.
-        assert usual_context(XLNetLMHeadModel(XLNetConfig(d_model=8, n_head=2, n_layer=1, d_inner=8))) == 1024
+        assert usual_context(XLNetLMHeadModel(xlnet)) == 1024  # the configuration says -1: any number
+    file = bert_folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 5}))
+    data = calibration_data(bert(BertModel, bert_folder), bert_folder, TEXT, tokens=100)
+    assert max(x["input_ids"].shape[1] for x in data.batches) == 5
 
 
 def test_weights_that_are_computed_need_the_whole_model(tmp_path: Path) -> None:

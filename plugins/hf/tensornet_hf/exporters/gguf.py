@@ -264,7 +264,7 @@ def find_places(
 
 
 def empty_layout(writer: Any, tensors: Mapping[str, ConvertedTensor], kinds: Mapping[str, str]) -> GGUFLayout:
-    """Lay out a file of which only the size is needed; tensors without an entry in `kinds` are float32."""
+    """Lay out a file without its weights, to know its size. Tensors that `kinds` leaves out are float32."""
     made = [FileTensor(x, kinds.get(x, "F32"), y.shape, (), lambda _: iter(())) for x, y in tensors.items()]
     return GGUFLayout(writer, made)
 
