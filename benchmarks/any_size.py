@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # a child process: source and destination
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.workers[0] if options.run else 1)  # the walks run in the main process
     if options.run:
         source, destination = map(Path, options.run)
         print(json.dumps(compress(source, destination, options.bits, options.workers[0])))

@@ -82,6 +82,10 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+class Stop(Exception):
+    """Exception that ends a forward pass early, when its remaining results are not needed."""
+
+
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """Run the model on a batch; labels are dropped if its `forward` does not take them.
 

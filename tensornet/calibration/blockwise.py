@@ -7,7 +7,7 @@ moments of the inputs and gradients of a block exist only while this block is vi
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import chain
@@ -19,6 +19,7 @@ from torch import nn
 from tensornet._util import check_type
 from tensornet.calibration.batches import (
     BatchLike,
+    Stop,
     as_batch,
     check_batches,
     read_batches,
@@ -341,7 +342,10 @@ def inputs_by_block(
         for number, batch in enumerate(walk.batches):
             recorder.expect(batch)
             # The batches of a model that is one block may be meant for a loss function.
-            run(number, run_model if walk.names or loss_fn is None else loss_fn)
+            with suppress(Stop):
+                run(number, run_model if walk.names or loss_fn is None else loss_fn)
+            if not number:
+                recorder.stop_at_last()
         yield "", without(recorder.finish(1, None, ""), walk.names)
         with recorder.paused():
             for number in range(len(walk.batches)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet._util import in_eval_mode, remembering, uncompiled, without_cache
-from tensornet.calibration.batches import Batch, token_mask
+from tensornet.calibration.batches import Batch, Stop, token_mask
 from tensornet.calibration.coherence import CoherenceSample, HeldTokens
 from tensornet.calibration.losses import (
     PROJECTIONS,
@@ -129,6 +129,8 @@ class MomentRecorder:
         """Delete all sums."""
         self.batch: Batch = {}
         self.seeing = True
+        self.seen: list[str] = []  # layers that this batch has reached, in the order of their calls
+        self.stops_at: str | None = None
         self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, MomentSum] = {}
         self.sketches: dict[str, Tensor] = {}  # products `R @ test_matrix`
@@ -142,7 +144,18 @@ class MomentRecorder:
     def expect(self, batch: Mapping[str, Any]) -> None:
         """Set the batch on which the model runs next; padding in the batch is ignored."""
         self.batch = dict(batch)
+        self.seen.clear()
         self._sampled.clear()
+
+    def stop_at_last(self) -> None:
+        """From now on, raise `Stop` when a batch reaches the layer that was the last one to read this batch.
+
+        Then all inputs are known, and the results of the model are not needed. Nothing changes if this layer
+        may be an expert, has read the batch more than once, or looks up rows.
+        """
+        *_, last = self.seen or [""]
+        if last not in self.frequencies and last not in self.siblings and self.seen.count(last) == 1:
+            self.stops_at = last
 
     @contextmanager
     def differentiating(self) -> Iterator[None]:
@@ -178,6 +191,9 @@ class MomentRecorder:
             self._last = _Reading(x, tokens)
         self._last.layers.append(name)
         self.counts[name] = self.counts.get(name, 0) + len(self._last.tokens)
+        self.seen.append(name)
+        if name == self.stops_at:
+            raise Stop
 
     def _settle(self) -> None:
         """Add the moment of the last input tensor to the sums of the layers that have read this tensor.
@@ -205,6 +221,7 @@ class MomentRecorder:
             return
         mask = token_mask(self.batch, indices.shape)
         chosen = (indices if mask is None else indices[mask]).reshape(-1)
+        self.seen.append(name)
         self.counts[name] = self.counts.get(name, 0) + chosen.numel()
         _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).float())
 

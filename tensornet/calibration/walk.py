@@ -18,15 +18,11 @@ from torch.utils._pytree import tree_leaves  # no public function walks over nes
 from tqdm.auto import tqdm
 
 from tensornet._util import memory_held
-from tensornet.calibration.batches import Batch, run_model, small_batch
+from tensornet.calibration.batches import Batch, Stop, run_model, small_batch
 from tensornet.calibration.calibrate import fast_dtype, has_bfloat16
 from tensornet.errors import TargetError
 from tensornet.nn.extension import extensions
 from tensornet.nn.targets import Target
-
-
-class Stop(Exception):
-    """Exception that ends a forward pass early, when its remaining results are not needed."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import Batch, BatchLike, read_batches, run_model, tokens_of
+from tensornet.calibration.batches import Batch, BatchLike, Stop, read_batches, run_model, tokens_of
 from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
@@ -19,7 +19,6 @@ from tensornet.calibration.moment_sums import numbered_parts
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import (
     Loaded,
-    Stop,
     Walk,
     block_bar,
     block_of,

@@ -28,10 +28,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet._util import in_eval_mode, uncompiled, without_cache
-from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model, token_mask
+from tensornet.calibration.batches import (
+    Batch,
+    BatchLike,
+    Stop,
+    as_batch,
+    check_batches,
+    run_model,
+    token_mask,
+)
 from tensornet.calibration.moment_sums import mirrored, upper_gram
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.calibration.walk import Stop, Walk, find_chains
+from tensornet.calibration.walk import Walk, find_chains
 from tensornet.damping import FIT_DAMPING, ROW_DAMPING
 from tensornet.errors import TargetError
 from tensornet.healing.heal import compressed_layers, output_distance

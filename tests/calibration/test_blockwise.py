@@ -251,6 +251,43 @@ def test_moments_of_inputs_alone_come_from_the_first_block_to_the_last(make: Cal
         torch.testing.assert_close(rows[name], moment)
 
 
+def test_the_head_runs_on_one_batch_only_if_its_inputs_alone_are_asked_for() -> None:
+    model, runs = llama().eval(), []
+    recorder = MomentRecorder()
+    with observed(model, recorder, None):
+        given = [as_batch(text(rows), model, torch.device("cpu")) for rows in (1, 2, 3)]
+        model.lm_head.register_forward_hook(lambda *_: runs.append(True))
+        *_, (name, stats) = inputs_by_block(
+            Walk(model, ("model.layers.0", "model.layers.1"), given), recorder
+        )
+    assert not name
+    assert len(runs) == 1
+    assert stats.counts["lm_head"] == sum(batch["input_ids"].numel() for batch in given)
+
+
+class OneExpert(nn.Module):
+    """Each batch is read by the expert of its first token; no head follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.block = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.block[0](input)
+        for expert in self.experts if input[0, 0] > 0 else self.experts[:1]:
+            x = expert(x)
+        return x
+
+
+def test_no_expert_loses_tokens_because_a_batch_ended_early() -> None:
+    model, recorder = OneExpert().eval(), MomentRecorder()
+    with observed(model, recorder, None):
+        given = [{"input": torch.full((3, 4), sign)} for sign in (-1.0, 1.0)]
+        *_, (_, stats) = inputs_by_block(Walk(model, (), given), recorder)
+    assert (stats.counts["experts.0"], stats.counts["experts.1"]) == (6, 3)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = llama().train()
     model.lm_head.weight.requires_grad_(False)
