@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAN_VERSION = 1
+#: What a plan says if every layer has the smallest number format.
+NO_CHOICE = (
+    "every layer has its smallest number format, so nothing was left to choose; effort='thorough' "
+    "(--effort thorough) also plans low rank, which may lose less at this size"
+)
 #: Relative error of a weight above which the predicted loss increase is uncertain. Integers of 2 bits and
 #: networks of small rank have larger errors. Integers of 3 bits have errors of 0.2 to 0.3.
 LARGE_ERROR = 0.35
@@ -247,6 +252,13 @@ class CompressionPlan:
         return "networks" if networks and self.effort == "fast" else self.effort
 
     @property
+    def has_no_choice(self) -> bool:
+        """True if every layer has its smallest number format, and networks were not priced."""
+        planned = [x for x in self.layers if len(x.curve) > 1]
+        smallest = all(x.bytes_after <= x.curve[0][0] and x.target is None for x in planned)
+        return bool(planned) and smallest and self.survey_kind == "fast"
+
+    @property
     def reads_data(self) -> bool:
         """True if the layers are compressed with moments of calibration data."""
         return self.objective != "weight"
@@ -429,6 +441,8 @@ class CompressionPlan:
         for layers in dict.fromkeys(self.unfit.values()):
             names = [name for name, others in self.unfit.items() if others == layers]
             lines.append(f"{', '.join(names)} not planned, since they do not fit: {shortened(layers)}")
+        if self.has_no_choice:
+            lines.append(NO_CHOICE)
         if uncertain := sum(x.has_large_error and bool(x.loss_increase) for x in self.layers):
             lines.append(
                 f"the prediction is uncertain, and more often too low than too high: {uncertain} layers have "

@@ -23,7 +23,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded, in_memory
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.loss_increase import light_copy
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import NO_CHOICE, CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
 from tensornet.compression.survey import survey_or_load
@@ -272,6 +272,8 @@ class FolderReport:
             kl = "" if plan.predicted_kl is None else f", KL {plan.predicted_kl:.4f}"
             what = f"{predicted:.4f}{plan.predicted_change()}{kl}"
             lines.append(f"predicted   loss increase {what} (on {plan.calibration})")
+        if plan.has_no_choice:
+            lines.append(f"note        {NO_CHOICE}")
         if done.measured is not None:
             lines.append(f"measured    loss increase {done.measured}")
         for model in self.models:
