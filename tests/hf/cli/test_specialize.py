@@ -85,6 +85,16 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
     status, _, err = tensornet("generate", TRUNK, "--prompt", "def f", "--specialist", "code")
     assert (status, "not a folder of specialists" in err) == (2, True)
 
+    read = ("eval", "s", "--text", "code.txt", "--context", 32, "--json")
+    measured = {}
+    for name in ("code", "law"):
+        status, out, err = tensornet(*read, "--specialist", name)
+        assert status == 0, err
+        measured[name] = json.loads(out)["loss"]
+    assert measured["code"] < measured["law"] - 0.1
+    status, _, err = tensornet(*read)
+    assert (status, "with one of law, code, sums" in err) == (2, True)
+
 
 def test_a_router_chooses_and_inspect_counts(tensornet: Run, tmp_path: Path) -> None:
     first, second, third = (("--domain", f"{name}={name}.txt") for name in TEXTS)

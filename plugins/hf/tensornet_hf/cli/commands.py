@@ -74,7 +74,7 @@ from tensornet_hf.inspect import inspect_folder, inspect_specialists
 from tensornet_hf.maps import plan_map
 from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import compact_bytes, display_command
-from tensornet_hf.specialist_files import DESCRIPTION, load_specialists, read_description
+from tensornet_hf.specialist_files import DESCRIPTION, Specialists, load_specialists, read_description
 from tensornet_hf.specializing import specialize as train_specialists
 from tensornet_hf.text import (
     continue_text,
@@ -377,6 +377,9 @@ def evaluate(
             "is measured on --text."
         ),
     ] = None,
+    specialist: Annotated[
+        str | None, typer.Option(help="Specialist to measure, of a folder of specialists.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness, separated by commas, as in arc_easy,hellaswag."),
@@ -424,29 +427,35 @@ def evaluate(
         if unused := [name for name, value in options.items() if value is not None and chosen is None]:
             raise typer.BadParameter(f"Add {needed}, or leave out {' and '.join(unused)}.")
     content = None if text is None else read_text(text)
-    folder, other = resolve_folder(path), None if reference is None else resolve_folder(reference)
-    model = _loaded(folder, device)
+    other = None if reference is None else resolve_folder(reference)
+    model, folder, specialists = _opened(path, device, specialist)
+    if specialists is not None and specialist is None:
+        raise typer.BadParameter(
+            f"{path} is a folder of specialists; add --specialist with one of {', '.join(specialists.names)}."
+        )
+    using = nullcontext() if specialists is None else specialists.use(specialist)
     tokenizer = load_tokenizer(folder)
     found: dict[str, Any] = {}
-    if text is not None and content is not None:
-        require_causal(model)
-        ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
-        windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "progress": progress}
-        windows["context"] = usual_context(model) if context is None else context
-        if other is None:
-            measured = perplexity(model, ids, **windows)
-        else:
-            compared = divergence(model, _loaded(other, device), ids, **windows)
-            measured = compared.perplexity
-            found["divergence"] = {"reference": reference, **asdict(compared)}
-            del found["divergence"]["perplexity"]  # the next statement adds it to `found`
-        found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
-    if tasks is not None:
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        scores = run_tasks(
-            model, tokenizer, names, task_path=task_path, shots=shots, limit=limit, batch_size=batch
-        )
-        found["tasks"] = asdict(scores)
+    with using:
+        if text is not None and content is not None:
+            require_causal(model)
+            ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
+            windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "progress": progress}
+            windows["context"] = usual_context(model) if context is None else context
+            if other is None:
+                measured = perplexity(model, ids, **windows)
+            else:
+                compared = divergence(model, _loaded(other, device), ids, **windows)
+                measured = compared.perplexity
+                found["divergence"] = {"reference": reference, **asdict(compared)}
+                del found["divergence"]["perplexity"]  # the next statement adds it to `found`
+            found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
+        if tasks is not None:
+            names = [name.strip() for name in tasks.split(",") if name.strip()]
+            scores = run_tasks(
+                model, tokenizer, names, task_path=task_path, shots=shots, limit=limit, batch_size=batch
+            )
+            found["tasks"] = asdict(scores)
     if as_json:
         print_json({"model": path, **found})
         return
@@ -464,6 +473,26 @@ def evaluate(
                     rows.append((task, metric, f"{value:.4f}", shown, f"{scores.samples.get(task, 0):,}"))
         print_table(("task", "metric", "score", "standard error", "examples"), rows)
         print_lines(f"lm-evaluation-harness {scores.version}")
+
+
+def _opened(
+    path: str, device: torch.device, specialist: str | None, experts_cache: int | None = None
+) -> tuple[PreTrainedModel, Path, Specialists | None]:
+    """Load a model folder, a GGUF file, or a folder of specialists with its trunk.
+
+    Returns:
+        The model, the folder of its tokenizer, and the specialists, if there are any.
+    """
+    folder = resolve_folder(path)
+    if (folder / DESCRIPTION).is_file():
+        if experts_cache is not None:
+            raise typer.BadParameter("--experts-cache is for a mixture; leave it out for specialists.")
+        found = load_specialists(folder)
+        trunk = resolve_folder(read_description(folder)["trunk"])
+        return on_device(found.model, device), trunk, found
+    if specialist is not None:
+        raise typer.BadParameter(f"{path} is not a folder of specialists; leave out --specialist.")
+    return _loaded(folder, device, experts_cache), folder, None
 
 
 def _loaded(path: Path, device: torch.device, experts_cache: int | None = None) -> PreTrainedModel:
@@ -512,28 +541,19 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let a model continue a prompt; an encoder-decoder or a chat model answers the prompt instead."""
-    folder = resolve_folder(path)
     if experts_cache is not None and device != CPU:
         raise typer.BadParameter("--experts-cache needs the memory of the CPU; leave out --device.")
+    model, folder, specialists = _opened(path, device, specialist, experts_cache)
+    tokenizer = load_tokenizer(folder)
     using: AbstractContextManager[None] = nullcontext()
-    if (folder / DESCRIPTION).is_file():
-        if experts_cache is not None:
-            raise typer.BadParameter("--experts-cache is for a mixture; leave it out for specialists.")
-        specialists = load_specialists(folder)
-        model = on_device(specialists.model, device)
-        folder = resolve_folder(read_description(folder)["trunk"])
+    if specialists is not None:
         chosen: Any = specialist
         if specialist is None:
-            ids = token_ids(load_tokenizer(folder), prompt)[None]
+            ids = token_ids(tokenizer, prompt)[None]
             chosen = {name: float(w) for name, w in specialists.route(input_ids=ids).items()}
         using = specialists.use(chosen)
-    elif specialist is not None:
-        raise typer.BadParameter(f"{path} is not a folder of specialists; leave out --specialist.")
-    else:
-        model = _loaded(folder, device, experts_cache)
     if experts_cache is None:
         prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
-    tokenizer = load_tokenizer(folder)
     chat = bool(tokenizer.chat_template) if chat is None else chat
     with using:
         text = continue_text(
