@@ -3,14 +3,16 @@
 There are nine domains and one small trunk: the package's GPT-2, trained further on general
 documentation for 1,500 steps. Eight domains are learned, then a ninth. Each row is one way to do so:
 
-    python benchmarks/specialists.py --cache CACHE --row lora8
+    python benchmarks/specialists.py --cache CACHE --row "LoRA of rank 8"
+    python benchmarks/specialists.py --cache CACHE --model smollm2 --steps 48 --row ends
     python benchmarks/specialists.py --cache CACHE --report
     python benchmarks/specialists.py --cache CACHE --speed
 
 `CACHE/texts` contains the unpacked packages `postgresql-doc-17`, `python3.13-doc`, `debian-handbook`,
 `fortunes` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the machine. Each rate is
 chosen on three domains, after a third of the steps. The loss of a domain is the mean cross entropy on 48
-windows from its last tenth, in nats per token. All rows train equally many steps for each domain.
+windows from its last tenth, in nats per token. All rows train equally many steps for each domain. SmolLM2
+(`CACHE/smollm2`) runs under autocast to bfloat16, on half of the judged windows, and gets no router.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,6 @@ DOMAINS = ("scripture", "kernel", "library", "postgresql", "handbook", "fortunes
 NINTH = "c"
 #: Domains on which rates are chosen.
 TUNED = ("kernel", "fortunes", "python")
-TARGETS = ["c_attn", "c_proj", "c_fc"]
 HTML = {
     "kernel": [f"linux-doc-6.12/html/{x}" for x in ("admin-guide", "filesystems")],
     "library": ["python3.13/html/library"],
@@ -54,6 +56,30 @@ HTML = {
         *(f"linux-doc-6.12/html/{x}" for x in ("networking", "process", "driver-api")),
         *(f"python3.13/html/{x}" for x in ("howto", "tutorial", "faq", "whatsnew")),
     ],
+}
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A model that specialists change: its folder in the cache, and the settings that depend on it."""
+
+    folder: str
+    targets: tuple[str, ...]
+    transposed: bool = False
+    precision: torch.dtype | None = None
+    judged: int = JUDGED
+    routed: bool = True
+
+
+TRUNKS = {
+    "gpt2": Trunk("specialists-trunk", ("c_attn", "c_proj", "c_fc"), transposed=True),
+    "smollm2": Trunk(
+        "smollm2",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        precision=torch.bfloat16,
+        judged=JUDGED // 2,
+        routed=False,
+    ),
 }
 
 
@@ -85,16 +111,17 @@ def read_domain(cache: Path, name: str) -> str:
     return "\n\n".join(found)[:CHARACTERS]
 
 
-def windows(cache: Path, name: str) -> tuple[Tensor, Tensor]:
+def windows(cache: Path, name: str, model: str = "gpt2") -> tuple[Tensor, Tensor]:
     """Return windows for training and judging, shape `(windows, CONTEXT)`; the last tenth is judged."""
-    kept = cache / f"specialists-{name}.pt"
+    of = "" if model == "gpt2" else f"{model}-"
+    kept, judged = cache / f"specialists-{of}{name}.pt", TRUNKS[model].judged
     if not kept.exists():
-        tokenizer = AutoTokenizer.from_pretrained(gpt2_path())
+        tokenizer = AutoTokenizer.from_pretrained(gpt2_path() if model == "gpt2" else cache / model)
         torch.save(subjects.token_windows(tokenizer, read_domain(cache, name), length=CONTEXT), kept)
     ids = torch.load(kept)
-    last = len(ids) // 10
-    judged = ids[-last:]
-    return ids[:-last], judged[torch.linspace(0, len(judged) - 1, min(JUDGED, len(judged))).long()]
+    first = len(ids) - len(ids) // 10
+    held = ids[first:]
+    return ids[:first], held[torch.linspace(0, len(held) - 1, min(judged, len(held))).long()]
 
 
 def toy_windows() -> dict[str, tuple[Tensor, Tensor]]:
@@ -107,22 +134,29 @@ def toy_windows() -> dict[str, tuple[Tensor, Tensor]]:
 class Trial:
     """Trunk, texts and settings of a row; without a cache, a toy."""
 
-    def __init__(self, cache: Path | None, steps: int, seed: int) -> None:
-        self.cache, self.steps, self.seed = cache, steps, seed
-        self.texts = toy_windows() if cache is None else {x: windows(cache, x) for x in (*DOMAINS, NINTH)}
+    def __init__(self, cache: Path | None, steps: int, seed: int, model: str = "gpt2") -> None:
+        self.cache, self.steps, self.seed, self.model = cache, steps, seed, model
+        self.form = TRUNKS[model]
+        domains = (*DOMAINS, NINTH)
+        self.texts = toy_windows() if cache is None else {x: windows(cache, x, model) for x in domains}
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model runs."""
+        dtype = self.form.precision
+        return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
     def trunk(self) -> Any:
-        """Load the package's GPT-2, trained further on general documentation; train it if it is absent."""
+        """Load SmolLM2 or the package's GPT-2; the latter is trained further on general documentation."""
         if self.cache is None:
             return AutoModelForCausalLM.from_pretrained(gpt2_path())
-        folder = self.cache / "specialists-trunk"
-        if not folder.exists():
+        folder = self.cache / self.form.folder
+        if self.model == "gpt2" and not folder.exists():
             model = AutoModelForCausalLM.from_pretrained(gpt2_path())
             ids, _ = windows(self.cache, "general")
             self.texts["general"] = (ids, ids)
             self.train(model, list(model.parameters()), [["general"] * 8] * 1500, 2e-3)
             model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def train(
         self,
@@ -148,7 +182,7 @@ class Trial:
             picked = [int(torch.randint(len(self.texts[x][0]), (1,), generator=draw)) for x in names]
             ids = torch.stack([self.texts[x][0][k] for x, k in zip(names, picked, strict=True)])
             which = names[0] if len(set(names)) == 1 else names
-            with nullcontext() if specialists is None else specialists.use(which):
+            with nullcontext() if specialists is None else specialists.use(which), self.precision():
                 loss = model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()
@@ -164,7 +198,7 @@ class Trial:
         """Return the loss of a domain; with specialists, one is chosen for each window."""
         ids, total = self.texts[name][1], 0.0
         for x in ids.split(16):
-            with nullcontext() if s is None else s.use(s.route(input_ids=x, by=by)):
+            with nullcontext() if s is None else s.use(s.route(input_ids=x, by=by)), self.precision():
                 total += float(model(input_ids=x, labels=x).loss) * len(x)
         return total / len(ids)
 
@@ -235,7 +269,8 @@ def with_lora(trial: Trial, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(trial.seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, fan_in_fan_out=True)
+    targets, transposed = list(trial.form.targets), trial.form.transposed
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=transposed)
     return get_peft_model(trial.trunk(), config)
 
 
@@ -244,7 +279,8 @@ def with_vera(trial: Trial, rank: int) -> Any:
     from peft import VeraConfig, get_peft_model
 
     torch.manual_seed(trial.seed)
-    config = VeraConfig(r=rank, target_modules=TARGETS, fan_in_fan_out=True, save_projection=False)
+    targets, transposed = list(trial.form.targets), trial.form.transposed
+    config = VeraConfig(r=rank, target_modules=targets, fan_in_fan_out=transposed, save_projection=False)
     return get_peft_model(trial.trunk(), config)
 
 
@@ -309,10 +345,8 @@ def run_shared(
         rows = trial.texts["kernel"][1][: len(domains)]
         with torch.no_grad(), s.use(list(domains)):
             before = model(input_ids=rows).logits
-        drawn = {x: trial.texts[x][0][:: math.ceil(len(trial.texts[x][0]) / 1000)] for x in domains}
-        s.fit_router({x: [{"input_ids": ids} for ids in w.split(50)] for x, w in drawn.items()})
-        for by in ("router", "likelihood"):
-            result[by] = mean({x: trial.loss(model, x, s, by) for x in domains})
+        if trial.form.routed:
+            result |= routed_losses(trial, s, domains)
         s.add(NINTH)
         trial.train(model, s.parameters(NINTH), in_turn([NINTH], steps), rate, s)
         with torch.no_grad(), s.use(list(domains)):
@@ -321,6 +355,13 @@ def run_shared(
         result |= {"lost": mean(after) - mean(losses)}
         losses[NINTH] = after[NINTH]
     return {"losses": losses, "bytes": s.bytes(), **result}
+
+
+def routed_losses(trial: Trial, s: th.Specialists, domains: Sequence[str]) -> Result:
+    """Fit a router, and return the mean loss if it, or the likelihood, chooses the specialists."""
+    drawn = {x: trial.texts[x][0][:: math.ceil(len(trial.texts[x][0]) / 1000)] for x in domains}
+    s.fit_router({x: [{"input_ids": ids} for ids in w.split(50)] for x, w in drawn.items()})
+    return {by: mean({x: trial.loss(s.model, x, s, by) for x in domains}) for by in ("router", "likelihood")}
 
 
 @torch.no_grad()
@@ -419,6 +460,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cache", type=Path, help="folder of the texts, the trunk and the finished rows")
     parser.add_argument("--row", action="append", default=[], choices=tuple(ROWS), metavar="ROW")
+    parser.add_argument("--model", choices=tuple(TRUNKS), default="gpt2")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", action="store_true", help="write the record of all finished rows")
@@ -434,14 +476,15 @@ def main() -> None:
         return
     if given.cache is None:
         parser.error("--cache FOLDER is needed")
-    kept = given.cache / f"specialists-rows-{given.steps}.jsonl"
+    of = "" if given.model == "gpt2" else f"{given.model}-"
+    kept = given.cache / f"specialists-{of}rows-{given.steps}.jsonl"
     for row in given.row:
-        result = run_row(row, Trial(given.cache, given.steps, given.seed))
+        result = run_row(row, Trial(given.cache, given.steps, given.seed, given.model))
         with kept.open("a") as file:
             file.write(json.dumps(result) + "\n")
         print(json.dumps({k: result[k] for k in ("row", "loss", "ninth", "rate", "seconds")}), flush=True)
     if given.speed:
-        times = step_times(Trial(given.cache, given.steps, given.seed), 21)
+        times = step_times(Trial(given.cache, given.steps, given.seed, given.model), 21)
         harness.record("specialists_speed", times, folder=given.records)
     if given.report:
         rows = [json.loads(line) for line in kept.read_text().splitlines()]
@@ -461,7 +504,8 @@ def main() -> None:
             for x in rows
         ]
         print(harness.table(shown))
-        harness.record("specialists", rows, folder=given.records)
+        name = "specialists" if given.model == "gpt2" else f"specialists_{given.model}"
+        harness.record(name, rows, folder=given.records)
 
 
 if __name__ == "__main__":
