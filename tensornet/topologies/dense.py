@@ -56,11 +56,10 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Number of sweeps of coordinate descent after rounding, by number of bits. Descent helps most with few bits.
-_SWEEPS = {3: 2, 2: 4}
-#: The same with a codebook, if the full moment of the outputs is known, which only descent uses, and without
-#: it: then a second sweep lowers the loss by 1 to 2 %, and rounding takes a third longer.
-_COUPLED_SWEEPS, _CODEBOOK_SWEEPS = 2, 1
+#: Number of sweeps of coordinate descent after rounding, by number of bits, and with a codebook. Descent
+#: helps most with few bits. With a codebook, only descent uses the moment of the outputs. There a second
+#: sweep would lower the loss by 2 %, and take half as long as all else.
+_SWEEPS, _CODEBOOK_SWEEPS = {3: 2, 2: 4}, 1
 
 
 def round_dense(
@@ -81,7 +80,7 @@ def round_dense(
         number_format: integer format.
         weighting: sensitivity of the loss to errors; full moments may be stacks too.
         most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits, 4 with 2 bits, and 1
-            or 2 with a codebook.
+            with a codebook.
         rounding: rounding method; see `round_weight`.
     """
     if rounding == "nearest":
@@ -95,10 +94,7 @@ def round_dense(
             column_damping=DENSE_COLUMN_DAMPING,
             refits=0,
         )
-    sweeps = _SWEEPS.get(number_format.bits or 0, 0)
-    if number_format.book is not None:
-        coupled = weighting.rows is not None and weighting.rows.ndim > 1
-        sweeps = _COUPLED_SWEEPS if coupled else _CODEBOOK_SWEEPS
+    sweeps = _SWEEPS.get(number_format.bits or 0, 0) if number_format.book is None else _CODEBOOK_SWEEPS
     return round_weight(
         matrix,
         number_format,
