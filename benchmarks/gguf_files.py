@@ -408,7 +408,7 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
         axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="KL divergence, nats a token")
         axes.set_title(TITLES.get(name, name))
         axes.grid(alpha=0.3)
-        axes.margins(x=0.14)
+        axes.margins(x=0.19)
         axes.legend(fontsize=8, loc="lower left")
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
         figure.savefig(file, metadata={"Date": None})
