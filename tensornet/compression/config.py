@@ -94,19 +94,19 @@ class CompressionConfig(LayerSelection):
         whole_model: whether a limit on bytes applies to the whole model or only to the targeted layers. None
             decides for each budget as described above. If the whole model counts, embeddings and heads are
             targets too unless `target_modules` is given.
-        formats: number formats that layers may have, such as float,int8,int4 (default with a budget of bytes:
-            the dtype of the model and integers of 8 to 2 bits). Names are read by
-            `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense layers
-            may have any of these formats; cores of networks may have floats and integers of at least four
-            bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
-            replaced by formats of the same size with 16-bit scales. The name of a menu is allowed too: a menu
-            is a list of formats for an export target, and is planned without networks. tensornet_hf registers
-            the menus `"gguf"`, `"mlx"` and `"compressed-tensors"`. They contain the formats of these file
-            types, and sizes are then the bytes in such a file. `"gguf-fast"` is the part of `"gguf"` for
-            which llama.cpp has fast kernels. Menus of GGUF and MLX plan embeddings and heads too. If formats
-            follow the name of a menu, only these formats of the menu are used, as in
-            `("gguf", "int4:g32:float16", "float")`. The formats `"mxfp4"` and `"nvfp4"` of the menus
-            `"gguf"` and `"compressed-tensors"` are planned only if they are named so.
+        formats: number formats that layers may have, such as float,int8,int4 (default with a budget of bytes,
+            or with loss_increase alone: the dtype of the model and integers of 8 to 2 bits). Names are read
+            by `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense
+            layers may have any of these formats; cores of networks may have floats and integers of at least
+            four bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS`
+            are replaced by formats of the same size with 16-bit scales. The name of a menu is allowed too: a
+            menu is a list of formats for an export target, and is planned without networks. tensornet_hf
+            registers the menus `"gguf"`, `"mlx"` and `"compressed-tensors"`. They contain the formats of
+            these file types, and sizes are then the bytes in such a file. `"gguf-fast"` is the part of
+            `"gguf"` for which llama.cpp has fast kernels. Menus of GGUF and MLX plan embeddings and heads
+            too. If formats follow the name of a menu, only these formats of the menu are used, as in
+            `("gguf", "int4:g32:float16", "float")`. The formats `"mxfp4"` and `"nvfp4"` of the menus `"gguf"`
+            and `"compressed-tensors"` are planned only if they are named so.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
@@ -373,7 +373,10 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
     """
     formats = config.formats
     if formats is None:
-        if all(getattr(config, name) is None for name in BYTE_BUDGETS):
+        limits = ("param_ratio", "max_bond", "rel_error", *WHOLE_MODEL_BUDGETS)
+        given = [name for name in limits if getattr(config, name) is not None]
+        alone = given == ["loss_increase"] and config.topology == AUTO
+        if not alone and not set(given) & set(BYTE_BUDGETS):
             return None
         formats = DEFAULT_FORMATS
     listed = (formats,) if isinstance(formats, str) else formats

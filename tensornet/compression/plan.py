@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAN_VERSION = 1
-#: What a plan says if every layer has the smallest number format.
+#: What a plan says if nearly every layer has its smallest number format.
 NO_CHOICE = (
-    "every layer has its smallest number format, so nothing was left to choose; effort='thorough' "
+    "nearly every layer has its smallest number format, so little was left to choose; effort='thorough' "
     "(--effort thorough) also plans low rank, which may lose less at this size"
 )
+#: Largest size of such a plan, relative to the smallest plan.
+_LITTLE_CHOICE = 1.1
 #: Relative error of a weight above which the predicted loss increase is uncertain. Integers of 2 bits and
 #: networks of small rank have larger errors. Integers of 3 bits have errors of 0.2 to 0.3.
 LARGE_ERROR = 0.35
@@ -253,10 +255,11 @@ class CompressionPlan:
 
     @property
     def has_no_choice(self) -> bool:
-        """True if every layer has its smallest number format, and networks were not priced."""
-        planned = [x for x in self.layers if len(x.curve) > 1]
-        smallest = all(x.bytes_after <= x.curve[0][0] and x.target is None for x in planned)
-        return bool(planned) and smallest and self.survey_kind == "fast"
+        """True if nearly every layer has its smallest number format, and networks were not priced."""
+        planned = [x for x in self.layers if len(x.curve) > 1 and x.target is None]
+        least = sum(x.curve[0][0] for x in planned)
+        small = sum(x.bytes_after for x in planned) <= _LITTLE_CHOICE * least
+        return bool(planned) and small and self.survey_kind == "fast"
 
     @property
     def reads_data(self) -> bool:

@@ -282,7 +282,7 @@ def survey_or_load(
     read = read_batches(batches, model, tokens=count, rows=rows, most=most_tokens(kind))
     if prices.key.get("text") != digest(read):
         raise BudgetError(
-            f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens of "
+            f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens, from "
             f"{prices.template.calibration}. Give the same text and number of tokens, or another file."
         )
     if prices.key.get("inputs") != digest([options.get("inputs") or {}]):

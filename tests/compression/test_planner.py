@@ -149,12 +149,19 @@ def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
 
 def test_a_rise_of_the_loss_is_a_budget() -> None:
     model, stats = gpt2_stats()
-    plans = [tn.plan(model, CompressionConfig(loss_increase=rise), stats) for rise in (0.001, 0.01, 0.1)]
-    sizes = [plan.params_after for plan in plans]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == 3
-    for plan, rise in zip(plans, (0.001, 0.01, 0.1), strict=True):
-        assert plan.predicted_loss_increase <= rise  # type: ignore[operator]
+    rises, found = (0.001, 0.01, 0.1), {}
+    for topology in ("auto", "low_rank"):
+        config = CompressionConfig(topology=topology, loss_increase=rises[0])
+        assert (config.formats is None) == (topology == "low_rank")
+        plans = [tn.plan(model, replace(config, loss_increase=rise), stats) for rise in rises]
+        sizes = [plan.bytes_after for plan in plans]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(sizes)) == 3
+        for plan, rise in zip(plans, rises, strict=True):
+            assert plan.predicted_loss_increase <= rise  # type: ignore[operator]
+        found[topology] = sizes
+    # Number formats need far fewer bytes for the same loss than networks of the model's dtype.
+    assert all(few < many / 2 for few, many in zip(found["auto"], found["low_rank"], strict=True))
 
 
 def test_the_curve_runs_through_every_budget() -> None:
@@ -175,7 +182,8 @@ def test_one_preparation_serves_all_budgets() -> None:
     prepared = price(model, CompressionConfig(param_ratio=0.7), stats)
     assert prepared.plan() == tn.plan(model, CompressionConfig(param_ratio=0.7), stats)
     for budget in ({"param_ratio": 0.5}, {"loss_increase": 0.01}):
-        assert prepared.plan(**budget) == tn.plan(model, CompressionConfig(**budget), stats)
+        config = CompressionConfig(topology="low_rank", **budget)  # type: ignore[arg-type]
+        assert prepared.plan(**budget) == tn.plan(model, config, stats)
     with pytest.raises(tn.errors.BudgetError, match=r"planned alone.*tensornet\.plan"):
         price(model, CompressionConfig(param_ratio=0.7, objective="weight"))
 

@@ -492,6 +492,8 @@ def resolve_folder(path: str | Path, **hub: Any) -> Path:
     """
     if Path(path).exists() or not isinstance(path, str) or path.startswith((".", "/", "~")):
         return Path(path)
+    if path.endswith(".gguf"):
+        raise FormatError(f"There is no file {path}.")
     try:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES), **hub))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

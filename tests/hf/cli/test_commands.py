@@ -40,6 +40,12 @@ def logits(model: GPT2LMHeadModel) -> torch.Tensor:
     return model(torch.arange(40)[None]).logits
 
 
+def test_a_gguf_file_that_does_not_exist_is_no_hub_id(tensornet: Run) -> None:
+    Path("text.txt").write_text(heldout_text()[:500])
+    status, _, err = tensornet("eval", "missing.gguf", "--text", "text.txt")
+    assert (status, "There is no file missing.gguf" in err) == (1, True)
+
+
 @pytest.mark.slow
 def test_layers_that_the_text_does_not_reach_are_named(tensornet: Run, tmp_path: Path) -> None:
     options = copy.deepcopy(dict(PAGE_ARCHITECTURES["Gemma 3"].options))
