@@ -69,6 +69,7 @@ class Trunk:
     precision: torch.dtype | None = None
     judged: int = JUDGED
     routed: bool = True
+    slower: float = 1.0  # factor of the rates that are tried
 
 
 TRUNKS = {
@@ -79,6 +80,7 @@ TRUNKS = {
         precision=torch.bfloat16,
         judged=JUDGED // 2,
         routed=False,
+        slower=0.3,
     ),
 }
 
@@ -401,6 +403,7 @@ def run_row(row: str, trial: Trial) -> Result:
     """Choose the rate after a third of the steps, and train with it."""
     run, options, rates = ROWS[row]
     start = time.process_time()
+    rates = tuple(trial.form.slower * rate for rate in rates)
     tuned = {}
     if len(rates) > 1:
         for rate in rates:
