@@ -390,6 +390,7 @@ ROWS: dict[str, tuple[Callable[..., Result], dict[str, Any], tuple[float, ...]]]
     "VeRA of rank 64": (run_adapters, {"make": with_vera, "rank": 64}, HIGH),
     "LoRA-XS of rank 32": (run_shared, {"share": "ends", "rank": 32, "singular": True}, HIGH),
     "ends": (run_shared, {"share": "ends", "rank": 32}, CHAIN),
+    "ends of rank 54": (run_shared, {"share": "ends", "rank": 54}, CHAIN),
     "ends, mixed batches": (run_shared, {"share": "ends", "rank": 32, "mixed": True}, CHAIN),
     "ends, learned on four": (run_shared, {"share": "ends", "rank": 32, "first": 4}, CHAIN),
     "ends of all layers of a shape": (run_shared, {"share": "ends", "rank": 24, "pool": "shape"}, CHAIN),
