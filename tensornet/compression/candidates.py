@@ -51,12 +51,12 @@ PREDICTED_BITS = 4
 PREDICTED_ROWS = 64
 #: The same for formats with a codebook, whose rows are rounded.
 CODEBOOK_ROWS = 32
-#: Loss after coordinate descent divided by the loss before, with a codebook. This is the mean for 18 layers
-#: of two language models, for which predictions were 0.88 to 1.20 times the losses of rounding.
+#: Loss after coordinate descent divided by the loss before, with a codebook. For six layers of SmolLM2 with
+#: five codebooks each, predictions were 0.90 to 1.10 times the losses of rounding.
 _DESCENDED = 0.905
 #: To estimate losses of 2 and 3 bits, only a part of a matrix is rounded. These are the numbers of its rows
-#: and columns, and of the sweeps of coordinate descent. A whole matrix gets more sweeps, because each sweep
-#: lowers the loss of a small part by 2 to 3 % more than that of the whole matrix.
+#: and columns, and of the sweeps of coordinate descent. In integers, a whole matrix gets more sweeps, because
+#: each sweep lowers the loss of a small part by 2 to 3 % more than that of the whole matrix.
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
 #: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28

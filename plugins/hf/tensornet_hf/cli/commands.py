@@ -656,10 +656,9 @@ def export(
                 "A specialist is exported as a LoRA adapter: give --specialist NAME, and leave out "
                 "--skeleton and --networks."
             )
-        trunk = resolve_folder(read_description(folder)["trunk"])
-        made = load_specialists(folder).export(
-            specialist, destination, target=target, source=trunk, force=force
-        )
+        _, trunk, specialists = _opened(source, CPU, specialist)
+        assert specialists is not None  # otherwise an option that needs specialists was refused
+        made = specialists.export(specialist, destination, target=target, source=trunk, force=force)
         print_json({"adapter": str(made)}) if as_json else print_lines(f"written to {made}")
         return
     report = export_model(source, destination, target=target, force=force, **options)
