@@ -235,11 +235,14 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
         )
     step = np.ldexp((signs * common).astype(np.float64), lowest)
     # If float16 does not store the common step exactly, try fractions of the step, with larger integers.
-    for part in range(1, most + 1):
-        smaller, larger = step / part, integers * part
-        exact = (step.astype(np.float16) != step) & (smaller.astype(np.float16) == smaller)
+    left = np.flatnonzero(step.astype(np.float16) != step)
+    for part in range(2, most + 1) if len(left) else ():
+        smaller, larger = step[left] / part, integers[left] * part
+        exact = smaller.astype(np.float16) == smaller
         exact &= (larger.min(axis=1, keepdims=True) >= least) & (larger.max(axis=1, keepdims=True) <= most)
-        step, integers = np.where(exact, smaller, step), np.where(exact, larger, integers)
+        done = exact[:, 0]
+        step[left[done]], integers[left[done]] = smaller[done], larger[done]
+        left = left[~done]
     return step.astype(np.float32), integers
 
 
