@@ -1,17 +1,16 @@
 """Compress a model block by block; each block is calibrated on outputs of the compressed blocks before it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import remembering
 from tensornet.calibration.batches import Batch, BatchLike, Stop, read_batches, run_model, tokens_of
 from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MomentRecorder, lowered, observed
@@ -39,10 +38,10 @@ from tensornet.compression.apply import (
 )
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.row_parts import Task, join_rows, row_parts
 from tensornet.compression.sensitivity import input_weighting, is_known, layer_weighting, never_ran
 from tensornet.compression.survey import FULL_UP_TO, most_tokens
-from tensornet.errors import TargetError, WorkerError
+from tensornet.compression.tasks import Task, compress_tasks
+from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import LayerSelection, Target
@@ -156,9 +155,7 @@ def compress_blocks(
             together = {x: fit for x, fit in (joint or {}).items() if x[0] in weightings}
             alone = [x for x in work if not any(x.name in group for group in together)]
             tasks = [Task(x.matrix, layers[x.name], weightings[x.name], plan.rounding) for x in alone]
-            parts = [row_parts(task) for task in tasks]
-            rest = iter(results(executor, compress, list(chain(*parts))))
-            made = [join_rows(x, some, list(islice(rest, len(some)))) for x, some in zip(tasks, parts, strict=True)]
+            made = compress_tasks(tasks, compress, executor)
             done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(alone, made, strict=True)}
             for group, fit in together.items():
                 fitted = fit([known[x] for x in group], [weightings[x] for x in group])
@@ -292,33 +289,6 @@ def moment_of(factor: Tensor, device: torch.device) -> Tensor:
     factor = factor.to(device, torch.float32)
     rest = factor[:, -1]
     return (factor[:, :-1] @ factor[:, :-1].mT).add_(rest.diag()) if factor.shape[1] > 1 else rest
-
-
-def results(executor: Executor | None, function: Callable[..., Any], tasks: Sequence[Task]) -> list[Any]:
-    """Call a function for each task, in an executor or in this process, and return the results in order.
-
-    Raises:
-        WorkerError: a process of the executor died.
-    """
-    if executor is None:
-        found: list[Any] = []
-        for _, some in groupby(tasks, lambda task: id(task.weighting.columns)):
-            with remembering():  # tasks with the same inputs share the factorized moment
-                found += [function(*task) for task in some]
-        return found
-    # The largest tasks begin first, so that no worker is left with one of them when all others have finished.
-    order = sorted(range(len(tasks)), key=lambda k: tasks[k].matrix.numel(), reverse=True)
-    futures = {k: executor.submit(function, *tasks[k]) for k in order}
-    try:
-        return [futures[k].result() for k in range(len(tasks))]
-    except BrokenExecutor as error:
-        raise WorkerError(
-            f"A worker died ({error}), most likely because memory ran out. Use fewer workers. Finished "
-            "layers are kept; run the same command again to continue."
-        ) from error
-    finally:
-        for future in futures.values():
-            future.cancel()
 
 
 def _is_network(layer: LayerPlan) -> bool:

@@ -1,4 +1,4 @@
-"""Compressing a large matrix in parts of rows gives the layer of the whole matrix."""
+"""Matrices are compressed in parts of rows and in any process, with the same result."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,11 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensornet.compression import row_parts as module
+from tensornet.compression import tasks as module
 from tensornet.compression.apply import compress_layer, relative_gap
 from tensornet.compression.plan import LayerPlan
-from tensornet.compression.row_parts import Task, join_rows, row_parts
-from tensornet.compression.write import results
+from tensornet.compression.tasks import Task, compress_tasks, results, row_parts
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import Storage
 from tensornet.topologies import dense, low_rank
@@ -47,7 +46,7 @@ def test_parts_make_the_same_layer(rows: int, number_format: str, moment: str, s
     task = task_of(rows, number_format, seed=seed, moment=moment)
     parts = row_parts(task)
     assert [len(part.matrix) for part in parts] == [*[16] * (rows // 16), *[rows % 16] * (rows % 16 > 0)]
-    layer, error = join_rows(task, parts, [compress_layer(*part) for part in parts])
+    ((layer, error),) = compress_tasks([task], compress_layer)
     whole, _ = compress_layer(*task)
     assert layer.to_matrix().shape == task.matrix.shape
     assert {n: x.dtype for n, x in layer.state_dict().items()} == {
@@ -77,6 +76,6 @@ def test_an_executor_begins_with_the_largest_tasks() -> None:
         return len(task[0])
 
     with ThreadPoolExecutor(1) as executor:
-        assert results(executor, rows, tasks) == [2, 5, 3]
+        assert results(tasks, rows, executor) == [2, 5, 3]
     assert seen == [5, 3, 2]
-    assert results(None, rows, tasks) == [2, 5, 3]
+    assert results(tasks, rows, None) == [2, 5, 3]

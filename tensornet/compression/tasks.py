@@ -1,0 +1,131 @@
+"""Compress several matrices, in this process or with an executor.
+
+Without error feedback between the outputs, the rows of a dense matrix are rounded independently. So a large
+matrix is split into parts of its rows, which several processes can round at the same time. The parts depend
+only on the shape of the matrix, so the result does not depend on the number of processes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from dataclasses import replace
+from itertools import chain, groupby, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tensornet._util import remembering
+from tensornet.compression.plan import LayerPlan
+from tensornet.errors import WorkerError
+from tensornet.linalg.svd import energy
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.linear import TensorNetworkLinear, linear_from_stored
+from tensornet.nn.storage import PackedCore
+from tensornet.quantization import Rounding
+from tensornet.topologies import dense
+
+#: A layer without a bias that contains the cores of a matrix, and the relative error of the matrix.
+Made = tuple[TensorNetworkLinear, float]
+#: Number of rows of a part. Every part factorizes the moment of the inputs again in its process; with so many
+#: rows, this takes a few percent of the time of rounding.
+ROWS = 4096
+
+
+class Task(NamedTuple):
+    """Arguments of `compress_layer`.
+
+    Args:
+        matrix: the weight, shape `(out, in)`.
+        layer: its plan.
+        weighting: sensitivity of the loss to errors of the weight.
+        rounding: rounding method for integers.
+    """
+
+    matrix: Tensor
+    layer: LayerPlan
+    weighting: Weighting
+    rounding: Rounding
+
+
+def compress_tasks(
+    tasks: Sequence[Task], compress: Callable[..., Made], executor: Executor | None = None
+) -> list[Made]:
+    """Compress matrices, and return a layer and the relative error of each.
+
+    Args:
+        tasks: the matrices and how to compress them.
+        compress: function that compresses one matrix, like `compress_layer`.
+        executor: executor that calls the function; by default, this process does.
+
+    Raises:
+        WorkerError: a process of the executor died.
+    """
+    parts = [row_parts(task) for task in tasks]
+    made = iter(results(list(chain(*parts)), compress, executor))
+    return [join_rows(x, some, list(islice(made, len(some)))) for x, some in zip(tasks, parts, strict=True)]
+
+
+def results(tasks: Sequence[Task], compress: Callable[..., Any], executor: Executor | None) -> list[Any]:
+    """Call a function for each task, and return the results in the order of the tasks."""
+    if executor is None:
+        found: list[Any] = []
+        for _, some in groupby(tasks, lambda task: id(task.weighting.columns)):
+            with remembering():  # tasks with the same inputs share the factorized moment
+                found += [compress(*task) for task in some]
+        return found
+    # The largest tasks begin first, so that no worker is left with one of them when all others have finished.
+    order = sorted(range(len(tasks)), key=lambda k: tasks[k].matrix.numel(), reverse=True)
+    futures = {k: executor.submit(compress, *tasks[k]) for k in order}
+    try:
+        return [futures[k].result() for k in range(len(tasks))]
+    except BrokenExecutor as error:
+        raise WorkerError(
+            f"A worker died ({error}), most likely because memory ran out. Use fewer workers. Finished "
+            "layers are kept; run the same command again to continue."
+        ) from error
+    finally:
+        for future in futures.values():
+            future.cancel()
+
+
+def row_parts(task: Task) -> list[Task]:
+    """Split a task into tasks for parts of the rows; return it alone if its rows depend on each other."""
+    matrix, layer, weighting, rounding = task
+    rows = weighting.rows
+    rounded = layer.topology is not None and layer.topology.family == "dense" and layer.storage.quantized
+    if not rounded or (rows is not None and rows.ndim == 2) or len(matrix) <= ROWS:
+        return [task]
+    return [
+        Task(
+            part,
+            replace(
+                layer,
+                shape=(len(part), part.shape[1]),
+                topology=dense(out_features=len(part), in_features=part.shape[1]),
+            ),
+            replace(weighting, rows=None if rows is None else rows[k * ROWS : (k + 1) * ROWS]),
+            rounding,
+        )
+        for k, part in enumerate(matrix.split(ROWS))
+    ]
+
+
+def join_rows(task: Task, parts: Sequence[Task], made: Sequence[Made]) -> Made:
+    """Join the layers and relative errors that `compress_layer` returned for the parts of a task."""
+    if len(parts) == 1:
+        return made[0]
+    assert task.layer.topology is not None
+    cores = [core for layer, _ in made for core in layer.stored_cores if isinstance(core, PackedCore)]
+    tensors = {name: torch.cat([core.tensors[name] for core in cores]) for name in cores[0].names}
+    core = PackedCore(cores[0].number_format, task.matrix.shape, cores[0].columns, tensors)
+    layer = linear_from_stored(
+        task.layer.topology,
+        {"core_matrix": core},
+        source="linear",
+        storage=task.layer.storage,
+        like=made[0][0].compute_like,
+    )
+    energies = [float(energy(part.matrix)) for part in parts]
+    squares = sum(error**2 * own for (_, error), own in zip(made, energies, strict=True))
+    return layer, math.sqrt(squares / max(sum(energies), 1e-300))
