@@ -17,8 +17,7 @@ order, so that antidiagonals become diagonals, of which torch can make views.
 Function calls take as long as the arithmetic of a step, so tiles are rounded in one buffer whose views are
 created only once.
 
-With a codebook, all codes of a run of 8 neighbouring inputs are chosen in one step. The blocks on the
-diagonals of `U` and `D` then measure the residual of a run.
+With a codebook, all codes of a run of 8 neighbouring inputs are chosen in one step (`codebook_feedback`).
 
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
@@ -33,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tensornet.quantization.codebook_feedback import one_sided_by_run, two_sided_by_run
 from tensornet.quantization.codebooks import RUN, Codebook
 from tensornet.quantization.formats import Levels, NumberFormat, nearest
 from tensornet.quantization.moments import Moment
@@ -115,7 +115,7 @@ def round_with_feedback(
         scales: scales of all groups, shape `(stack, out, groups)`.
         zeros: zero points of all groups, in the same shape; None without zero points.
         number_format: integer format.
-        rows: full moment of the gradients; None for no feedback between rows, as with a codebook.
+        rows: full moment of the gradients; None for no feedback between rows.
         columns: full moment of the inputs; None for no feedback between columns. For a format with a
             codebook, the result of `Moment.in_runs`.
 
@@ -127,7 +127,9 @@ def round_with_feedback(
     """
     size, dtype = weight.shape[2], weight.dtype
     if number_format.book is not None and columns is not None:
-        return by_run(weight, scales, number_format, columns)
+        if rows is None:
+            return one_sided_by_run(weight, scales, number_format, columns)
+        return two_sided_by_run(weight, scales, number_format, rows, columns)
     if rows is None and columns is not None and len(columns.order) == 1:
         # Transpose the matrices, so that each step reads and writes contiguous memory. A row of scales is
         # used by all columns of a group.
@@ -235,63 +237,6 @@ def one_sided(
         losses += (kept[:, None, start:stop] @ target.square_())[:, 0]
     codes += grid.zero[:, list(groups)] if isinstance(grid.zero, Tensor) else grid.zero
     return codes, losses
-
-
-def by_run(
-    weight: Tensor, scales: Tensor, number_format: NumberFormat, columns: Moment
-) -> tuple[Tensor, Tensor]:
-    """Round one run of a codebook after another, with feedback from all previous columns.
-
-    Let `U_b` and `D_b` be the diagonal blocks of a run in the factors of the moment, and `f` the feedback of
-    all previous errors. The codes `q` of the run make `|(t - q) U_b D_b^1/2|^2` small for the target `t = w +
-    f U_b^-1`.
-
-    Args:
-        weight: matrices, shape `(stack, out, in)`.
-        scales: scales of all groups, shape `(stack, out, groups)`.
-        number_format: format with a codebook.
-        columns: full moment of the inputs, which keeps the columns of a run together (`Moment.in_runs`).
-
-    Returns:
-        Levels, shape `(stack, out, in)`, and the diagonal of `E C E^T`, shape `(stack, out)`.
-    """
-    book, (stack, out, size) = number_format.book, weight.shape
-    assert book is not None
-    assert columns.run == RUN
-    couplings, factors = (x.expand(stack, *x.shape[1:]) for x in columns.feedback_between_runs)
-    # 1. Sort the columns, and transpose the matrices, so that each step reads contiguous memory.
-    places = columns.order.expand(stack, -1)
-    work = weight.mT.gather(1, places[..., None].expand(-1, -1, out))
-    groups = places[:, ::RUN] // (number_format.group or size)
-    scale = scales.to(weight.dtype).mT.gather(1, groups[..., None].expand(-1, -1, out))
-    divisor = torch.where(scale == 0, 1.0, scale)
-    levels, losses = torch.empty_like(work), torch.zeros_like(work[:, 0])
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        target = work[:, start:stop].clone()
-        if start:
-            target.baddbmm_(couplings[:, :start, start:stop].mT, work[:, :start])
-        for first in range(start, stop, TILE):
-            last = min(first + TILE, stop)
-            for k in range(first, last, RUN):
-                # 2. Choose the codes of one run in all rows.
-                part, b = slice(k, k + RUN), k // RUN
-                aim = (target[:, k - start : k - start + RUN] / divisor[:, b, None]).mT.contiguous()
-                found = book.nearest(aim, factors[:, b])
-                levels[:, part] = found.mT
-                residual = ((aim - found) @ factors[:, b]).square_().sum(-1)
-                losses.addcmul_(residual, scale[:, b].square())
-                # 3. Feed its error back to the later columns of the tile.
-                work[:, part].addcmul_(levels[:, part], scale[:, b, None], value=-1)
-                if k + RUN < last:
-                    later = target[:, k + RUN - start : last - start]
-                    later.baddbmm_(couplings[:, part, k + RUN : last].mT, work[:, part])
-            if last < stop:
-                target[:, last - start :].baddbmm_(
-                    couplings[:, first:last, last:stop].mT, work[:, first:last]
-                )
-    back = places.argsort(1)
-    return levels.gather(1, back[..., None].expand(-1, -1, out)).mT, losses
 
 
 def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,10 +56,11 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Number of sweeps of coordinate descent after rounding, by number of bits, and with a codebook. Descent
-#: helps most with few bits. With a codebook, only descent uses the moment of the outputs. There a second
-#: sweep would lower the loss by 2 %, and take half as long as all else.
-_SWEEPS, _CODEBOOK_SWEEPS = {3: 2, 2: 4}, 1
+#: Number of sweeps of coordinate descent after rounding, by number of bits. Descent helps most with few bits.
+_SWEEPS = {3: 2, 2: 4}
+#: The same with a codebook, if only the diagonal of the moment of the outputs is known, and if all of it is.
+#: A second sweep lowers the loss by 2 %, and with the diagonal it would take half as long as all else.
+_CODEBOOK_SWEEPS, _FULL_CODEBOOK_SWEEPS = 1, 4
 
 
 def round_dense(
@@ -79,8 +80,8 @@ def round_dense(
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
         number_format: integer format.
         weighting: sensitivity of the loss to errors; full moments may be stacks too.
-        most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits, 4 with 2 bits, and 1
-            with a codebook.
+        most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits, 4 with 2 bits, and
+            with a codebook 1, or 4 if the full moment of the outputs is known.
         rounding: rounding method; see `round_weight`.
     """
     if rounding == "nearest":
@@ -94,7 +95,10 @@ def round_dense(
             column_damping=DENSE_COLUMN_DAMPING,
             refits=0,
         )
-    sweeps = _SWEEPS.get(number_format.bits or 0, 0) if number_format.book is None else _CODEBOOK_SWEEPS
+    sweeps = _SWEEPS.get(number_format.bits or 0, 0)
+    if number_format.book is not None:
+        full = weighting.rows is not None and weighting.rows.ndim > 1
+        sweeps = _FULL_CODEBOOK_SWEEPS if full else _CODEBOOK_SWEEPS
     return round_weight(
         matrix,
         number_format,
