@@ -99,7 +99,8 @@ def predict_losses(
     losses = []
     for number_format in formats:
         if number_format.book is not None:
-            losses.append(_losses_of_rows(work, part, number_format, weightings, columns, rounding, sample))
+            seen = columns, row_damping, rounding, sample
+            losses.append(_losses_of_rows(work, part, number_format, weightings, rows, *seen))
             continue
         # 2. Predict the residuals for each rounding method that may be the best.
         scales, zeros = search_scales(part, number_format, importance(columns, ways[-1]))
@@ -131,21 +132,23 @@ def _losses_of_rows(
     part: Tensor,
     number_format: NumberFormat,
     weightings: Sequence[Weighting],
+    rows: Moment | None,
     columns: Moment | None,
+    row_damping: float,
     rounding: Rounding,
     sample: Tensor | None,
 ) -> Tensor:
     """Round a sample of rows with a codebook, and estimate the loss of all rows under every weighting.
 
-    The squared errors of a row are assumed to be in proportion to the squared ranges of its groups, and the
-    errors of different rows to be independent.
+    The squared errors of a row are assumed to be in proportion to the squared ranges of its groups. Without
+    feedback between rows their errors are independent; with it, their residuals are.
 
     Args:
         work: matrix, shape `(1, out, in)`.
         part: its sampled rows in the dtype of computations, shape `(1, sampled, in)`.
         number_format: format with a codebook.
-        columns: damped moment of the inputs.
-        weightings, rounding, sample: see `predict_losses`.
+        rows, columns: damped moments of the gradients and of the inputs.
+        weightings, row_damping, rounding, sample: see `predict_losses`.
 
     Returns:
         Losses, shape `(weightings,)`.
@@ -159,6 +162,8 @@ def _losses_of_rows(
     # In the precision of the moments, of which no copy is then needed.
     error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0].double()
     ranges = group_ranges(work, number_format.group, False)[0].to(part).square()
+    two_sided = possible_roundings(rounding, rows, fed)[-1] == "two_sided"
+    of_residuals = _residual_weights(rows, True, part, work.shape[1]) if two_sided else None
     found: list[Tensor] = []
     losses: dict[int, Tensor] = {}  # by moment of the inputs, which most weightings share
     for each in weightings:
@@ -168,9 +173,11 @@ def _losses_of_rows(
         moment = ranges.new_ones(size) if each.columns is None else each.columns
         diagonal = (moment if moment.ndim == 1 else moment.diagonal()).to(ranges)
         known = (ranges @ number_format.grouped(diagonal).sum(-1)).double()
-        if each.rows is not None:
-            of_rows = (each.rows if each.rows.ndim == 1 else each.rows.diagonal()).to(known)
-            own, known = own * of_rows[sample], known * of_rows
+        of_rows = each.rows if each.rows is None or each.rows.ndim == 1 else each.rows.diagonal()
+        if of_residuals is not None:
+            of_rows = unit_losses(of_residuals, weightings[0].rows, each.rows, row_damping)[0]
+        if of_rows is not None:
+            own, known = own * of_rows.to(known)[sample], known * of_rows.to(known)
         found.append(0.5 * known.sum() * _ratio(own[None], known[None, sample])[0])
     return torch.stack(found) * (_REFITTED if refits_final_scales(number_format) else 1.0)
 
