@@ -126,7 +126,9 @@ def two_sided_by_run(
         count = range(len(places))
         found, error, half, residual = _round_tiles(
             number_format,
-            *(torch.stack([x[:, r[k], c[k]] for k in count]) for x in (work, above, left)),
+            torch.stack([work[:, r[k], c[k]] for k in count]),
+            torch.stack([above[:, r[k], c[k]] for k in count]),
+            torch.stack([left[:, r[k], c[k]] for k in count]),
             torch.stack([scale[:, r[k], runs[k]] for k in count]),
             torch.stack([upper[:, r[k], r[k]] for k in count]),
             torch.stack([couplings[:, c[k], c[k]] for k in count]),

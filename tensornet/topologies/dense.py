@@ -56,11 +56,12 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Number of sweeps of coordinate descent after rounding, by number of bits. Descent helps most with few bits.
+#: Number of sweeps of coordinate descent after rounding, by number of bits. With few bits it helps most.
 _SWEEPS = {3: 2, 2: 4}
-#: The same with a codebook, if only the diagonal of the moment of the outputs is known, and if all of it is.
-#: A second sweep lowers the loss by 2 %, and with the diagonal it would take half as long as all else.
-_CODEBOOK_SWEEPS, _FULL_CODEBOOK_SWEEPS = 1, 4
+#: The same with a codebook, if there is no feedback between rows. A second sweep would lower the loss by 2 %,
+#: and take half as long as all else. After two-sided feedback, one would lower it by 4 %, and take twice as
+#: long as all else.
+_CODEBOOK_SWEEPS = 1
 
 
 def round_dense(
@@ -81,7 +82,7 @@ def round_dense(
         number_format: integer format.
         weighting: sensitivity of the loss to errors; full moments may be stacks too.
         most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits, 4 with 2 bits, and
-            with a codebook 1, or 4 if the full moment of the outputs is known.
+            with a codebook 1, or none if there is feedback between rows.
         rounding: rounding method; see `round_weight`.
     """
     if rounding == "nearest":
@@ -98,7 +99,7 @@ def round_dense(
     sweeps = _SWEEPS.get(number_format.bits or 0, 0)
     if number_format.book is not None:
         full = weighting.rows is not None and weighting.rows.ndim > 1
-        sweeps = _FULL_CODEBOOK_SWEEPS if full else _CODEBOOK_SWEEPS
+        sweeps = 0 if full else _CODEBOOK_SWEEPS
     return round_weight(
         matrix,
         number_format,
