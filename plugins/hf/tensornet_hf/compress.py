@@ -100,7 +100,7 @@ class CompressOptions:
             becomes a separate weight. See `tensornet_hf.rotate`.
         dtype: store weights in this dtype (default: keep their dtype).
         device: device on which the model runs: cpu, cuda, cuda:1, mps.
-        workers: compress shard by shard in this many processes, without loading the whole model; an
+        workers: compress block by block with this many processes, without loading the whole model; an
             interrupted run can be continued.
         resume: continue an interrupted run that used `workers` or `heal`.
         export: write the model for another runtime (default: gguf if the destination ends in .gguf). Only

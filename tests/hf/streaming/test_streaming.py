@@ -1,4 +1,4 @@
-"""Compressing a folder shard by shard gives the model that compressing it in memory gives, however it ran."""
+"""Compressing a folder block by block gives the model that compressing it in memory gives, however it ran."""
 
 from __future__ import annotations
 
