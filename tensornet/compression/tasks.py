@@ -70,7 +70,7 @@ def results(tasks: Sequence[Task], compress: Callable[..., Any], executor: Execu
     """Call a function for each task, and return the results in the order of the tasks."""
     if executor is None:
         found: list[Any] = []
-        for _, some in groupby(tasks, lambda task: id(task.weighting.columns)):
+        for _, some in groupby(tasks, _inputs):
             with remembering():  # tasks with the same inputs share the factorized moment
                 found += [compress(*task) for task in some]
         return found
@@ -87,6 +87,12 @@ def results(tasks: Sequence[Task], compress: Callable[..., Any], executor: Execu
     finally:
         for future in futures.values():
             future.cancel()
+
+
+def _inputs(task: Task) -> int:
+    """Return a key that only tasks with the same moment of inputs share; without one, no other task has it."""
+    columns = task.weighting.columns
+    return id(task if columns is None else columns)
 
 
 def row_parts(task: Task) -> list[Task]:

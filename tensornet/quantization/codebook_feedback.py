@@ -31,10 +31,6 @@ def one_sided_by_run(
 ) -> tuple[Tensor, Tensor]:
     """Round one run of a codebook after another, with feedback from all previous columns.
 
-    Let `U_b` and `D_b` be the diagonal blocks of a run in the factors of the moment, and `f` the feedback of
-    all previous errors. The codes `q` of the run make `|(t - q) U_b D_b^1/2|^2` small for the target `t = w +
-    f U_b^-1`.
-
     Args:
         weight: matrices, shape `(stack, out, in)`.
         scales: scales of all groups, shape `(stack, out, groups)`.
@@ -115,7 +111,6 @@ def two_sided_by_run(
     upper, kept = pad(upper, (0, tall, 0, tall)), pad(kept, (0, tall))
     above, left, levels = (torch.zeros_like(work) for _ in range(3))  # feedback, and the result
     losses = work.new_zeros(stack, dtype=torch.float64)
-
     last_row, last_column = work.shape[1] // TILE - 1, work.shape[2] // TILE - 1
     for offset in range(last_row + last_column + 1):
         # 2. Round all tiles of an antidiagonal together.

@@ -1,12 +1,14 @@
 """Matrices are compressed in parts of rows and in any process, with the same result."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensornet._util import _known
 from tensornet.compression import tasks as module
 from tensornet.compression.apply import compress_layer, relative_gap
 from tensornet.compression.plan import LayerPlan
@@ -79,3 +81,15 @@ def test_an_executor_begins_with_the_largest_tasks() -> None:
         assert results(tasks, rows, executor) == [2, 5, 3]
     assert seen == [5, 3, 2]
     assert results(tasks, rows, None) == [2, 5, 3]
+
+
+def test_tasks_with_the_same_inputs_share_factors() -> None:
+    """Other tasks do not: what was computed for one of them is freed before the next one."""
+    first, second = (task_of(8, "int4:g32", seed=k) for k in (0, 1))
+    same = second._replace(weighting=first.weighting)
+    plain = [x._replace(weighting=Weighting()) for x in (first, second)]
+    tasks = [first, same, second, *plain]
+    seen = results(tasks, lambda *task: _known.get(), None)
+    kept = [x is y for x, y in pairwise(seen)]
+    assert kept == [True, False, False, False]
+    assert _known.get() is None
