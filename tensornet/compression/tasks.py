@@ -90,7 +90,7 @@ def results(tasks: Sequence[Task], compress: Callable[..., Any], executor: Execu
 
 
 def _inputs(task: Task) -> int:
-    """Return a key that only tasks with the same moment of inputs share; without one, no other task has it."""
+    """Return a key that tasks with the same moment of the inputs share; without one, each has its own."""
     columns = task.weighting.columns
     return id(task if columns is None else columns)
 
