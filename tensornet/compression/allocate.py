@@ -449,9 +449,10 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
             least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
             fixed = [size for only, size in least if only]
             text = (
-                f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, such as layers "
-                "whose gradients are zero in calibration: exclude them, or choose objective='activation', "
-                "which needs no gradients."
+                f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, such as layers whose "
+                "rows fit no given number format (name others, or exclude the layers), or whose gradients "
+                "are zero in calibration (exclude the layers, or choose objective='activation', which needs "
+                "none)."
             )
             order = sorted(range(len(names)), key=lambda k: least[k], reverse=True)
             shown = ", ".join(f"{names[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])
