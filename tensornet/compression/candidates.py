@@ -518,14 +518,14 @@ def format_losses(
     for some, count in (([x for x in integers if x not in books], PREDICTED_ROWS), (books, CODEBOOK_ROWS)):
         predicted = _predicted(matrix, sensitivity, some, spaced_rows(matrix, count))
         found |= dict(zip(some, predicted, strict=True))
-    few, rows = few_bits(integers), sensitivity.weighting.rows
+    few = few_bits(integers)
     if few and sensitivity.rounding != "one_sided":
         known = corrections or losses_of_parts([(matrix, sensitivity)], few)[0]
         for x in few:
             if x in known:
                 values = zip(found[x], *known[x], strict=True)
                 found[x] = FormatLosses(*(a * real / told if told > 0 else real for a, real, told in values))
-    if sensitivity.rounding == "two_sided" and (rows is None or rows.ndim == 1):
+    if sensitivity.rounding == "two_sided" and not sensitivity.weighting.full:
         for x in books:
             cost, predicted_loss, relative = found[x]
             found[x] = FormatLosses(_DESCENDED * cost, _DESCENDED * predicted_loss, relative)
@@ -622,12 +622,8 @@ def losses_of_parts(
     parts = [part_of(matrix, sensitivity, formats) for matrix, sensitivity in layers]
     groups: dict[Hashable, list[int]] = {}
     for index, (part, seen) in enumerate(parts):
-        full = all(
-            moment is not None and moment.ndim == 2
-            for moment in (seen.weighting.rows, seen.weighting.columns)
-        )
         kind = (part.shape, part.dtype, part.device, part.shape == layers[index][0].shape)
-        groups.setdefault(kind if full else index, []).append(index)
+        groups.setdefault(kind if seen.weighting.full else index, []).append(index)
     measured: list[dict[NumberFormat, FormatLosses]] = [{} for _ in parts]
     for places in groups.values():
         some = [parts[k] for k in places]

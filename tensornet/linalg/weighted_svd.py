@@ -37,6 +37,11 @@ class Weighting:
     rows: Tensor | None = None
     columns: Tensor | None = None
 
+    @property
+    def full(self) -> bool:
+        """True if both moments are matrices, or stacks of matrices, as two-sided rounding needs."""
+        return all(x is not None and x.ndim > 1 for x in (self.rows, self.columns))
+
     def cost(self, error: Tensor) -> float:
         """Compute the predicted loss increase `1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
         # The products may have the precision of `error`, but the sum needs double precision.

@@ -22,7 +22,7 @@ from tensornet.quantization.moments import Moment
 #: Number of rows and columns of a tile, and number of runs in a row of a tile.
 TILE = 32
 RUNS = TILE // RUN
-#: Number of columns of a block of tiles; one-sided feedback to other blocks is one product per block.
+#: Number of rows and columns of a block of tiles; feedback to other blocks is one product per block.
 BLOCK = 128
 
 

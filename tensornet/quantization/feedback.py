@@ -32,15 +32,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensornet.quantization.codebook_feedback import one_sided_by_run, two_sided_by_run
+from tensornet.quantization.codebook_feedback import BLOCK, TILE, one_sided_by_run, two_sided_by_run
 from tensornet.quantization.codebooks import RUN, Codebook
 from tensornet.quantization.formats import Levels, NumberFormat, nearest
 from tensornet.quantization.moments import Moment
-
-#: Number of rows and columns of a tile.
-TILE = 32
-#: Number of rows and columns of a block of tiles; feedback to other blocks is one product per block.
-BLOCK = 128
 
 
 @dataclass(frozen=True)

@@ -159,12 +159,11 @@ def round_weight(
     like = weight.new_empty(0, dtype=dtype)
     r = damped_moment(rows, out, lead, row_damping, like, "rows")
     c = damped_moment(columns, size, lead, column_damping, like, "columns")
-    if number_format.book is not None:
-        # Runs need feedback between columns; without it, coordinate descent alone uses the moment of rows.
-        c = None if c is None else c.in_runs
-        ways = possible_roundings(rounding, r if c is not None and c.full else None, c)
-    else:
-        ways = possible_roundings(rounding, r, c)
+    if number_format.book is not None and c is not None:
+        c = c.in_runs
+    # With a codebook, there is feedback between rows only if there is feedback between columns.
+    alone = number_format.book is not None and (c is None or not c.full)
+    ways = possible_roundings(rounding, None if alone else r, c)
 
     # 2. Round the rows in parts, which need less memory, unless there is feedback between rows.
     together = r is not None and r.full

@@ -98,8 +98,7 @@ def round_dense(
         )
     sweeps = _SWEEPS.get(number_format.bits or 0, 0)
     if number_format.book is not None:
-        full = weighting.rows is not None and weighting.rows.ndim > 1
-        sweeps = 0 if full else _CODEBOOK_SWEEPS
+        sweeps = 0 if weighting.full else _CODEBOOK_SWEEPS
     return round_weight(
         matrix,
         number_format,

@@ -12,6 +12,7 @@ from quantization.rounding_cases import moment, price, unit_upper, weight
 from torch import Tensor
 
 from tensornet.errors import FormatError
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.codebooks import CODEBOOKS, RUN, Codebook
 from tensornet.quantization.descent import sweep_runs
@@ -19,6 +20,7 @@ from tensornet.quantization.feedback import Grid, round_with_feedback
 from tensornet.quantization.moments import Moment, loss_increase
 from tensornet.quantization.rounding import ROUNDINGS
 from tensornet.quantization.scales import search_scales
+from tensornet.topologies.dense import round_dense
 
 NAMES = st.sampled_from(sorted(CODEBOOKS))
 
@@ -235,6 +237,15 @@ def test_descent_knows_the_outputs(name: str) -> None:
     moments = {"rows": outputs, "columns": inputs, "rounding": "one_sided", "refits": 0}
     losses = [float(round_weight(matrix, name, **moments, sweeps=k).loss_increase) for k in (0, 2)]
     assert losses[1] < 0.8 * losses[0]
+
+
+def test_descent_where_feedback_is_not_two_sided() -> None:
+    """Without the full moment of the inputs, only descent uses that of the outputs."""
+    matrix, weighting = weight(24, 512, 0), Weighting(moment(24, 1), moment(512, 0).diagonal())
+    descended, rounded = (
+        round_dense(matrix, NumberFormat.parse("iq3_s"), weighting, most) for most in (None, 0)
+    )
+    assert float(descended.loss_increase) < 0.98 * float(rounded.loss_increase)
 
 
 def test_stacks_are_rounded_matrix_by_matrix() -> None:
