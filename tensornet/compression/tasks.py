@@ -6,16 +6,21 @@ only on the shape of the matrix, so the result does not depend on the number of 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Executor
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, groupby, islice
+from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tensornet._util import remembering
+from tensornet.compression.apply import compress_layer
 from tensornet.compression.plan import LayerPlan
 from tensornet.errors import WorkerError
 from tensornet.linalg.svd import energy
@@ -64,6 +69,56 @@ def compress_tasks(
     parts = [row_parts(task) for task in tasks]
     made = iter(results(list(chain(*parts)), compress, executor))
     return [join_rows(x, some, list(islice(made, len(some)))) for x, some in zip(tasks, parts, strict=True)]
+
+
+def compress_alone(matrix: Tensor, layer: LayerPlan, weighting: Weighting, rounding: Rounding) -> Made:
+    """Compress a layer with a single thread (see `tensornet.compression.apply.compress_layer`).
+
+    The result must not depend on the order of summation, and other workers need the processor cores.
+    """
+    with one_thread():
+        return compress_layer(matrix, layer, weighting, rounding)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use a single thread within a `with` block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def worker_processes(count: int) -> Iterator[Executor | None]:
+    """Start processes that run tasks, and yield their executor; None for a single worker.
+
+    Workers import only the modules of the functions that they call.
+    """
+    if count == 1:
+        yield None
+        return
+    # A forked process would copy the locks of torch's threads, and could wait for them forever.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as executor:
+        try:
+            yield executor
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Start a thread that ends this worker process if the parent dies; it would otherwise wait forever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def results(tasks: Sequence[Task], compress: Callable[..., Any], executor: Executor | None) -> list[Any]:

@@ -44,6 +44,8 @@ _NEGLIGIBLE = 1e-4
 #: New group size for each old one, when 16-bit scales replace scales of at most 8 bits. Doubling the group
 #: size keeps the number of bytes about the same.
 _WIDER = {16: 32, 32: 64, 64: 128}
+#: Number of inputs in the smallest groups; all larger groups consist of these.
+_SMALL_GROUP = 16
 
 
 @torch.no_grad()
@@ -332,12 +334,26 @@ def scale_fault(
     return "underflow" if float(of_groups[small].sum()) > limit else None
 
 
-@remembered
 def group_ranges(weight: Tensor, group: int | None, shifted: bool) -> Tensor:
     """Compute the largest absolute value of each group or, with shifted grids, the spread of its values."""
-    groups, dtype = NumberFormat(8, group).grouped(weight), torch.promote_types(weight.dtype, torch.float32)
-    high, low = groups.amax(-1).to(dtype), groups.amin(-1).to(dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    high, low = (x.to(dtype) for x in _extremes(weight, group))
     return high - low if shifted else torch.maximum(high, -low)
+
+
+@remembered
+def _extremes(weight: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
+    """Compute the largest and the smallest value of each group, shape `(..., out, groups)`."""
+    if group is None or group == _SMALL_GROUP:
+        groups = NumberFormat(8, group).grouped(weight)
+        return groups.amax(-1), groups.amin(-1)
+    # The values of the smallest groups are computed once for formats with all group sizes.
+    count = group // _SMALL_GROUP
+    high, low = (
+        torch.nn.functional.pad(x, (0, -x.shape[-1] % count)).unflatten(-1, (-1, count))
+        for x in _extremes(weight, _SMALL_GROUP)
+    )
+    return high.amax(-1), low.amin(-1)
 
 
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:

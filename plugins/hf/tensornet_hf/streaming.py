@@ -14,15 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +33,15 @@ import tensornet.compression
 from tensornet.calibration.batches import Batch
 from tensornet.calibration.losses import label_losses
 from tensornet.calibration.walk import outer_stacks
-from tensornet.compression.apply import compress_layer
 from tensornet.compression.compress import calibration_config
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import LossIncrease
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage
 from tensornet.compression.survey import dense_only, survey_or_load
 from tensornet.compression.survey import digest as text_digest
+from tensornet.compression.tasks import compress_alone, one_thread, worker_processes
 from tensornet.compression.write import batches_to_write, compress_blocks, read_enough
 from tensornet.errors import (
     BudgetError,
@@ -53,12 +51,9 @@ from tensornet.errors import (
     TensorNetError,
 )
 from tensornet.io import FLOATS, load_slice, read_header, write_file, write_tensors
-from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.extension import ProvidedData
-from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
-from tensornet.quantization import Rounding
 from tensornet_hf.checkpoint import check_free, read_json, weight_files
 from tensornet_hf.exporters.compressed_tensors import compressed_tensors_contents
 from tensornet_hf.exporters.gguf import check_files, gguf_layout
@@ -247,7 +242,7 @@ def compress_checkpoint(
             args = source, open_lazily(source) if reads_data else lazy, plan
             tensors = planned_contents(*args) if write is None else write(*args)[0]
             out = FolderWriter(work, tensors, max_shard_bytes=max_shard_bytes, key=key)
-        with _executor(workers, executor) as using:
+        with worker_processes(1 if executor else workers) as own:
             states = StatesOnDisk(work / "states")
             read = batches_to_write(batches, lazy.model, plan)
             start = states.complete(len(read))
@@ -268,7 +263,7 @@ def compress_checkpoint(
                 factors=priced.factors if priced else None,
                 measured=measured,
                 finished=out.finished,
-                executor=using,
+                executor=executor or own,
                 compress=compress_alone,
                 progress=progress,
             )
@@ -473,42 +468,6 @@ def _check_readable(lazy: LazyModel, config: CompressionConfig) -> None:
             )
 
 
-def compress_alone(
-    matrix: Tensor, layer: LayerPlan, weighting: Weighting, rounding: Rounding
-) -> tuple[TensorNetworkLinear, float]:
-    """Compress a layer with a single thread (see `tensornet.compression.apply.compress_layer`).
-
-    The result must not depend on the order of summation, and other workers need the processor cores.
-    """
-    with one_thread():
-        return compress_layer(matrix, layer, weighting, rounding)
-
-
-@contextmanager
-def _executor(workers: int, executor: Executor | None) -> Iterator[Executor | None]:
-    """Yield the given executor, or one with worker processes, or None for a single worker."""
-    with ExitStack() as stack:
-        if executor is None and workers > 1:
-            # A forked process would copy the locks of torch's threads, and could wait for them forever.
-            executor = ProcessPoolExecutor(
-                workers, mp_context=get_context("spawn"), initializer=_end_with_parent
-            )
-            stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        yield executor
-
-
-def _end_with_parent() -> None:
-    """Start a thread that ends this worker process if the parent dies; it would otherwise wait forever."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def _reading_or_writing(source: Path, target: Path) -> Iterator[None]:
     """Convert OSError within a `with` block to errors that say what failed and which files are kept."""
@@ -524,14 +483,3 @@ def _reading_or_writing(source: Path, target: Path) -> Iterator[None]:
             f"Writing {target} failed: {error}. Finished tensors are kept in {staging_folder(target)}. Free "
             "some space and run the same command again, or delete this folder."
         ) from error
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use a single thread within a `with` block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

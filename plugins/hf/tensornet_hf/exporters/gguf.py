@@ -17,8 +17,10 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -572,20 +574,23 @@ def _block_type(gguf: ModuleType, place: Place, weights: Weights | Iterable[Numb
 
 
 def _blocks(gguf: ModuleType, name: str, kind: str, place: Place, weights: Weights) -> Iterator[Array]:
-    """Yield the bytes of a tensor of integers.
+    """Yield the bytes of a tensor of integers, which are encoded in as many threads as torch uses.
 
     Raises:
         TargetError: the type does not store the weights exactly.
     """
-    for part in place.read(weights):
-        data = _encoded(gguf, kind, *part)
-        if data is None:
-            raise TargetError(
-                f"The tensor {name!r} has the type {kind} because of the number formats of its layers, but "
-                f"this type does not store the new weight of {next(iter(place.layers))!r} exactly. Plan with "
-                "formats='gguf' (--formats gguf), or leave the layer dense."
-            )
-        yield data
+    count, parts = torch.get_num_threads(), place.read(weights)
+    with ThreadPoolExecutor(count) as threads:
+        while some := list(islice(parts, count)):
+            for data in threads.map(lambda part: _encoded(gguf, kind, *part), some):
+                if data is None:
+                    raise TargetError(
+                        f"The tensor {name!r} has the type {kind} because of the number formats of its "
+                        "layers, but this type does not store the new weight of "
+                        f"{next(iter(place.layers))!r} exactly. Plan with formats='gguf' (--formats gguf), "
+                        "or leave the layer dense."
+                    )
+                yield data
 
 
 def _float_type(values: Array) -> str:
