@@ -619,12 +619,13 @@ def losses_of_parts(
     Returns:
         Measured and predicted losses of the part of each matrix, by format.
     """
-    parts = [part_of(matrix, sensitivity, formats) for matrix, sensitivity in layers]
+    fitting = [[x for x in formats if x.fits(matrix.shape[1])] for matrix, _ in layers]
+    parts = {k: part_of(*layers[k], some) for k, some in enumerate(fitting) if some}
     groups: dict[Hashable, list[int]] = {}
-    for index, (part, seen) in enumerate(parts):
-        kind = (part.shape, part.dtype, part.device, part.shape == layers[index][0].shape)
-        groups.setdefault(kind if seen.weighting.full else index, []).append(index)
-    measured: list[dict[NumberFormat, FormatLosses]] = [{} for _ in parts]
+    for k, (part, seen) in parts.items():
+        kind = (*fitting[k], part.shape, part.dtype, part.device, part.shape == layers[k][0].shape)
+        groups.setdefault(kind if seen.weighting.full else k, []).append(k)
+    found: list[Corrections] = [{} for _ in layers]
     for places in groups.values():
         some = [parts[k] for k in places]
         weights, seen = some[0]
@@ -637,18 +638,17 @@ def losses_of_parts(
             )
             weighting = Weighting(rows, columns)
         sweeps = None if some[0][0].shape == layers[places[0]][0].shape else _SWEEPS
+        measured: list[dict[NumberFormat, FormatLosses]] = [{} for _ in places]
         with remembering():  # moments are factorized once for all formats
-            for number_format in [x for x in formats if x.fits(weights.shape[-1])]:
+            for number_format in fitting[places[0]]:
                 made = round_dense(weights, number_format, weighting, sweeps, seen.rounding)
                 kept = made.dequantize(weights.dtype)
-                for k, (part, each), matrix in zip(
-                    places, some, kept.view(-1, *kept.shape[-2:]), strict=True
-                ):
-                    measured[k][number_format] = _losses(part, matrix, each)
-    found: list[Corrections] = []
-    for (part, seen), known in zip(parts, measured, strict=True):
-        told = zip(known, _predicted(part, seen, list(known)), strict=True)
-        found.append({x: (known[x], losses) for x, losses in told})
+                matrices = kept.view(-1, *kept.shape[-2:])
+                for losses, (part, each), matrix in zip(measured, some, matrices, strict=True):
+                    losses[number_format] = _losses(part, matrix, each)
+        for k, (part, each), known in zip(places, some, measured, strict=True):
+            told = zip(known, _predicted(part, each, list(known)), strict=True)
+            found[k] = {x: (known[x], losses) for x, losses in told}
     return found
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensornet import topologies
+from tensornet._util import remembered, remembering
 from tensornet.errors import FormatError, TargetError
 from tensornet.io import ResumableFile
 from tensornet.nn.module import NetworkModule
@@ -326,7 +327,8 @@ class _Planner:
         """Choose all types."""
         gguf, _ = packages()
         places = self.places() if places is None else places
-        made = [self._file_tensor(gguf, name, places.get(name)) for name in self.tensors]
+        with remembering():  # many tensors have the same number formats and the same number of columns
+            made = [self._file_tensor(gguf, name, places.get(name)) for name in self.tensors]
         kind = _file_type(gguf, {x.name: x.kind for x in made if x.kind in TYPES})
         if (entry := self.writer.kv_data[0].get(gguf.Keys.General.FILE_TYPE)) is not None:
             entry.value = int(kind)
@@ -343,8 +345,11 @@ class _Planner:
         needed = tuple(layer for layer in layers if layer in self.formats)
         integer, reason = not self.integers.isdisjoint(layers), ""
         if place is not None and not tensor.float32:
-            formats = {self.formats[layer] for layer in layers}
-            kind = _block_type(gguf, place, formats if weights is None else weights)
+            if weights is not None:
+                kind = _block_type(gguf, lambda: place.read(weights))
+            else:
+                formats = frozenset(self.formats[layer] for layer in layers)
+                kind = _planned_type(gguf, formats, tuple(place.columns.tolist()))
             if kind:
                 return FileTensor(name, kind, tensor.shape, needed, partial(_blocks, gguf, name, kind, place))
         if integer and len(tensor.shape) > 1:
@@ -391,6 +396,10 @@ class _Planner:
         return source.joined(matrices)
 
 
+#: Unscaled values of some rows of a tensor, and the scale and the minimum (or None) of every element.
+Part = tuple[Array, Array, Array | None]
+
+
 class Place(NamedTuple):
     """Which layers a tensor of the file contains, and where their rows and columns are.
 
@@ -409,7 +418,7 @@ class Place(NamedTuple):
         """Number of columns."""
         return len(self.columns)
 
-    def read(self, weights: Weights) -> Iterator[tuple[Array, Array, Array | None]]:
+    def read(self, weights: Weights) -> Iterator[Part]:
         """Yield the results of `_ordered` for some rows of the tensor at a time."""
         integers = {}
         for layer in self.layers:
@@ -439,7 +448,7 @@ class Place(NamedTuple):
             yield points, scales, minima if some else None
 
 
-def _ordered(matrix: IntegerMatrix, columns: Array) -> tuple[Array, Array, Array | None]:
+def _ordered(matrix: IntegerMatrix, columns: Array) -> Part:
     """Return unscaled values, and the scale and the minimum (or None) of every element.
 
     Args:
@@ -555,22 +564,27 @@ def _encoded(
     return data if exact else None
 
 
-def _block_type(gguf: ModuleType, place: Place, weights: Weights | Iterable[NumberFormat]) -> str:
+def _block_type(gguf: ModuleType, parts: Callable[[], Iterable[Part]]) -> str:
     """Return the smallest type that stores a tensor of integers exactly, or an empty string.
 
     Args:
         gguf: the package.
-        place: where the rows of the tensor come from.
-        weights: the weights. Alternatively their number formats, of which random rows are then tried.
+        parts: function that reads the tensor, some rows at a time.
     """
-
-    def parts() -> Iterator[tuple[Array, Array, Array | None]]:
-        if isinstance(weights, Mapping):
-            yield from place.read(weights)
-        else:
-            yield from (_ordered(_sample(x, place.width), place.columns) for x in weights)
-
     return next((x for x in TYPES if all(_encoded(gguf, x, *part) is not None for part in parts())), "")
+
+
+@remembered
+def _planned_type(gguf: ModuleType, formats: frozenset[NumberFormat], columns: tuple[int, ...]) -> str:
+    """Return the smallest type that stores random rows of number formats, or an empty string.
+
+    Args:
+        gguf: the package.
+        formats: number formats of the layers of a tensor.
+        columns: order of their columns in the tensor.
+    """
+    order = np.array(columns)
+    return _block_type(gguf, lambda: [_ordered(_sample(x, len(order)), order) for x in formats])
 
 
 def _blocks(gguf: ModuleType, name: str, kind: str, place: Place, weights: Weights) -> Iterator[Array]:
@@ -841,7 +855,7 @@ def _factors(
     if low_rank.integers is not None:
         place = Place({name: low_rank.rank}, np.arange(low_rank.rank), columns)
         weights = {name: low_rank.integers}
-        kind = _block_type(gguf, place, weights)
+        kind = _block_type(gguf, lambda: place.read(weights))
     for suffix, values in ((LORA_A, right), (LORA_B, left)):
         if kind and suffix == LORA_A:
             data = list(_blocks(gguf, name, kind, place, weights))
@@ -915,7 +929,9 @@ def _with_skeleton(
                 f"{name} of {file} differs from the weight of {layer!r}; does the file belong to this model?"
             )
         place = Place({layer: len(order)}, order, np.arange(shape[-1]))
-        kind, reason = "" if integers is None else _block_type(gguf, place, split.integers), ""
+        kind, reason = "", ""
+        if integers is not None:
+            kind = _block_type(gguf, partial(place.read, split.integers))
         if kind and not (halves and tensor.tensor_type.name == "F32"):
             chunks = partial(_blocks, gguf, name, kind, place)
         else:
