@@ -327,7 +327,10 @@ def inputs_by_block(
             with precision(), torch.no_grad():
                 for number, batch in enumerate(walk.batches):
                     recorder.expect(batch)
-                    walk.run(number)
+                    with suppress(Stop):
+                        walk.run(number)
+                    if not number:
+                        recorder.stop_at_last(walk.names[walk.position])
             yield walk.names[walk.position], recorder.finish(1, None, "")
             with recorder.paused(), precision():
                 walk.advance()

@@ -147,14 +147,19 @@ class MomentRecorder:
         self.seen.clear()
         self._sampled.clear()
 
-    def stop_at_last(self) -> None:
+    def stop_at_last(self, block: str = "") -> None:
         """From now on, raise `Stop` when a batch reaches the layer that was the last one to read this batch.
 
-        Then all inputs are known, and the results of the model are not needed. Nothing changes if this layer
-        may be an expert, has read the batch more than once, or looks up rows.
+        Then all inputs are known, and the results are not needed. Nothing changes if this layer may be an
+        expert, has read the batch more than once, or looks up rows.
+
+        Args:
+            block: name of the block that ran, whose layers are no experts of those in other blocks; empty if
+                the model ran.
         """
         *_, last = self.seen or [""]
-        if last not in self.frequencies and last not in self.siblings and self.seen.count(last) == 1:
+        experts = [x for x in self.siblings.get(last, ()) if not block or x.startswith(f"{block}.")]
+        if last not in self.frequencies and len(experts) < 2 and self.seen.count(last) == 1:
             self.stops_at = last
 
     @contextmanager

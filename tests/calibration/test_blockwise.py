@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -251,18 +252,19 @@ def test_moments_of_inputs_alone_come_from_the_first_block_to_the_last(make: Cal
         torch.testing.assert_close(rows[name], moment)
 
 
-def test_the_head_runs_on_one_batch_only_if_its_inputs_alone_are_asked_for() -> None:
+def test_blocks_and_the_head_run_to_the_end_on_one_batch_only_if_inputs_alone_are_asked_for() -> None:
     model, runs = llama().eval(), []
-    recorder = MomentRecorder()
+    recorder, names = MomentRecorder(), ("model.layers.0", "model.layers.1")
     with observed(model, recorder, None):
         given = [as_batch(text(rows), model, torch.device("cpu")) for rows in (1, 2, 3)]
-        model.lm_head.register_forward_hook(lambda *_: runs.append(True))
-        *_, (name, stats) = inputs_by_block(
-            Walk(model, ("model.layers.0", "model.layers.1"), given), recorder
-        )
-    assert not name
-    assert len(runs) == 1
-    assert stats.counts["lm_head"] == sum(batch["input_ids"].numel() for batch in given)
+        last = [*(f"{name}.mlp.down_proj" for name in names), "lm_head"]
+        for name in last:
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name: runs.append(name))
+        found = dict(inputs_by_block(Walk(model, names, given), recorder))
+    # Every batch also runs through the first block at the beginning, and through each block behind its item.
+    assert Counter(runs) == dict(zip(last, (3 + 1 + 3, 1 + 3, 1), strict=True))
+    tokens = sum(batch["input_ids"].numel() for batch in given)
+    assert all(count == tokens for stats in found.values() for count in stats.counts.values())
 
 
 class OneExpert(nn.Module):
@@ -280,12 +282,37 @@ class OneExpert(nn.Module):
         return x
 
 
-def test_no_expert_loses_tokens_because_a_batch_ended_early() -> None:
-    model, recorder = OneExpert().eval(), MomentRecorder()
+class KeepsSigns(OneExpert):
+    """A block with experts; all blocks use the same one for a batch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).copysign(input)
+
+
+class TwoBlocks(nn.Module):
+    """Two blocks with experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(KeepsSigns() for _ in range(2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](input))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"), [(OneExpert, ()), (TwoBlocks, ("layers.0", "layers.1"))], ids=["model", "blocks"]
+)
+def test_no_expert_loses_tokens_because_a_batch_ended_early(
+    make: Callable[[], nn.Module], names: tuple[str, ...]
+) -> None:
+    model, recorder = make().eval(), MomentRecorder()
     with observed(model, recorder, None):
         given = [{"input": torch.full((3, 4), sign)} for sign in (-1.0, 1.0)]
-        *_, (_, stats) = inputs_by_block(Walk(model, (), given), recorder)
-    assert (stats.counts["experts.0"], stats.counts["experts.1"]) == (6, 3)
+        for name, stats in inputs_by_block(Walk(model, names, given), recorder):
+            if name or not names:
+                prefix = f"{name}." if name else ""
+                assert [stats.counts[f"{prefix}experts.{k}"] for k in (0, 1)] == [6, 3]
 
 
 def test_the_model_is_left_as_it_was() -> None:
