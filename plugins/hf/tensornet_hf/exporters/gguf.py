@@ -64,8 +64,9 @@ from tensornet_hf.text import first_line
 
 #: Suffixes of the names of the right and the left factor in a LoRA adapter.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
-#: Number of weights that are encoded at a time.
-_CHUNK = 1 << 21
+#: Number of weights that are encoded at a time in one thread, and largest number of threads; with codebooks,
+#: each of them needs about 0.1 GB.
+_CHUNK, _THREADS = 1 << 21, 8
 #: Reasons why the weight of an integer layer is not stored as integers.
 _INEXACT, _FLOAT32 = "no GGUF type stores it exactly", "llama.cpp reads it in float32"
 #: GGUF types of 16-bit dtypes.
@@ -588,12 +589,12 @@ def _planned_type(gguf: ModuleType, formats: frozenset[NumberFormat], columns: t
 
 
 def _blocks(gguf: ModuleType, name: str, kind: str, place: Place, weights: Weights) -> Iterator[Array]:
-    """Yield the bytes of a tensor of integers, which are encoded in as many threads as torch uses.
+    """Yield the bytes of a tensor of integers, which several threads encode.
 
     Raises:
         TargetError: the type does not store the weights exactly.
     """
-    count, parts = torch.get_num_threads(), place.read(weights)
+    count, parts = min(torch.get_num_threads(), _THREADS), place.read(weights)
     with ThreadPoolExecutor(count) as threads:
         while some := list(islice(parts, count)):
             for data in threads.map(lambda part: _encoded(gguf, kind, *part), some):
