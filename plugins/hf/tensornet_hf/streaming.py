@@ -242,7 +242,7 @@ def compress_checkpoint(
             args = source, open_lazily(source) if reads_data else lazy, plan
             tensors = planned_contents(*args) if write is None else write(*args)[0]
             out = FolderWriter(work, tensors, max_shard_bytes=max_shard_bytes, key=key)
-        with worker_processes(1 if executor else workers) as own:
+        with worker_processes(workers if executor is None else 1) as own:
             states = StatesOnDisk(work / "states")
             read = batches_to_write(batches, lazy.model, plan)
             start = states.complete(len(read))
@@ -263,7 +263,7 @@ def compress_checkpoint(
                 factors=priced.factors if priced else None,
                 measured=measured,
                 finished=out.finished,
-                executor=executor or own,
+                executor=own if executor is None else executor,
                 compress=compress_alone,
                 progress=progress,
             )
