@@ -402,13 +402,14 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
             axes.plot(bits, kl, style, label=label, markersize=5, linewidth=1.5)
             for row in found if (types, rounding) in NAMED else ():
                 place, left = (row["bits_per_weight"], row["kl"][0]), row["size"] in SMALLEST
+                text = row["name"].split()[0] if rounding == "other" else row["size"]
                 height = -7 if row["size"].startswith("IQ") else 0  # its point is just below another one
                 offset, side = ((-6, height), "right") if left else ((6, height), "left")
-                axes.annotate(row["size"], place, offset, textcoords="offset points", ha=side, fontsize=9)
+                axes.annotate(text, place, offset, textcoords="offset points", ha=side, fontsize=9)
         axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="KL divergence, nats a token")
         axes.set_title(TITLES.get(name, name))
         axes.grid(alpha=0.3)
-        axes.margins(x=0.19)
+        axes.margins(x=0.33)
         axes.legend(fontsize=8, loc="lower left")
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
         figure.savefig(file, metadata={"Date": None})
