@@ -103,10 +103,7 @@ def worker_processes(count: int) -> Iterator[Executor | None]:
     # A forked process would copy the locks of torch's threads, and could wait for them forever.
     context = get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as executor:
-        try:
-            yield executor
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+        yield executor
 
 
 def _end_with_parent() -> None:

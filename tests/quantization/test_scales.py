@@ -14,7 +14,9 @@ from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization import scales as searching
+from tensornet.quantization.formats import GROUPS
 from tensornet.quantization.scales import (
+    group_ranges,
     refit_scales,
     scale_fault,
     search_scales,
@@ -254,6 +256,21 @@ def test_formats_with_16_bit_scales_take_as_many_bytes(name: str) -> None:
     assert not scale_fault(2.0**-40 * narrow(), wide)
     assert storable_formats(2.0**-40 * narrow(), [number_format]) == (wide,)
     assert storable_formats(narrow(), [number_format]) == (number_format,)
+
+
+@given(
+    size=st.integers(1, 300),
+    group=st.sampled_from(GROUPS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    offset=st.sampled_from([-1, 0, 1]),
+)
+def test_ranges_of_groups_are_those_of_their_elements(
+    size: int, group: int | None, dtype: torch.dtype, offset: int
+) -> None:
+    values = (weight(3, size, 0) + offset).to(dtype)
+    groups = NumberFormat(8, group).grouped(values).float()
+    assert torch.equal(group_ranges(values, group, shifted=False), groups.abs().amax(-1))
+    assert torch.equal(group_ranges(values, group, shifted=True), groups.amax(-1) - groups.amin(-1))
 
 
 @pytest.mark.slow

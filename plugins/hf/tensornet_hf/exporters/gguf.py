@@ -930,9 +930,8 @@ def _with_skeleton(
                 f"{name} of {file} differs from the weight of {layer!r}; does the file belong to this model?"
             )
         place = Place({layer: len(order)}, order, np.arange(shape[-1]))
-        kind, reason = "", ""
-        if integers is not None:
-            kind = _block_type(gguf, partial(place.read, split.integers))
+        kind = "" if integers is None else _block_type(gguf, partial(place.read, split.integers))
+        reason = ""
         if kind and not (halves and tensor.tensor_type.name == "F32"):
             chunks = partial(_blocks, gguf, name, kind, place)
         else:
