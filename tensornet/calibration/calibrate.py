@@ -123,6 +123,7 @@ class MomentRecorder:
         #: Layers with equal shapes whose names differ in one number only, by the name of each such layer;
         #: they may be the experts of a mixture.
         self.siblings: dict[str, list[str]] = {}
+        self.layers: set[str] = set()  # names of all observed layers
         self.restart()
 
     def restart(self) -> None:
@@ -151,12 +152,14 @@ class MomentRecorder:
         """From now on, raise `Stop` when a batch reaches the layer that was the last one to read this batch.
 
         Then all inputs are known, and the results are not needed. Nothing changes if this layer may be an
-        expert, has read the batch more than once, or looks up rows.
+        expert, has read the batch more than once, or looks up rows, nor if a layer of the block did not run.
 
         Args:
             block: name of the block that ran, whose layers are no experts of those in other blocks; empty if
                 the model ran.
         """
+        if block and any(x.startswith(f"{block}.") for x in self.layers.difference(self.seen)):
+            return
         *_, last = self.seen or [""]
         experts = [x for x in self.siblings.get(last, ()) if not block or x.startswith(f"{block}.")]
         if last not in self.frequencies and len(experts) < 2 and self.seen.count(last) == 1:
@@ -474,6 +477,7 @@ def observed(
         weights = find_targets(model, config or LayerSelection(target_modules="all"))
         targets = [x for x in weights if not x.skip]
         layers = {id(m): (n, m) for x in targets for n, m in zip(x.names, x.modules, strict=True)}
+        recorder.layers = {name for name, _ in layers.values()}
         recorder.siblings = find_siblings(
             {
                 name: kind.matrix(module).shape

@@ -315,6 +315,27 @@ def test_no_expert_loses_tokens_because_a_batch_ended_early(
                 assert [stats.counts[f"{prefix}experts.{k}"] for k in (0, 1)] == [6, 3]
 
 
+class Optional(nn.Module):
+    """A block whose last layer is skipped for some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.always(input)
+        return (self.sometimes(x) if input[0, 0] > 0 else x).copysign(input)
+
+
+def test_a_layer_that_the_first_batch_skips_is_seen_later() -> None:
+    model, recorder = nn.Sequential(Optional(), Optional()).eval(), MomentRecorder()
+    with observed(model, recorder, None):
+        given = [{"input": torch.full((3, 4), sign)} for sign in (-1.0, 1.0)]
+        for name, stats in inputs_by_block(Walk(model, ("0", "1"), given), recorder):
+            if name:
+                assert [stats.counts[f"{name}.{x}"] for x in ("always", "sometimes")] == [6, 3]
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = llama().train()
     model.lm_head.weight.requires_grad_(False)
