@@ -347,12 +347,12 @@ def _descended(
         values = weight.new_ones(1, n) if moment is None else moment.values
         return values[some] if len(values) > 1 else values.expand(len(weight[some]), *values.shape[1:])
 
-    codes, scales = solution.codes.clone(), solution.scales.clone()
+    codes, scales, loss = solution.codes.clone(), solution.scales.clone(), solution.loss.clone()
     step = max(1, _DESCENT_ROWS // out)
     for start in range(0, stack, step):
         some = slice(start, start + step)
         inner = moments(columns, some, size)
-        codes[some], scales[some] = descend(
+        codes[some], scales[some], loss[some] = descend(
             weight[some],
             codes[some],
             scales[some],
@@ -363,8 +363,7 @@ def _descended(
             sweeps,
             solution.loss[some],
         )
-    error = weight - (codes - zero) * number_format.spread(scales.to(weight.dtype), size)
-    return _Solution(codes, scales, loss_increase(error, rows, columns), solution.way)
+    return _Solution(codes, scales, loss, solution.way)
 
 
 def _nothing(weight: Tensor, number_format: NumberFormat) -> RoundedWeight:

@@ -221,11 +221,13 @@ def test_sweeps_never_raise_the_loss(name: str, rows: int, diagonal: bool, seed:
     grid = Grid.of(number_format, number_format.spread(scales.double(), 256)[None])
     before = grid.codes(matrix[None])
     side = outputs.diagonal() if diagonal else outputs
-    losses = []
+    losses, told = [], [price(matrix - grid.points(before)[0], outputs, inputs)]
     for _ in range(3):
         losses.append(price(matrix - grid.points(before)[0], outputs, inputs))
-        before = sweep_runs(matrix[None], before, grid, side[None], inputs[None])
+        before, change = sweep_runs(matrix[None], before, grid, side[None], inputs[None])
+        told.append(told[-1] + float(change))
         number_format.pack(number_format.to_codes(before[0]))  # all codes are in the codebook
+    assert told[:3] == pytest.approx(losses, rel=1e-6)
     assert losses == sorted(losses, reverse=True)
     assert losses[2] < 0.9 * losses[0]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from quantization.rounding_cases import moment, price, weight
 
 from tensornet.quantization import NumberFormat, round_weight
-from tensornet.quantization.descent import descend, sweep_codes, sweep_scales
+from tensornet.quantization.descent import descend, sweep_codes, sweep_scales, times_rows
 from tensornet.quantization.feedback import Grid
 
 
@@ -32,8 +32,9 @@ def test_sweeps_never_raise_the_price(m: int, n: int, seed: int, bits: int) -> N
     between = cost(codes, refitted)
     assert between <= before * (1 + 1e-9) + 1e-12
     grid = Grid(refitted.repeat_interleave(32, 1)[None, :, :n], zero, top)
-    moved = sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])[0]
+    moved, change = (x[0] for x in sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None]))
     assert cost(moved, refitted) <= between * (1 + 1e-9) + 1e-12
+    assert between + float(change) == pytest.approx(cost(moved, refitted), rel=1e-6, abs=1e-9)
     assert 0 <= float(moved.min()) <= float(moved.max()) <= top
 
 
@@ -46,7 +47,7 @@ def test_no_single_move_helps_in_the_end(name: str) -> None:
     units = torch.arange(4.0) if grid.levels is None else grid.levels.values
     codes = torch.full_like(matrix, float(units[2]))
     for _ in range(60):
-        codes = sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])[0]
+        codes = sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])[0][0]
     best = price(matrix - grid.points(codes)[0], rows, columns)
     for i in range(6):
         for j in range(12):
@@ -57,12 +58,13 @@ def test_no_single_move_helps_in_the_end(name: str) -> None:
 
 
 def test_one_group_of_scales_is_solved_exactly() -> None:
-    matrix, rows, columns = weight(5, 32, 0), moment(5, 0), moment(32, 1)
-    points = torch.randint(-2, 3, (5, 32)).double()
+    """Two rows, since that many conjugate gradient steps are exact."""
+    matrix, rows, columns = weight(2, 32, 0), moment(2, 0), moment(32, 1)
+    points = torch.randint(-2, 3, (2, 32)).double()
     scales = sweep_scales(
         matrix[None],
         points[None],
-        torch.ones(1, 5, 1).double(),
+        torch.ones(1, 2, 1).double(),
         NumberFormat.parse("int3:row"),
         rows[None],
         columns[None],
@@ -87,6 +89,7 @@ def test_scales_are_kept_where_eight_bits_make_the_exact_ones_worse() -> None:
         rows[None],
         torch.ones(1, 1, 1).double(),
         1,
+        loss=torch.tensor([price(matrix - 3 * scales.double(), rows, torch.ones(1, 1).double())]).double(),
     )
     assert torch.equal(kept[0][0], codes)
     assert torch.equal(kept[1][0].float(), scales.float())
@@ -99,15 +102,16 @@ def test_a_diagonal_is_that_matrix(m: int, n: int, seed: int, bits: int) -> None
     rows = moment(m, seed, tokens=2).diagonal()
     codes = torch.full_like(matrix, 2.0)
     scales = torch.full((m, number_format.groups(n)), 0.7, dtype=matrix.dtype)
-    given_both = [
-        descend(matrix[None], codes[None], scales[None], 1.5, number_format, side[None], columns[None], 2)
-        for side in (rows, rows.diag())
-    ]
+    loss = torch.tensor([price(matrix - 0.5 * 0.7, rows.diag(), columns)], dtype=torch.float64)
+    known = matrix[None], codes[None], scales[None], 1.5, number_format
+    given_both = [descend(*known, side[None], columns[None], 2, loss.clone()) for side in (rows, rows.diag())]
     prices = [
         price(matrix - (c[0] - 1.5) * s[0].repeat_interleave(32, 1)[:, :n], rows.diag(), columns)
-        for c, s in given_both
+        for c, s, _ in given_both
     ]
     torch.testing.assert_close(prices[0], prices[1], rtol=1e-6, atol=1e-9)
+    for cost, (_, _, loss) in zip(prices, given_both, strict=True):
+        assert float(loss) == pytest.approx(cost, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.slow
@@ -133,10 +137,12 @@ def test_a_stack_descends_as_its_matrices_do(bits: int, diagonal: bool) -> None:
     number_format = NumberFormat(bits, 32)
     codes = torch.full_like(matrices, 2.0)
     scales = matrices.abs().amax((1, 2))[:, None, None].expand(-1, m, number_format.groups(n)) / 2
-    together = descend(matrices, codes, scales, 1.5, number_format, rows, columns, 3)
+    error = matrices - 0.5 * number_format.spread(scales, n)
+    loss = 0.5 * (error * times_rows(rows, error @ columns)).sum((1, 2))
+    together = descend(matrices, codes, scales, 1.5, number_format, rows, columns, 3, loss)
     for k in range(count):
         one = slice(k, k + 1)
         given_one = matrices[one], codes[one], scales[one], 1.5, number_format, rows[one], columns[one]
-        alone = descend(*given_one, 3)
-        torch.testing.assert_close(together[0][one], alone[0])
-        torch.testing.assert_close(together[1][one], alone[1])
+        alone = descend(*given_one, 3, loss[one])
+        for x, y in zip(together, alone, strict=True):
+            torch.testing.assert_close(x[one], y)
