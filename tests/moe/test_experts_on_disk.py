@@ -72,8 +72,8 @@ def test_the_outputs_are_those_of_the_model(name: str, max_bytes: int) -> None:
     for _ in range(2):
         torch.testing.assert_close(cached(x), expected)
         assert cache.num_bytes <= max_bytes
-    for t in range(7):
-        torch.testing.assert_close(cached(x[:, t : t + 1]), expected[:, t : t + 1])
+    for t in range(7):  # routers compute in single precision, which depends on the number of tokens
+        torch.testing.assert_close(cached(x[:, t : t + 1]), expected[:, t : t + 1], rtol=1e-6, atol=1e-6)
     if max_bytes == 0:
         assert cache.hits == 0
         assert cache.bytes_read > 0
