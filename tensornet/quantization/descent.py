@@ -32,9 +32,9 @@ _BLOCK = 64
 _MOST = 64
 #: Number of columns after which the product of all later columns is updated while scales are refitted.
 _SCALE_BLOCK = 256
-#: Number of conjugate gradient steps that solve for the scales of one group of columns in all rows. Further
-#: steps lowered the loss of layers of a trained language model by less than 0.1 %.
-_STEPS = 2
+#: Number of conjugate gradient steps that solve for the scales of one group of columns in all rows. With two,
+#: layers of a small trained model lose less than 0.1 % more, but 2,048 rows with random moments 4 %.
+_STEPS = 4
 
 
 def sweep_codes(

