@@ -28,7 +28,8 @@ from tensornet.quantization.scales import refits_final_scales
 
 #: Number of columns after which the gradient of all later columns is updated by one matrix product.
 _BLOCK = 64
-#: Largest number of changes that are made together in one column, or in one run.
+#: Largest number of changes that are made together in one column, or in one run, since the couplings of all
+#: pairs are read. After rounding with feedback, about one of 100 rows wants to change.
 _MOST = 64
 #: Number of columns after which the product of all later columns is updated while scales are refitted.
 _SCALE_BLOCK = 256
@@ -339,7 +340,7 @@ def descend(
 
     for _ in range(sweeps):
         points = codes - zero
-        error, product = passed(points, scales)
+        _, product = passed(points, scales)
         # Scales stay if minima would not fit other scales, or if they have just been refitted to the codes.
         if number_format.minimum or refits_final_scales(number_format):
             gradient = times_rows(rows, product)

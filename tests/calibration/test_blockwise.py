@@ -315,7 +315,7 @@ def test_no_expert_loses_tokens_because_a_batch_ended_early(
                 assert [stats.counts[f"{prefix}experts.{k}"] for k in (0, 1)] == [6, 3]
 
 
-class Optional(nn.Module):
+class SkipsItsLast(nn.Module):
     """A block whose last layer is skipped for some batches."""
 
     def __init__(self) -> None:
@@ -328,7 +328,7 @@ class Optional(nn.Module):
 
 
 def test_a_layer_that_the_first_batch_skips_is_seen_later() -> None:
-    model, recorder = nn.Sequential(Optional(), Optional()).eval(), MomentRecorder()
+    model, recorder = nn.Sequential(SkipsItsLast(), SkipsItsLast()).eval(), MomentRecorder()
     with observed(model, recorder, None):
         given = [{"input": torch.full((3, 4), sign)} for sign in (-1.0, 1.0)]
         for name, stats in inputs_by_block(Walk(model, ("0", "1"), given), recorder):

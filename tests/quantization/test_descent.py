@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantization.rounding_cases import moment, price, weight
 
-from tensornet.quantization import NumberFormat, round_weight
+from tensornet.quantization import NumberFormat, descent, round_weight
 from tensornet.quantization.descent import descend, sweep_codes, sweep_scales, times_rows
 from tensornet.quantization.feedback import Grid
 
@@ -71,6 +71,34 @@ def test_one_group_of_scales_is_solved_exactly() -> None:
     )[0]
     gradient = (points * (rows @ (matrix - points * scales) @ columns)).sum(1)
     assert float(gradient.abs().max()) < 1e-6
+
+
+def test_scales_do_not_depend_on_the_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, rows, columns = weight(6, 112, 0), moment(6, 0), moment(112, 1)
+    points, scales = torch.randint(-2, 3, matrix.shape).double(), torch.ones(6, 7).double()
+    given = matrix[None], points[None], scales[None], NumberFormat(3, 16), rows[None], columns[None]
+    found = []
+    for block in (16, 48, 256):
+        monkeypatch.setattr(descent, "_SCALE_BLOCK", block)
+        found.append(sweep_scales(*given))
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+
+
+def test_of_many_changes_the_best_are_made() -> None:
+    """All 100 rows want to change in each column, more than are changed together."""
+    matrix, rows, columns = weight(100, 32, 0), moment(100, 0), moment(32, 1)
+    grid = Grid(torch.full_like(matrix, 0.5)[None], 3.5, 7)
+    codes = torch.zeros_like(matrix)
+    losses = [price(matrix - grid.points(codes)[0], rows, columns)]
+    for _ in range(3):
+        codes, change = (
+            x[0] for x in sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])
+        )
+        losses.append(price(matrix - grid.points(codes)[0], rows, columns))
+        assert losses[-2] + float(change) == pytest.approx(losses[-1], rel=1e-6)
+    assert losses[-1] < 0.5 * losses[0]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_scales_are_kept_where_eight_bits_make_the_exact_ones_worse() -> None:
