@@ -302,9 +302,9 @@ class FolderWriter:
             FormatError: a file of the source was truncated.
         """
         for name, (modules, error) in layers.items():
+            record_error(self.work, self.errors, name, error)  # it may be all that a killed run lost
             if self._missing.isdisjoint(self.found.own[name]):
                 continue
-            record_error(self.work, self.errors, name, error)
             for full, tensor in self.found.pack(name, modules).items():
                 self._write(full, tensor)
         if block:
