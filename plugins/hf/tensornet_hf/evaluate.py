@@ -24,7 +24,14 @@ from tensornet.compression.loss_increase import (
 )
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet.softmax_losses import cross_entropies, kl_divergences
-from tensornet_hf.text import calibration_data, first_line, load_tokenizer, token_ids, usual_context
+from tensornet_hf.text import (
+    bos_token,
+    calibration_data,
+    first_line,
+    load_tokenizer,
+    token_ids,
+    usual_context,
+)
 
 #: Largest number of tokens that are read from a held-out text.
 HELD_OUT_TOKENS = 32_768
@@ -127,7 +134,12 @@ class Perplexity:
 
 
 def text_windows(
-    tokens: Tensor, *, context: int, stride: int | None = None, batch_size: int = 16
+    tokens: Tensor,
+    *,
+    context: int,
+    stride: int | None = None,
+    batch_size: int = 16,
+    bos: int | None = None,
 ) -> list[Batch]:
     """Cut a text into windows in which each token is scored at most once.
 
@@ -141,6 +153,7 @@ def text_windows(
         stride: number of tokens from the start of a window to the start of the next, from 1 to `context` (the
             default).
         batch_size: largest number of windows in a batch.
+        bos: token that replaces the first one of each window, which is never scored (see `text.bos_token`).
 
     Returns:
         Batches of `input_ids`, shape `(windows, at most context)`. If windows overlap, `labels` of the same
@@ -171,6 +184,8 @@ def text_windows(
         ids = tokens[start : start + context]
         labels = ids.clone()
         labels[: max(scored - start, 0)] = IGNORED
+        if bos is not None:
+            ids = torch.cat([ids.new_tensor([bos]), ids[1:]])
         rows.append({"input_ids": ids} if stride == context else {"input_ids": ids, "labels": labels})
         scored = start + len(ids)
         if scored == len(tokens):
@@ -192,11 +207,12 @@ def perplexity(
     context: int,
     stride: int | None = None,
     batch_size: int = 16,
+    bos: int | None = None,
     progress: bool = False,
 ) -> Perplexity:
     """Measure the perplexity of a text, `exp(-1/N sum log p(token | earlier tokens of the window))`.
 
-    No special tokens are added, and every window starts at position 0. See `text_windows`.
+    Every window starts at position 0. See `text_windows`.
 
     Args:
         model: a causal language model of transformers; or any module whose class name ends in `ForCausalLM`
@@ -205,6 +221,8 @@ def perplexity(
         context: tokens in a window.
         stride: tokens from the start of a window to the start of the next; by default `context` (no overlap).
         batch_size: largest number of windows in a batch; smaller if the logits would exceed 64 MB.
+        bos: token that replaces the first one of each window; many models need the one that their tokenizer
+            puts before every text.
         progress: show a progress bar.
 
     Raises:
@@ -215,7 +233,7 @@ def perplexity(
             label of the same position.
         NonFiniteError: the model's loss is NaN or infinite.
     """
-    batches = _windows(model, tokens, context, stride, batch_size)
+    batches = _windows(model, tokens, context, stride, batch_size, bos)
     total, count = 0.0, 0
     with in_eval_mode(model), without_cache(model):
         for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
@@ -230,7 +248,7 @@ def perplexity(
 
 
 def _windows(
-    model: nn.Module, tokens: Tensor, context: int, stride: int | None, batch_size: int
+    model: nn.Module, tokens: Tensor, context: int, stride: int | None, batch_size: int, bos: int | None
 ) -> list[Batch]:
     """Cut a text into batches of windows for a causal language model, with the checks of `perplexity`."""
     if scores_next_token(model) is False:
@@ -245,7 +263,7 @@ def _windows(
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
     batch_size = min(batch_size, max(1, MOST_LOGITS // (max(context, 1) * vocabulary)))
     device = next(model.parameters()).device
-    return text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size)
+    return text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size, bos=bos)
 
 
 def _perplexity(
@@ -303,6 +321,7 @@ def divergence(
     context: int,
     stride: int | None = None,
     batch_size: int = 16,
+    bos: int | None = None,
     progress: bool = False,
 ) -> Divergence:
     """Compare the next-token predictions of two causal language models on the windows of a text.
@@ -312,7 +331,7 @@ def divergence(
     Args:
         model: the model to measure.
         reference: the model to compare with, such as the original.
-        tokens, context, stride, batch_size, progress: see `perplexity`.
+        tokens, context, stride, batch_size, bos, progress: see `perplexity`.
 
     Raises:
         ShapeError, ValueError: see `perplexity`.
@@ -320,7 +339,7 @@ def divergence(
         NonFiniteError: a prediction is NaN or infinite.
     """
     device = next(model.parameters()).device
-    batches = _windows(model, tokens, context, stride, batch_size)
+    batches = _windows(model, tokens, context, stride, batch_size, bos)
     losses: list[Tensor] = []
     divergences, same, increases = [], [], []
     with in_eval_mode(model), in_eval_mode(reference), without_cache(model), without_cache(reference):
@@ -401,10 +420,12 @@ def record_held_out(
         batches = calibration_data(model, folder, text, tokens=tokens).batches
         how = name
     else:
-        ids, context = token_ids(load_tokenizer(folder), text)[:tokens], usual_context(model)
+        tokenizer, context = load_tokenizer(folder), usual_context(model)
+        ids = token_ids(tokenizer, text)[:tokens]
         if len(ids) < 2:
             raise ValueError(f"{name} has only {len(ids)} tokens; give more text.")
-        batches = text_windows(ids, context=context, batch_size=max(1, 1024 // context))
+        batch_size = max(1, 1024 // context)
+        batches = text_windows(ids, context=context, batch_size=batch_size, bos=bos_token(tokenizer))
         how = f"{name} in {sum(len(x['input_ids']) for x in batches)} windows of {context}"
     recorded = record_losses(model, batches, loss_fn=label_losses, source=how, tokens=None)
     if recorded is None:

@@ -21,7 +21,14 @@ from tensornet.healing.heal import only_training
 from tensornet_hf.checkpoint import load, on_device, resolve_folder
 from tensornet_hf.specialist_files import DESCRIPTION, Specialists, load_specialists, specialists
 from tensornet_hf.streaming import digest, staging
-from tensornet_hf.text import load_tokenizer, read_text, require_causal, token_ids, usual_context
+from tensornet_hf.text import (
+    bos_token,
+    load_tokenizer,
+    read_text,
+    require_causal,
+    token_ids,
+    usual_context,
+)
 from tensornet_moe import parameter_groups
 from tensornet_moe.specialist_layers import SharedCores
 
@@ -251,11 +258,13 @@ def specialize(
     model = on_device(load(folder), device)
     require_causal(model)
     tokenizer = load_tokenizer(folder)
-    length = context or usual_context(model, _LONGEST)
+    length, bos = context or usual_context(model, _LONGEST), bos_token(tokenizer)
     training, held_out = {}, {}
     for name, text in texts.items():
         ids = token_ids(tokenizer, text)
         windows = ids[: len(ids) // length * length].reshape(-1, length)
+        if bos is not None:
+            windows[:, 0] = bos
         if len(windows) < LEAST_WINDOWS:
             raise TargetError(
                 f"The text of {name!r} is too short: {len(ids)} tokens, but {LEAST_WINDOWS} windows of "

@@ -88,6 +88,17 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
+def bos_token(tokenizer: Any) -> int | None:
+    """Return the id of the token (BOS) that a tokenizer puts before every text, or None.
+
+    Windows of a text must begin with it too. Without it, some models, such as Gemma, predict far worse.
+    """
+    bos, text = tokenizer.bos_token_id, "a"
+    if bos is None or tokenizer(text).input_ids[:1] != [bos]:
+        return None
+    return int(bos)
+
+
 def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
     """Return the default window length: the number of positions of the model, at most `limit`."""
     known = getattr(model.config, "max_position_embeddings", None) or limit
@@ -225,6 +236,8 @@ def calibration_data(
 ) -> CalibrationData:
     """Make calibration batches from a text: random windows for causal models, otherwise its first passages.
 
+    If the tokenizer puts a token (BOS) before every text, it replaces the first token of each window.
+
     Args:
         model: the dense model.
         folder: folder with the model's tokenizer.
@@ -244,8 +257,10 @@ def calibration_data(
             "these inputs to tensornet.compress."
         )
     if model.can_generate() and not model.config.is_encoder_decoder:
-        context = usual_context(model, limit=window)
-        windows = random_windows(token_ids(load_tokenizer(folder), text), context, tokens)
+        context, tokenizer = usual_context(model, limit=window), load_tokenizer(folder)
+        windows = random_windows(token_ids(tokenizer, text), context, tokens)
+        if (bos := bos_token(tokenizer)) is not None:
+            windows[:, 0] = bos
         batches = windows.split(max(1, window_batch // windows.shape[1]))
         return CalibrationData(tuple(batches), label_losses, windows.numel())
     tokenizer = load_tokenizer(folder)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -18,6 +21,7 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ViTConfig,
     ViTModel,
     XLNetConfig,
@@ -30,9 +34,17 @@ from tensornet.calibration.losses import IGNORED
 from tensornet.errors import TargetError
 from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
-from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
+from tensornet_hf.embedded import gpt2_path, heldout_text, t5_pairs, t5_path
+from tensornet_hf.evaluate import perplexity, record_held_out
 from tensornet_hf.lazy_model import ConvertedWeightError, open_model
-from tensornet_hf.text import calibration_data, random_windows, usual_context
+from tensornet_hf.text import (
+    bos_token,
+    calibration_data,
+    load_tokenizer,
+    random_windows,
+    token_ids,
+    usual_context,
+)
 
 WORDS = ["the", "river", "runs", "past", "a", "mill", "and", "two", "old", "trees", "to", "sea"]
 TEXT = "\n\n".join(" ".join(WORDS[k % 12 :] + WORDS[: k % 5]) for k in range(40))
@@ -68,6 +80,37 @@ def test_causal_models_read_windows() -> None:
     assert data.loss_fn is label_losses
     assert [tuple(batch.shape) for batch in data.batches] == [(4, 128)]
     assert data.tokens == 512
+
+
+def test_windows_begin_as_texts_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some tokenizers put a token before every text, as those of Llama and Gemma do."""
+    model, plain, text = load(gpt2_path()), load_tokenizer(gpt2_path()), heldout_text()[:9_000]
+    assert bos_token(plain) is None
+    begun = plain.backend_tokenizer
+    bos, name = plain.bos_token_id, plain.bos_token
+    begun.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=[(name, bos)])
+    folder = tmp_path / "model"
+    shutil.copytree(gpt2_path(), folder)
+    PreTrainedTokenizerFast(tokenizer_object=begun, bos_token=name).save_pretrained(folder)
+    assert bos_token(load_tokenizer(folder)) == bos
+
+    ours, others = (calibration_data(model, x, text, tokens=1024).batches for x in (folder, gpt2_path()))
+    for batch, other in zip(ours, others, strict=True):
+        assert isinstance(batch, Tensor)
+        assert isinstance(other, Tensor)
+        assert (batch[:, 0] == bos).all()
+        assert not (other[:, 0] == bos).any()
+        assert torch.equal(batch[:, 1:], other[:, 1:])
+    ids = token_ids(load_tokenizer(folder), text)
+    assert bos not in ids.tolist()
+    expected = perplexity(model, ids, context=128, bos=bos)
+    assert expected.loss != pytest.approx(perplexity(model, ids, context=128).loss, rel=1e-5)
+    recorded = record_held_out(model, folder, text, tokens=None)
+    assert float(recorded.losses.double().mean()) == pytest.approx(expected.loss, rel=1e-5)
+    (tmp_path / "text.txt").write_text(text)
+    for more in ((), ("--reference", str(folder))):
+        assert not run(["eval", str(folder), "--text", str(tmp_path / "text.txt"), "--json", *more])
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_windows_are_a_repeatable_sample_of_the_whole_text() -> None:

@@ -39,7 +39,9 @@ def model() -> TinyForCausalLM:
 
 
 @torch.no_grad()
-def slow_perplexity(model: TinyForCausalLM, tokens: Tensor, context: int, stride: int) -> tuple[float, int]:
+def slow_perplexity(
+    model: TinyForCausalLM, tokens: Tensor, context: int, stride: int, bos: int | None = None
+) -> tuple[float, int]:
     """Every token by a run of its own, over its prefix in the first window that holds both."""
     losses = []
     for position in range(1, len(tokens)):
@@ -48,17 +50,22 @@ def slow_perplexity(model: TinyForCausalLM, tokens: Tensor, context: int, stride
             start += stride
         if position == start:
             continue  # first of its window: nothing to predict it from
-        logits = model(tokens[None, start:position]).logits[0, -1]
+        prefix = tokens[start:position].clone()
+        prefix[0] = prefix[0] if bos is None else bos
+        logits = model(prefix[None]).logits[0, -1]
         losses.append(-float(torch.log_softmax(logits.double(), 0)[tokens[position]]))
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 33, 50])
 @pytest.mark.parametrize(("context", "stride"), [(8, 8), (8, 3), (8, 1), (2, 2), (2, 1), (60, 60)])
-def test_agrees_with_the_slow_truth(model: TinyForCausalLM, length: int, context: int, stride: int) -> None:
+@pytest.mark.parametrize("bos", [None, 3])
+def test_agrees_with_the_slow_truth(
+    model: TinyForCausalLM, length: int, context: int, stride: int, bos: int | None
+) -> None:
     tokens = torch.randint(VOCABULARY, (length,))
-    truth, count = slow_perplexity(model, tokens, context, stride)
-    got = perplexity(model, tokens, context=context, stride=stride, batch_size=3)
+    truth, count = slow_perplexity(model, tokens, context, stride, bos)
+    got = perplexity(model, tokens, context=context, stride=stride, batch_size=3, bos=bos)
     assert got.tokens == count
     assert got.perplexity == pytest.approx(truth, rel=1e-5)
     assert got.loss == pytest.approx(math.log(truth), rel=1e-5)

@@ -77,6 +77,7 @@ from tensornet_hf.report import compact_bytes, display_command
 from tensornet_hf.specialist_files import DESCRIPTION, Specialists, load_specialists, read_description
 from tensornet_hf.specializing import specialize as train_specialists
 from tensornet_hf.text import (
+    bos_token,
     continue_text,
     load_tokenizer,
     read_text,
@@ -441,6 +442,7 @@ def evaluate(
             require_causal(model)
             ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
             windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "progress": progress}
+            windows["bos"] = bos_token(tokenizer)
             windows["context"] = usual_context(model) if context is None else context
             if other is None:
                 measured = perplexity(model, ids, **windows)
@@ -549,7 +551,7 @@ def generate(
     if specialists is not None:
         chosen: Any = specialist
         if specialist is None:
-            ids = token_ids(tokenizer, prompt)[None]
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
             chosen = {name: float(w) for name, w in specialists.route(input_ids=ids).items()}
         using = specialists.use(chosen)
     if experts_cache is None:
