@@ -29,6 +29,7 @@ from tensornet_hf.text import (
     calibration_data,
     first_line,
     load_tokenizer,
+    text_config,
     token_ids,
     usual_context,
 )
@@ -257,10 +258,11 @@ def _windows(
             "the label of the same position), so it has no perplexity. Compare such models by their own "
             "loss, or pass a causal language model."
         )
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = text_config(model)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and context > positions:
         raise ValueError(f"context {context} is more than the {positions} positions of this model.")
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    vocabulary = getattr(config, "vocab_size", None) or 1
     batch_size = min(batch_size, max(1, MOST_LOGITS // (max(context, 1) * vocabulary)))
     device = next(model.parameters()).device
     return text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size, bos=bos)

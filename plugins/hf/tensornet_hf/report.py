@@ -33,7 +33,7 @@ from tensornet.io import write_file
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import BITS
 from tensornet_hf.evaluate import ModelFacts, record_held_out
-from tensornet_hf.text import continue_text, load_tokenizer
+from tensornet_hf.text import continue_text, load_tokenizer, text_config
 
 #: Names of the baselines. Each baseline is another configuration of the same compression pipeline.
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
@@ -145,7 +145,7 @@ def compare_methods(
     prompt, room = None, SAMPLE_TOKENS
     if text is not None and not dense.config.is_encoder_decoder:
         prompt = " ".join(text.split()[:PROMPT_WORDS])
-        positions = getattr(dense.config, "max_position_embeddings", None)
+        positions = getattr(text_config(dense), "max_position_embeddings", None)
         if positions is not None:
             room = min(room, positions - len(load_tokenizer(folder)(prompt).input_ids))
         prompt = prompt if room > 0 else None

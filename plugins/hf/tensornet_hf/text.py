@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from tensornet.calibration import cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.batches import Batch, BatchLike, as_batch
@@ -99,9 +99,20 @@ def bos_token(tokenizer: Any) -> int | None:
     return int(bos)
 
 
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of the text model, which may be a part of the configuration of a model.
+
+    It is that of a model for images and text, such as Gemma 3. The result is None without a configuration.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or config.is_encoder_decoder:
+        return config
+    return config.get_text_config(decoder=True)
+
+
 def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
     """Return the default window length: the number of positions of the model, at most `limit`."""
-    known = getattr(model.config, "max_position_embeddings", None) or limit
+    known = getattr(text_config(model), "max_position_embeddings", None) or limit
     return min(limit, known) if known > 0 else limit  # -1 stands for any number
 
 
@@ -167,7 +178,7 @@ def continue_text(
     if length == 0:
         raise ValueError("The prompt is empty; give at least one token.")
     decoder_only = not model.config.is_encoder_decoder
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     if decoder_only and positions is not None and length + max_new_tokens > positions:
         raise ValueError(
             f"The prompt has {length} tokens and {max_new_tokens} new tokens are requested, but this model "

@@ -1,17 +1,21 @@
 """Windowed perplexity against a token-by-token truth, and the promises about its windows."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hf_architectures import PAGE_ARCHITECTURES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import Gemma3ForConditionalGeneration
 
 from tensornet.calibration.losses import IGNORED
 from tensornet.errors import NonFiniteError, ShapeError, TargetError
 from tensornet_hf.evaluate import _quantile, divergence, perplexity, text_windows
+from tensornet_hf.text import usual_context
 
 VOCABULARY = 11
 
@@ -156,3 +160,17 @@ def test_divergence_needs_one_vocabulary(model: TinyForCausalLM) -> None:
     torch.nn.init.constant_(other.head.weight, float("nan"))
     with pytest.raises(NonFiniteError):
         divergence(other, other, torch.arange(10), context=4)
+
+
+def test_sizes_of_the_text_model_count(model: TinyForCausalLM) -> None:
+    """A configuration for images and text has those of the text model in a part of its own."""
+    options = copy.deepcopy(dict(PAGE_ARCHITECTURES["Gemma 3"].options))
+    options["text_config"] |= {"max_position_embeddings": 96, "vocab_size": 60_000}
+    config = Gemma3ForConditionalGeneration.config_class(**options)
+    with torch.device("meta"):
+        assert usual_context(Gemma3ForConditionalGeneration(config)) == 96
+    model.config = config
+    perplexity(model, torch.arange(480) % VOCABULARY, context=96)
+    assert model.batches == [(2, 96), (2, 96), (1, 96)]  # at most 16 million logits at once
+    with pytest.raises(ValueError, match="96 positions"):
+        perplexity(model, torch.arange(480) % VOCABULARY, context=97)
