@@ -28,7 +28,13 @@ from tensornet.quantization.moments import (
     damped_moment,
     rounding_dtype,
 )
-from tensornet.quantization.rounding import Rounding, fed_back, importance, possible_roundings
+from tensornet.quantization.rounding import (
+    FEW_ROWS,
+    Rounding,
+    fed_back,
+    importance,
+    possible_roundings,
+)
 from tensornet.quantization.scales import group_ranges, refits_final_scales, search_scales
 
 #: Number of quadrature nodes for the feedback to an element.
@@ -96,6 +102,7 @@ def predict_losses(
     rows = damped_moment(chosen.rows, work.shape[1], (), row_damping, part, "rows")
     columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, part, "columns")
     ways = possible_roundings(rounding, rows, columns)
+    few = work.shape[1] <= FEW_ROWS or columns is None or not columns.full
     losses = []
     for number_format in formats:
         if number_format.book is not None:
@@ -105,7 +112,7 @@ def predict_losses(
         # 2. Predict the residuals for each rounding method that may be the best.
         scales, zeros = search_scales(part, number_format, importance(columns, ways[-1]))
         zeros = None if zeros is None else number_format.ratios(scales, zeros)
-        tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
+        tried = ways if few and (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
         expected = [
             expect(work, part, number_format, scales, zeros, rows, columns, way, sample)
             for way in reversed(tried)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from quantization.rounding_cases import moment, price, weight
 from tensornet.errors import FormatError, NonFiniteError, ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import RoundedWeight, predict_losses, round_weight, rounding
+from tensornet.quantization.feedback import round_with_feedback
 from tensornet.quantization.moments import Moment
 from tensornet.quantization.rounding import ROUNDINGS, Rounding
 
@@ -158,6 +160,20 @@ def test_integer_scales_round_and_descend(name: str) -> None:
     assert increases == sorted(increases, reverse=True)
     equal = made.number_format.book is not None  # without feedback between rows, a refit need not help
     assert len(set(increases)) >= len(increases) - equal
+
+
+@pytest.mark.parametrize(("out", "tried"), [(64, 3), (65, 1)])
+def test_less_feedback_is_tried_for_few_rows(out: int, tried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(len(calls))
+        return round_with_feedback(*arguments)
+
+    monkeypatch.setattr("tensornet.quantization.rounding.round_with_feedback", counting)
+    made = round_weight(weight(out, 16, 0), "int4", rows=moment(out, 0), columns=moment(16, 1), refits=0)
+    assert made.rounding == ("two_sided",)
+    assert len(calls) == tried
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
