@@ -448,8 +448,8 @@ class CompressionPlan:
             lines.append(NO_CHOICE)
         if uncertain := sum(x.has_large_error and bool(x.loss_increase) for x in self.layers):
             lines.append(
-                f"the prediction is uncertain, and more often too low than too high: {uncertain} layers have "
-                f"errors above {LARGE_ERROR:.0%}"
+                "the prediction is uncertain, and more often too low than too high: errors above "
+                f"{LARGE_ERROR:.0%} in {uncertain} of {len(self.layers)} layers"
             )
         return "\n".join(lines)
 
