@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -22,6 +25,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     T5Config,
@@ -32,6 +36,7 @@ from transformers import (
 
 import tensornet as tn
 from tensornet_hf.quantizer import prepare_for_saving
+from tensornet_hf.text import load_tokenizer
 
 VOCAB = 101  # a prime: every vocabulary is padded
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -212,3 +217,13 @@ def _compressed(name: str) -> PreTrainedModel:
     model = copy.deepcopy(_dense(name))
     tn.compress(model, EVERY_LAYER, progress=False)
     return model
+
+
+def copy_with_bos(source: Path, folder: Path) -> int:
+    """Copy a model folder, let its tokenizer put BOS before every text, and return the id of this token."""
+    shutil.copytree(source, folder)
+    tokenizer = load_tokenizer(source)
+    bos, name, begun = tokenizer.bos_token_id, tokenizer.bos_token, tokenizer.backend_tokenizer
+    begun.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=[(name, bos)])
+    PreTrainedTokenizerFast(tokenizer_object=begun, bos_token=name).save_pretrained(folder)
+    return int(bos)

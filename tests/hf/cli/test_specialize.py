@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import copy_with_bos
 from safetensors.torch import load_file
 
 import tensornet_hf as th
@@ -44,6 +45,21 @@ def own_loss(folder: Path, name: str, which: str | None) -> float:
     with torch.no_grad(), s.use(which):
         losses = [float(s.model.eval()(input_ids=x[None], labels=x[None]).loss) for x in windows]
     return sum(losses) / len(losses)
+
+
+def test_windows_begin_as_texts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokenizers put a token before every text."""
+    bos, seen = copy_with_bos(TRUNK, tmp_path / "trunk"), []
+
+    def measured(s: Any, which: str | None, windows: torch.Tensor, batch_size: int) -> float:
+        seen.append(windows)
+        return mean_loss(s, which, windows, batch_size)
+
+    monkeypatch.setattr("tensornet_hf.specializing.mean_loss", measured)
+    texts = {"law": tmp_path / "law.txt"}
+    th.specialize(tmp_path / "trunk", tmp_path / "s", texts, steps=1, context=32, rank=4)
+    assert seen
+    assert all(bool((x[:, 0] == bos).all() and (x[:, 1:] != bos).all()) for x in seen)
 
 
 def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) -> None:

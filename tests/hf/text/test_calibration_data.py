@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
+from hf_models import copy_with_bos
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -21,7 +20,6 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     ViTConfig,
     ViTModel,
     XLNetConfig,
@@ -84,15 +82,10 @@ def test_causal_models_read_windows() -> None:
 
 def test_windows_begin_as_texts_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Some tokenizers put a token before every text, as those of Llama and Gemma do."""
-    model, plain, text = load(gpt2_path()), load_tokenizer(gpt2_path()), heldout_text()[:9_000]
-    assert bos_token(plain) is None
-    begun = plain.backend_tokenizer
-    bos, name = plain.bos_token_id, plain.bos_token
-    begun.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=[(name, bos)])
-    folder = tmp_path / "model"
-    shutil.copytree(gpt2_path(), folder)
-    PreTrainedTokenizerFast(tokenizer_object=begun, bos_token=name).save_pretrained(folder)
+    model, text, folder = load(gpt2_path()), heldout_text()[:9_000], tmp_path / "model"
+    bos = copy_with_bos(gpt2_path(), folder)
     assert bos_token(load_tokenizer(folder)) == bos
+    assert bos_token(load_tokenizer(gpt2_path())) is None
 
     ours, others = (calibration_data(model, x, text, tokens=1024).batches for x in (folder, gpt2_path()))
     for batch, other in zip(ours, others, strict=True):
