@@ -28,13 +28,7 @@ from tensornet.quantization.moments import (
     damped_moment,
     rounding_dtype,
 )
-from tensornet.quantization.rounding import (
-    FEW_ROWS,
-    Rounding,
-    fed_back,
-    importance,
-    possible_roundings,
-)
+from tensornet.quantization.rounding import Rounding, fed_back, importance, possible_roundings
 from tensornet.quantization.scales import group_ranges, refits_final_scales, search_scales
 
 #: Number of quadrature nodes for the feedback to an element.
@@ -101,8 +95,7 @@ def predict_losses(
     part = part.to(rounding_dtype(weight, chosen.rows, chosen.columns))
     rows = damped_moment(chosen.rows, work.shape[1], (), row_damping, part, "rows")
     columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, part, "columns")
-    ways = possible_roundings(rounding, rows, columns)
-    few = work.shape[1] <= FEW_ROWS or columns is None or not columns.full
+    ways = possible_roundings(rounding, rows, columns, work.shape[1])
     losses = []
     for number_format in formats:
         if number_format.book is not None:
@@ -112,7 +105,7 @@ def predict_losses(
         # 2. Predict the residuals for each rounding method that may be the best.
         scales, zeros = search_scales(part, number_format, importance(columns, ways[-1]))
         zeros = None if zeros is None else number_format.ratios(scales, zeros)
-        tried = ways if few and (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
+        tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
         expected = [
             expect(work, part, number_format, scales, zeros, rows, columns, way, sample)
             for way in reversed(tried)
@@ -160,16 +153,16 @@ def _losses_of_rows(
     Returns:
         Losses, shape `(weightings,)`.
     """
-    size = work.shape[2]
+    out, size = work.shape[1:]
     sample = torch.arange(work.shape[1], device=work.device) if sample is None else sample
     fed = None if columns is None else columns.in_runs
-    way = possible_roundings(rounding, None, fed)[-1]
+    way = possible_roundings(rounding, None, fed, out)[-1]
     scales, _ = search_scales(part, number_format, importance(fed, way))
     codes, _ = round_with_feedback(part, scales, None, number_format, *fed_back(way, None, fed))
     # In the precision of the moments, of which no copy is then needed.
     error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0].double()
     ranges = group_ranges(work, number_format.group, False)[0].to(part).square()
-    two_sided = possible_roundings(rounding, rows, fed)[-1] == "two_sided"
+    two_sided = possible_roundings(rounding, rows, fed, out)[-1] == "two_sided"
     of_residuals = _residual_weights(rows, True, part, work.shape[1]) if two_sided else None
     found: list[Tensor] = []
     losses: dict[int, Tensor] = {}  # by moment of the inputs, which most weightings share
@@ -266,7 +259,7 @@ def _expect_factor(
     c = damped_moment(columns, work.shape[2], (), COLUMN_DAMPING, work, "columns")
     sample = spaced_rows(factor, SAMPLED_ROWS)
     part = work if sample is None else work[:, sample]
-    way = possible_roundings(rounding, r, c)[-1]
+    way = possible_roundings(rounding, r, c, work.shape[1])[-1]
     scales, zeros = search_scales(part, number_format, importance(c, way))
     return expect(work, part, number_format, scales, zeros, r, c, way, sample)
 

@@ -38,7 +38,7 @@ _ESTIMATED_ROWS = 256
 #: Largest number of rows for which methods with less feedback are tried too, if the full moment of the inputs
 #: is known. Of 104 larger matrices of two trained models, in 2 to 8 bits, only one had a smaller loss without
 #: feedback between rows, by 0.3 %, and none without any feedback.
-FEW_ROWS = 64
+_FEW_ROWS = 64
 #: Number of rows that are rounded at a time if rows are independent.
 _ROWS = 8192
 #: Number of rows that coordinate descent processes at a time, in stacks of small matrices.
@@ -164,7 +164,7 @@ def round_weight(
         c = c.in_runs
     # With a codebook, there is feedback between rows only if there is feedback between columns.
     alone = number_format.book is not None and (c is None or not c.full)
-    ways = possible_roundings(rounding, None if alone else r, c)
+    ways = possible_roundings(rounding, None if alone else r, c, out)
 
     # 2. Round the rows in parts, which need less memory, unless there is feedback between rows.
     together = r is not None and r.full
@@ -238,10 +238,8 @@ def _rounded(
     later = refits > 0 and ways[-1] == "two_sided"
     estimates = later and r is not None and out >= _ESTIMATED_ROWS
     seen = Moment(r.diagonal) if estimates and r is not None else r
-    *simpler, way = ways[:-1] if later else ways
-    if out > FEW_ROWS and c is not None and c.full:
-        simpler = []
-    best = _best([rounded(start, each, seen) for each in (*simpler, way)])
+    tried = (ways[:-1] or ["one_sided"]) if later else ways
+    best = _best([rounded(start, way, seen) for way in tried])
 
     # 3. Refit the scales to the best codes by least squares under C, and round again with the new scales.
     def refitted(solution: _Solution) -> Tensor:
@@ -270,8 +268,12 @@ def _rounded(
     return number_format.to_codes(best.codes), best.scales, zeros, best.loss, best.way
 
 
-def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | None) -> list[Rounding]:
-    """List the rounding methods that the moments allow, up to `most`, in the order of increasing feedback.
+def possible_roundings(
+    most: Rounding, rows: Moment | None, columns: Moment | None, out: int
+) -> Sequence[Rounding]:
+    """List the rounding methods to try for matrices of `out` rows, in the order of increasing feedback.
+
+    They are those up to `most` that the moments allow; for more than `_FEW_ROWS` rows, only the last of them.
 
     Raises:
         ShapeError: `most` is not a value of `Rounding`.
@@ -279,7 +281,8 @@ def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | No
     if most not in ROUNDINGS:
         raise ShapeError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {most!r}.")
     full = sum(moment is not None and moment.full for moment in (rows, columns))
-    return list(ROUNDINGS[: 1 + min(ROUNDINGS.index(most), full)])
+    ways = ROUNDINGS[: 1 + min(ROUNDINGS.index(most), full)]
+    return ways[-1:] if out > _FEW_ROWS and columns is not None and columns.full else ways
 
 
 def importance(columns: Moment | None, way: Rounding) -> Tensor | None:

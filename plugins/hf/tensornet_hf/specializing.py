@@ -28,6 +28,7 @@ from tensornet_hf.text import (
     require_causal,
     token_ids,
     usual_context,
+    whole_windows,
 )
 from tensornet_moe import parameter_groups
 from tensornet_moe.specialist_layers import SharedCores
@@ -262,9 +263,7 @@ def specialize(
     training, held_out = {}, {}
     for name, text in texts.items():
         ids = token_ids(tokenizer, text)
-        windows = ids[: len(ids) // length * length].reshape(-1, length)
-        if bos is not None:
-            windows[:, 0] = bos
+        windows = whole_windows(ids, length, bos)
         if len(windows) < LEAST_WINDOWS:
             raise TargetError(
                 f"The text of {name!r} is too short: {len(ids)} tokens, but {LEAST_WINDOWS} windows of "

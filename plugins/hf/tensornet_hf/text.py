@@ -93,10 +93,8 @@ def bos_token(tokenizer: Any) -> int | None:
 
     Windows of a text must begin with it too. Without it, some models, such as Gemma, predict far worse.
     """
-    bos, text = tokenizer.bos_token_id, "a"
-    if bos is None or tokenizer(text).input_ids[:1] != [bos]:
-        return None
-    return int(bos)
+    bos: int | None = tokenizer.bos_token_id
+    return bos if tokenizer("a").input_ids[:1] == [bos] else None
 
 
 def text_config(model: nn.Module) -> Any:
@@ -105,9 +103,7 @@ def text_config(model: nn.Module) -> Any:
     It is that of a model for images and text, such as Gemma 3. The result is None without a configuration.
     """
     config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig) or config.is_encoder_decoder:
-        return config
-    return config.get_text_config(decoder=True)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 def usual_context(model: PreTrainedModel, limit: int = 1024) -> int:
@@ -269,9 +265,7 @@ def calibration_data(
         )
     if model.can_generate() and not model.config.is_encoder_decoder:
         context, tokenizer = usual_context(model, limit=window), load_tokenizer(folder)
-        windows = random_windows(token_ids(tokenizer, text), context, tokens)
-        if (bos := bos_token(tokenizer)) is not None:
-            windows[:, 0] = bos
+        windows = random_windows(token_ids(tokenizer, text), context, tokens, bos_token(tokenizer))
         batches = windows.split(max(1, window_batch // windows.shape[1]))
         return CalibrationData(tuple(batches), label_losses, windows.numel())
     tokenizer = load_tokenizer(folder)
@@ -288,13 +282,14 @@ def calibration_data(
     return CalibrationData(tuple(kept), loss_fn, count)
 
 
-def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tensor:
+def random_windows(ids: Tensor, context: int, tokens: int | None = None, bos: int | None = None) -> Tensor:
     """Draw random windows of a text without replacement, the same windows in every call.
 
     Args:
         ids: token ids of the text, shape `(length,)`.
         context: number of tokens in a window.
         tokens: largest number of tokens to draw; None draws all windows.
+        bos: see `whole_windows`.
 
     Returns:
         Token ids of the windows, shape `(windows, context)`.
@@ -307,7 +302,24 @@ def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tens
         got = len(ids) if tokens is None else min(len(ids), tokens)
         raise ValueError(f"The text has {got} tokens, fewer than a window of {context}; give more text.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
-    return ids[: count * context].reshape(count, context)[order]
+    return whole_windows(ids, context, bos)[order]
+
+
+def whole_windows(ids: Tensor, context: int, bos: int | None = None) -> Tensor:
+    """Cut a text into windows of equal length, without its last tokens, which fill no window.
+
+    Args:
+        ids: token ids of the text, shape `(length,)`.
+        context: number of tokens in a window.
+        bos: token that replaces the first one of each window (see `bos_token`).
+
+    Returns:
+        Token ids of the windows, shape `(windows, context)`.
+    """
+    windows = ids[: len(ids) // context * context].reshape(-1, context).clone()
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
 
 
 def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import tensornet_hf as th
 from tensornet.errors import DestinationError, TargetError
+from tensornet_hf.specialist_files import Specialists
 from tensornet_hf.specializing import _batches_in_turn, mean_loss, undo_harm
 from tensornet_hf.text import load_tokenizer, token_ids
 from tests.hf.cli.conftest import Run
@@ -47,7 +48,9 @@ def own_loss(folder: Path, name: str, which: str | None) -> float:
     return sum(losses) / len(losses)
 
 
-def test_windows_begin_as_texts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_and_prompts_begin_as_texts_do(
+    tensornet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some tokenizers put a token before every text."""
     bos, seen = copy_with_bos(TRUNK, tmp_path / "trunk"), []
 
@@ -60,6 +63,16 @@ def test_windows_begin_as_texts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     th.specialize(tmp_path / "trunk", tmp_path / "s", texts, steps=1, context=32, rank=4)
     assert seen
     assert all(bool((x[:, 0] == bos).all() and (x[:, 1:] != bos).all()) for x in seen)
+
+    route, prompts = Specialists.route, []
+
+    def routed(self: Specialists, **inputs: Any) -> Any:
+        prompts.append(inputs["input_ids"])
+        return route(self, **inputs)
+
+    monkeypatch.setattr(Specialists, "route", routed)
+    assert tensornet("generate", "s", "--prompt", "def f", "--max-new-tokens", 1)[0] == 0
+    assert [int(x[0, 0]) for x in prompts] == [bos]
 
 
 def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) -> None:

@@ -441,8 +441,8 @@ def evaluate(
         if text is not None and content is not None:
             require_causal(model)
             ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
-            windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "progress": progress}
-            windows["bos"] = bos_token(tokenizer)
+            windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "bos": bos_token(tokenizer)}
+            windows["progress"] = progress
             windows["context"] = usual_context(model) if context is None else context
             if other is None:
                 measured = perplexity(model, ids, **windows)
