@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from folder_runs import compress_files
 from hf_architectures import EXCEPTIONS, Architecture
 from hf_models import assert_generates_alike
 from torch import Tensor, nn
@@ -212,7 +213,7 @@ def file_to_file(trial: Trial) -> None:
     """`compress_checkpoint` writes the same model as compressing in memory."""
     trial.dense.save_pretrained(trial.folder / "dense")
     config = replace(SIXTY, objective="weight")
-    th.compress_checkpoint(trial.folder / "dense", trial.folder / "small", config)
+    compress_files(trial.folder / "dense", trial.folder / "small", config)
     model, small = th.load(trial.folder / "small"), th.load(trial.folder / "dense")
     tn.compress(small, config, progress=False)
     assert layers(model).keys() == layers(small).keys()

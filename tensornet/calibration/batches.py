@@ -297,6 +297,11 @@ class BatchSample:
         return length_hint(self._batches)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model; the CPU if all its weights are read from files when they are needed."""
+    return next((x.device for x in model.parameters() if not x.is_meta), torch.device("cpu"))
+
+
 def some_rows(
     batches: Sequence[BatchLike], model: nn.Module, tokens: int, *, parts: int = _PARTS
 ) -> list[Batch]:
@@ -310,7 +315,7 @@ def some_rows(
         tokens: total number of tokens; at least one row is selected.
         parts: largest number of batches from which rows are selected.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     if not batches:
         return []
     width = tokens_of_row(as_batch(batches[0], model, device))
@@ -364,7 +369,7 @@ def read_batches(
         rows: number of rows to read.
         most: number of tokens at which reading ends, even if there are too few rows.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     found: list[Batch] = []
     read, count = 0, 0
     for given in batches:

@@ -22,6 +22,7 @@ from tensornet.calibration.batches import (
     Stop,
     as_batch,
     check_batches,
+    device_of,
     read_batches,
     run_model,
     small_batch,
@@ -186,7 +187,7 @@ def begin_walk(
     first = next(batches, None)
     if first is None:
         raise TargetError("Calibration got no batches; pass at least one, better 16 of 1,000 tokens.")
-    batch = as_batch(first, model, device or next(model.parameters()).device)
+    batch = as_batch(first, model, device or device_of(model))
     of_tokens = False
     with torch.no_grad(), precision():
         if gradients and loaded is not in_memory:  # the whole model cannot run

@@ -193,7 +193,7 @@ def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
     """Map the name of each target to four elements of its weight; targets on the meta device are omitted."""
     found = {}
     for target in targets:
-        matrix = target.matrix
+        matrix = target.matrix if target.kinds else target.weight.detach().reshape(1, -1)
         if not matrix.is_meta:
             rows, columns = (
                 torch.linspace(0, size - 1, 4, device=matrix.device).round().long() for size in matrix.shape

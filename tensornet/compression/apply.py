@@ -117,10 +117,11 @@ def apply_plan(
             if key in known:
                 new, errors[layer.name] = known[key]
                 for module, old in zip(new, target.modules, strict=True):
+                    for stored in module.stored.values():  # the model may have been frozen in calibration
+                        if isinstance(stored, nn.Parameter):
+                            stored.requires_grad_(target.weight.requires_grad)
                     if isinstance(module, TensorNetworkLinear):
                         module.bias = layer_bias(old)
-                    for stored in module.parameters():  # the model may have been frozen in calibration
-                        stored.requires_grad_(target.weight.requires_grad)
             else:
                 made, errors[layer.name] = compress_layer(
                     target.matrix, layer, weighting_of(target), plan.rounding

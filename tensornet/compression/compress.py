@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,19 +12,18 @@ from torch import nn
 from tensornet.calibration.batches import Batch, BatchLike, check_batches, some_rows
 from tensornet.calibration.losses import RANDOM_LOSSES
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.apply import LayerCache, apply_plan, run_once
+from tensornet.compression.apply import run_once
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planning import plan as plan_model
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
-from tensornet.compression.survey import dense_only, survey
-from tensornet.compression.write import compress_blocks, read_enough
+from tensornet.compression.road import Candidates, Source, calibration_config, make_plan, run
+from tensornet.compression.sinks import ReplacedLayers
+from tensornet.compression.write import read_enough
 from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, round_others
-from tensornet.nn.targets import check_model, list_weights
-from tensornet.nn.unfuse import unfused
+from tensornet.nn.targets import check_model
 
 #: Forms of calibration data for `compress`: batches; batches with a name and a loss function; or statistics.
 Calibration = Iterable[BatchLike] | ProvidedData | CalibrationStats
@@ -38,6 +36,7 @@ def compress(
     *,
     calibration: Calibration | None = None,
     prices: PriceList | None = None,
+    candidates: Candidates | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Compress a model in place: replace the targeted layers by tensor-network layers.
@@ -58,6 +57,7 @@ def compress(
             reports both cases. The model is walked over block by block (see `survey` and `compress_blocks`),
             unless statistics are given.
         prices: price list of this model, from `survey`; the model is then not surveyed again.
+        candidates: what the plan is chosen from, if not from the candidates of single layers.
         progress: whether to show progress bars.
 
     Returns:
@@ -83,40 +83,21 @@ def compress(
     options.check_says_how_far()
     params_before, bytes_before = model_size(model)
 
-    # Plan: survey the model block by block, unless statistics are given or the errors of weights decide.
+    # Survey and plan, compress block by block, and replace all layers.
     data = gather(model, config, calibration)
     stats = calibration if isinstance(calibration, CalibrationStats) else None
-    by_blocks = config.reads_data and bool(data.batches)
-    if prices is not None and not by_blocks:
-        raise TargetError("prices need calibration=batches, from which they were found; leave them out.")
-    found = partial(survey, model, data.batches, loss_fn=data.loss_fn, source=data.source, progress=progress)
-    if isinstance(config, CompressionPlan):
-        plan = config
-        if by_blocks and prices is None and plan.objective == "curvature":
-            prices = found(options, price=dense_only)  # the moments of gradients are needed
-    elif by_blocks:
-        prices = found(config) if prices is None else prices.with_config(config)
-        plan = prices.plan()
-    else:
-        plan = plan_model(model, config, stats, progress=progress)
-    with unfused(model):
-        weights = list_weights(model)
-
-    # Apply the plan.
-    cache: LayerCache = {}
+    source = Source(model)
+    planned = make_plan(
+        source, config, data, stats=stats, prices=prices, candidates=candidates, progress=progress
+    )
     comparable = data.loss_fn not in RANDOM_LOSSES
     before = record_losses(
         model, data.batches, loss_fn=data.loss_fn if comparable else None, source=data.source
     )
-    if by_blocks:
-        schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
-        factors = {} if prices is None else prices.factors
-        for _, layers in compress_blocks(
-            model, plan, data.batches, factors=factors, loss_fn=data.loss_fn, progress=progress
-        ):
-            cache |= {schemes[name]: new for name, new in layers.items()}
     row = _row_to_run(model, data.batches)
-    errors = apply_plan(model, plan, stats, progress=progress, cache=cache, batch=row)
+    open_sink = partial(ReplacedLayers, model, stats=stats, batch=row, progress=progress)
+    done = run(source, planned, open_sink, data, stats=stats, candidates=candidates, progress=progress)
+    plan = done.plan
     measured = measured_layers = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
@@ -149,8 +130,8 @@ def compress(
         model_bytes_before=bytes_before,
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
-        plan=plan.with_errors(errors),
-        coverage=measure_coverage(weights, [*(layer.name for layer in plan), *rounded], unseen=plan.unseen),
+        plan=plan,
+        coverage=measure_coverage(planned.weights, [*planned.names, *rounded], unseen=plan.unseen),
         measured=measured,
         measured_layers=measured_layers,
         rounded=rounded,
@@ -193,23 +174,6 @@ def gather(
     if needed and not missing and not batches:
         raise TargetError("compress got no batches; pass at least one, better 16 of 1,000 tokens.")
     return replace(data, batches=batches)
-
-
-def calibration_config(plan: CompressionPlan) -> CompressionConfig:
-    """Make a configuration with which a survey selects the layers of a plan and finds the moments they need.
-
-    Its budget and formats have no effect.
-    """
-    names: Any = [layer.name for layer in plan]
-    networks = plan.survey_kind == "networks"
-    scheme: dict[str, Any] = {"max_bond": 1} if networks else {"formats": ("float",)}
-    return CompressionConfig(
-        target_modules=names,
-        objective=plan.objective,  # type: ignore[arg-type]
-        effort=plan.effort,
-        damping=plan.damping,
-        **scheme,
-    )
 
 
 def _row_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:

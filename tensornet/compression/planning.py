@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats, weight_samples
-from tensornet.compression.allocate import ENTRY, PricedLayer, decide_alone
+from tensornet.compression.allocate import PricedLayer, decide_alone
 from tensornet.compression.apply import check_stats
 from tensornet.compression.candidates import find_candidates, format_fits
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.prices import PriceList
-from tensornet.compression.report import model_size
+from tensornet.compression.prices import PriceList, untargeted_sizes
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
 from tensornet.linalg.svd import check_finite, singular_values
@@ -160,36 +159,9 @@ def _select(
     return targets, template
 
 
-def untargeted_sizes(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int, int]:
-    """Compute the sizes of what is not targeted (see `PriceList`)."""
-    params, size = model_size(model)
-    return (
-        params - sum(x.matrix.numel() for x in targets),
-        size - sum(x.matrix.numel() * x.matrix.element_size() for x in targets),
-        _other_bytes(model, targets, size),
-    )
-
-
 def planned_alone(config: CompressionConfig, objective: str) -> bool:
     """Return True if networks are chosen for each layer separately, by the errors of the weights."""
     return objective == "weight" and not (config.formats or config.pivoted or config.fixed)
-
-
-def _other_bytes(model: nn.Module, targets: Sequence[Target], size: int) -> int:
-    """Bound the bytes of a safetensors file of a model that belong to no parameter: buffers and the header.
-
-    Args:
-        model: the dense model.
-        targets: the weights to compress, whose entries in the header are counted with their candidates.
-        size: bytes of the parameters.
-    """
-    state = {
-        id(x): (name, x) for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)
-    }
-    buffers = sum(x.nbytes for _, x in state.values()) - size
-    planned = {id(module.weight) for target in targets for module in target.modules}
-    header = sum(ENTRY + len(name) for key, (name, _) in state.items() if key not in planned)
-    return max(buffers, 0) + header
 
 
 def unfit_formats(targets: Sequence[Target], config: CompressionConfig) -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ A price list contains no weights, so it is a small file. A plan for any budget i
 import json
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,24 @@ from typing import Any
 import safetensors
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensornet._util import check_number, check_size, on_cpu_unless_said
 from tensornet.calibration.stats import first_difference
-from tensornet.compression.allocate import Candidate, PricedLayer, choose_candidates, uniform
+from tensornet.compression.allocate import ENTRY, Candidate, PricedLayer, choose_candidates, uniform
 from tensornet.compression.candidates import hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig
 from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.report import model_size
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_tensors
 from tensornet.nn.storage import Storage
-from tensornet.nn.targets import Target
+from tensornet.nn.targets import Target, list_weights
+from tensornet.nn.unfuse import unfused
 from tensornet.quantization.menus import MENUS
 from tensornet.topology import Topology
 
-PRICES_VERSION = 3
+PRICES_VERSION = 4
 #: Budgets that `PriceList.plan` can change, since the candidates do not depend on them.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
@@ -49,10 +51,14 @@ class PriceList:
         key: everything else that the prices depend on, such as the text, by name.
         losses: losses of the dense model on the tokens that were read, to compare with the compressed model;
             empty if the losses are random.
+        samples: four elements of every weight of the model, targeted or not, by name; they recognize the
+            model. Weights that can only be read with their block have none.
         factors: moments of gradients by name of a module, as a diagonal and a low-rank factor (see
             `CalibrationStats`). Networks are fitted with them, and rounding feeds errors back along outputs.
         inputs: mean squares of the inputs of each weight, shape `(in,)`, and the number of its tokens, by
             name; they make up an importance matrix.
+        heads: moments of the inputs of heads that are tied to an embedding, shape `(in, in)`, by name of the
+            module; only if networks were priced.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -69,8 +75,10 @@ class PriceList:
     untargeted: tuple[int, int, int] = (0, 0, 0)
     key: Mapping[str, str] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     factors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     inputs: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict, compare=False, repr=False)
+    heads: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @torch.no_grad()
     @on_cpu_unless_said
@@ -160,23 +168,37 @@ class PriceList:
                 )
         return replace(self, config=replace(config, rounding=config.rounding or self.config.rounding))
 
-    def check_model(self, targets: Iterable[Target]) -> None:
-        """Check that the prices are those of a model.
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the prices are those of a model, which includes all that is not priced.
+
+        Budgets of the whole model count the bytes of all parameters, and a measured loss increase is compared
+        with losses of the dense model, so a model that differs anywhere needs a survey of its own.
 
         Raises:
-            TargetError: a priced weight is missing, or differs by more than its rounding to 16 bits.
+            TargetError: a weight is missing, has another size, or differs by more than its rounding to 16
+                bits.
         """
-        known = {target.name: target for target in targets}
-        for layer in self.layers:
-            if layer.name not in known or tuple(known[layer.name].matrix.shape) != layer.shape:
-                raise TargetError(
-                    f"The price list was made for another model: this one has no weight {layer.name!r} of "
-                    f"shape {layer.shape}. Survey this model."
-                )
-        if (name := first_difference({x.name: x.sample for x in self.layers}, known.values())) is not None:
-            raise TargetError(
-                f"The price list was made for another model: the weight of {name!r} differs. Survey this "
-                "model."
+
+        def refuse(why: str) -> TargetError:
+            return TargetError(f"The price list was made for another model: {why}. Survey this model.")
+
+        with unfused(model):
+            weights = list_weights(model)
+            known = {target.name: target for target in weights}
+            for layer in self.layers:
+                if layer.name not in known or tuple(known[layer.name].matrix.shape) != layer.shape:
+                    raise refuse(f"this one has no weight {layer.name!r} of shape {layer.shape}")
+            sizes = untargeted_sizes(model, [known[layer.name] for layer in self.layers])
+            samples = {**self.samples, **{x.name: x.sample for x in self.layers}}
+            if self.samples and (missing := sorted(self.samples.keys() - known.keys())):
+                raise refuse(f"this one has no weight {missing[0]!r}")
+            name = first_difference(samples, weights)
+        if name is not None:
+            raise refuse(f"the weight of {name!r} differs")
+        if sizes != self.untargeted:
+            raise refuse(
+                f"all that is not priced has {sizes[0]:,} parameters and {sizes[1]:,} bytes, not "
+                f"{self.untargeted[0]:,} and {self.untargeted[1]:,}"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -204,6 +226,7 @@ class PriceList:
             "config": self.config.to_dict(),
             "key": dict(self.key),
             "losses": self.losses,
+            "samples": self.samples,
             "untargeted": self.untargeted,
             "template": self.template.to_dict(),
             "schemes": [[t and t.to_dict(), storage.to_dict()] for t, storage in schemes],
@@ -212,6 +235,7 @@ class PriceList:
         data["tokens"] = {name: count for name, (_, count) in self.inputs.items()}
         tensors = {f"factor.{name}": x.contiguous() for name, x in self.factors.items()}
         tensors |= {f"inputs.{name}": x.contiguous() for name, (x, _) in self.inputs.items()}
+        tensors |= {f"head.{name}": x.contiguous() for name, x in self.heads.items()}
         write_tensors(Path(path), tensors, {"prices": json.dumps(data)}, what="The price list")
 
     @classmethod
@@ -246,7 +270,7 @@ class PriceList:
                 )
                 for x in data["layers"]
             )
-            parts: dict[str, dict[str, Tensor]] = {"factor": {}, "inputs": {}}
+            parts: dict[str, dict[str, Tensor]] = {"factor": {}, "inputs": {}, "head": {}}
             for name, tensor in tensors.items():
                 kind, _, layer = name.partition(".")
                 parts[kind][layer] = tensor
@@ -257,8 +281,10 @@ class PriceList:
                 _listed(data["untargeted"], int),
                 data["key"],
                 _listed(data["losses"], float),
+                {name: _listed(x, float) for name, x in data["samples"].items()},
                 parts["factor"],
                 {name: (x, int(data["tokens"][name])) for name, x in parts["inputs"].items()},
+                parts["head"],
             )
             _check(found)
             return found
@@ -324,6 +350,9 @@ def _check(prices: PriceList) -> None:
     for name, factor in prices.factors.items():
         if factor.ndim != 2 or len(factor) not in shapes.get(name, ()) or not bool(factor.isfinite().all()):
             raise ValueError(f"the factor of layer {name!r} does not fit, or is not finite")
+    for name, moment in prices.heads.items():
+        if name not in shapes or moment.shape[-1] != shapes[name][1] or not bool(moment.isfinite().all()):
+            raise ValueError(f"the moment of the head {name!r} does not fit, or is not finite")
     inputs = {layer.name: (layer.shape[1],) for layer in prices.layers}
     for name, (squares, _) in prices.inputs.items():
         if tuple(squares.shape) != inputs.get(name) or not bool(squares.isfinite().all()):
@@ -349,3 +378,30 @@ def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list
         parts = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
         sums.append(replace(same[0], **{name: sum(getattr(x, name) for x in same) for name in parts}))
     return sums, places
+
+
+def untargeted_sizes(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int, int]:
+    """Compute the sizes of what is not targeted (see `PriceList`)."""
+    params, size = model_size(model)
+    return (
+        params - sum(x.matrix.numel() for x in targets),
+        size - sum(x.matrix.numel() * x.matrix.element_size() for x in targets),
+        _other_bytes(model, targets, size),
+    )
+
+
+def _other_bytes(model: nn.Module, targets: Sequence[Target], size: int) -> int:
+    """Bound the bytes of a safetensors file of a model that belong to no parameter: buffers and the header.
+
+    Args:
+        model: the dense model.
+        targets: the weights to compress, whose entries in the header are counted with their candidates.
+        size: bytes of the parameters.
+    """
+    state = {
+        id(x): (name, x) for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)
+    }
+    buffers = sum(x.nbytes for _, x in state.values()) - size
+    planned = {id(module.weight) for target in targets for module in target.modules}
+    header = sum(ENTRY + len(name) for key, (name, _) in state.items() if key not in planned)
+    return max(buffers, 0) + header

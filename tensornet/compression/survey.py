@@ -16,6 +16,7 @@ from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.batches import (
     BatchLike,
     check_batches,
+    device_of,
     read_batches,
     tokens_of,
 )
@@ -27,7 +28,7 @@ from tensornet.calibration.calibrate import (
     observed,
 )
 from tensornet.calibration.losses import RANDOM_LOSSES, TokenLosses
-from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.calibration.walk import (
     Loaded,
     block_bar,
@@ -39,8 +40,8 @@ from tensornet.compression.allocate import Candidate, PricedLayer
 from tensornet.compression.candidates import find_candidates
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planning import unfit_formats, untargeted_sizes, without_unseen
-from tensornet.compression.prices import PriceList
+from tensornet.compression.planning import unfit_formats, without_unseen
+from tensornet.compression.prices import PriceList, untargeted_sizes
 from tensornet.compression.sensitivity import is_known
 from tensornet.errors import BudgetError
 from tensornet.linalg.svd import check_finite, singular_values
@@ -140,7 +141,7 @@ def survey(
     objective = "activation" if config.objective == "activation" else "curvature"
     families = () if config.survey_kind == "fast" or price is dense_only else config.families
     price = price or partial(find_candidates, objective=objective, families=families)
-    device = device or next(model.parameters()).device
+    device = device or device_of(model)
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
         if loaded is in_memory:
@@ -165,6 +166,7 @@ def survey(
         # Price the layers of every block as soon as its moments are known, then drop the moments.
         priced: dict[str, PricedLayer] = {}
         factors: dict[str, Tensor] = {}
+        heads: dict[str, Tensor] = {}
         seen: dict[str, tuple[Tensor, int]] = {}
         unrouted: list[str] = []
         loss: float | None = None
@@ -196,6 +198,7 @@ def survey(
                         priced[target.name] = PricedLayer.of(target, *facts_of)
                 unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
                 factors |= {y: stats.factors[y] for x in known for y in x.names if y in stats.factors}
+                heads |= tied_heads(known, stats) if config.survey_kind != "fast" else {}
                 seen |= seen_inputs(known, stats)
                 loss = stats.loss
                 del stats  # the moments of a block need more memory than all else
@@ -220,7 +223,20 @@ def survey(
     scored = walk.losses if loss_fn not in RANDOM_LOSSES else []
     losses = tuple(float(f"{x:.4g}") for part in scored for x in part.tolist())
     sizes = untargeted_sizes(model, kept)
-    return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors, inputs=seen)
+    with unfused(model):
+        samples = weight_samples(list_weights(model))
+    return PriceList(
+        config,
+        layers,
+        template,
+        sizes,
+        key=key,
+        losses=losses,
+        samples=samples,
+        factors=factors,
+        inputs=seen,
+        heads=heads,
+    )
 
 
 def dense_only(
@@ -236,6 +252,17 @@ def most_tokens(kind: str) -> float:
     Networks are fitted with little damping to the moments of the gradients, so they need all these losses.
     """
     return math.inf if kind == "networks" else MOST_TOKENS
+
+
+def tied_heads(targets: Iterable[Target], stats: CalibrationStats) -> dict[str, Tensor]:
+    """Return `PriceList.heads`: moments of the inputs of layers that share their weight with an embedding."""
+    return {
+        name: stats.columns[name].float().cpu()
+        for target in targets
+        if any(kind.name == "embedding" for kind in target.kinds)
+        for name, kind in zip(target.names, target.kinds, strict=True)
+        if kind.name != "embedding" and name in stats.columns
+    }
 
 
 def seen_inputs(targets: Iterable[Target], stats: CalibrationStats) -> dict[str, tuple[Tensor, int]]:
@@ -275,8 +302,7 @@ def survey_or_load(
             prices.save(file)
         return prices
     prices = PriceList.load(file)
-    with unfused(model):
-        prices.check_model(list_weights(model))
+    prices.check_model(model)
     kind, rows = config.survey_kind, 0 if prices.template.of_tokens else ENOUGH_LOSSES
     count = tokens or SURVEY_TOKENS[kind]
     read = read_batches(batches, model, tokens=count, rows=rows, most=most_tokens(kind))

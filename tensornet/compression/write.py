@@ -6,12 +6,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.batches import Batch, BatchLike, Stop, read_batches, run_model, tokens_of
+from tensornet.calibration.batches import (
+    Batch,
+    BatchLike,
+    Stop,
+    device_of,
+    read_batches,
+    run_model,
+    tokens_of,
+)
 from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
@@ -48,8 +56,20 @@ from tensornet.nn.targets import LayerSelection, Target
 
 #: Number of tokens on which the inputs of the blocks are computed, by `CompressionPlan.survey_kind`.
 WRITE_TOKENS = {"fast": 16_384, "networks": 32_768, "thorough": 32_768}
+
 #: Function that compresses several weights together, from the weights and their weightings.
 JointFit = Callable[[Sequence[Target], Sequence[Weighting]], Sequence[NewLayers]]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Hidden states that outlive a run, as a mapping from `(block, batch)`."""
+
+    def complete(self, batches: int) -> int:
+        """Return the largest index of a block before which the states of all batches are known, or 0."""
+
+    def clear(self) -> None:
+        """Remove all states."""
 
 
 @torch.no_grad()
@@ -63,11 +83,11 @@ def compress_blocks(
     loaded: Loaded = in_memory,
     device: torch.device | None = None,
     factors: Mapping[str, Tensor] | None = None,
+    heads: Mapping[str, Tensor] | None = None,
     loss_fn: TokenLosses | None = None,
     losses: Sequence[float] = (),
     measured: list[LossIncrease] | None = None,
-    finished: Callable[[LayerPlan], NewLayers | None] = lambda layer: None,
-    start: int = 0,
+    written: Callable[[str], bool] = lambda name: False,
     executor: Executor | None = None,
     compress: Callable[..., Any] = compress_layer,
     joint: Mapping[tuple[str, ...], JointFit] | None = None,
@@ -76,9 +96,14 @@ def compress_blocks(
     """Compress the layers of a plan block by block, and yield the new layers of each finished block.
 
     The layers of a block are decomposed, or rounded with error feedback, for the inputs that they get if all
-    earlier blocks are compressed, as in GPTQ. Embeddings that no other layer shares come first, under the
-    name `""`. The other layers outside of the blocks come last, under the same name. If the plan minimizes
-    the errors of the weights, the model does not run, and no batches are needed.
+    earlier blocks are compressed, as in GPTQ. Embeddings come first, under the name `""`, and a head that is
+    tied to one with it, since every hidden state begins with the embedding. The other layers outside of the
+    blocks come last, under the same name. If the plan minimizes the errors of the weights, the model does not
+    run, and no batches are needed.
+
+    An interrupted run continues at the block whose hidden states are in `states`, if the layers of all
+    earlier blocks have been written. Written layers are not yielded again, except those of a block that was
+    being written.
 
     While the items are produced, weights of finished blocks may have their compressed values. They return to
     their own when the next block is ready, or when the generator is closed.
@@ -88,14 +113,13 @@ def compress_blocks(
         plan: the plan; layers that are not in it stay dense.
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
         tokens: number of tokens to read; by default `WRITE_TOKENS`.
-        states, loaded, device: see `survey`.
+        states, loaded, device: see `survey`. Mappings that outlive a run have the methods of `Resumable`.
         factors: moments of gradients, with which networks are fitted and errors are fed back along the
             outputs too (see `PriceList`).
+        heads: moments of the inputs of tied heads, with which their networks are fitted (see `PriceList`).
         loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
         measured: receives the loss increase on these tokens when the last block is finished.
-        finished: function that returns the new modules of a layer if an interrupted run has finished it.
-        start: index of the first block to visit; an interrupted run has finished those before, and `states`
-            contains the hidden states that follow.
+        written: function that returns True if an interrupted run has written the new layer of a weight.
         executor: executor that rounds the layers of a block at the same time; by default, this process does.
         compress: function that compresses one layer, like `compress_layer`.
         joint: functions that compress several layers of a block together, by the names of these layers.
@@ -113,7 +137,7 @@ def compress_blocks(
         Frantar et al. 2023, "GPTQ", section 4 (blocks are compressed one after another).
     """
     recorder = MomentRecorder(diagonal_gradients=True, full_up_to=FULL_UP_TO)
-    device = device or next(model.parameters()).device
+    device = device or device_of(model)
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     layers = {layer.name: layer for layer in plan if layer.topology is not None}
     # Experts without tokens need the moments of their mixture, so experts that stay dense are observed too.
@@ -134,56 +158,67 @@ def compress_blocks(
                 blocks = blocks_to_walk(model, targets, given[0], loaded)
         else:
             blocks = tuple(chain(*outer_stacks(model, nn.ModuleList, least=1).values()))
-        walk = Walk(model, blocks, given, {} if states is None else states, loaded)
+        states = {} if states is None else states
+        walk = Walk(model, blocks, given, states, loaded)
         count = sum(map(tokens_of, given))
         tables = [x for x in targets if blocks and _is_table(x) and not block_of(x.name, blocks)]
-        visits = 1 + len(blocks[start:]) + bool(tables and not start)
+        start = states.complete(len(given)) if isinstance(states, Resumable) and plan.reads_data else 0
+        before = [x.name for x in targets if x in tables or block_of(x.name, blocks) in blocks[:start]]
+        if start and not all(map(written, before)):
+            states.clear()
+            start = 0
+        # Hidden states on disk begin with the rounded embedding, but a tied head is needed at the end.
+        first = [x for x in tables if not start or len(x.names) > 1]
+        visits = 1 + len(blocks[start:]) + bool(first)
         visited = contexts.enter_context(block_bar("rounding", visits, count, progress=progress))
 
         def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
-            """Compress the layers that are not finished yet, and read the others."""
+            """Compress layers for the inputs that they get."""
             check_samples(plan, some)
-            done = {x.name: finished(layers[x.name]) for x in some}
-            work = [x for x in some if done[x.name] is None]
             weightings = {}
-            for target in work:
+            for target in some:
                 if stats is not None and not is_known(target, stats):
                     raise never_ran(target)
                 weightings[target.name] = weighting_of(
                     target, layers[target.name], plan, stats, factors or {}
                 )
             together = {x: fit for x, fit in (joint or {}).items() if x[0] in weightings}
-            alone = [x for x in work if not any(x.name in group for group in together)]
+            alone = [x for x in some if not any(x.name in group for group in together)]
             tasks = [Task(x.matrix, layers[x.name], weightings[x.name], plan.rounding) for x in alone]
             made = compress_tasks(tasks, compress, executor)
-            done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(alone, made, strict=True)}
+            done = {x.name: (with_cores(x, new), error) for x, (new, error) in zip(alone, made, strict=True)}
             for group, fit in together.items():
                 fitted = fit([known[x] for x in group], [weightings[x] for x in group])
                 done |= dict(zip(group, fitted, strict=True))
             new = {x.name: layer for x, (layer, _) in zip(alone, made, strict=True)}
             warn_of_scales(alone, new, lambda target: weightings[target.name])
             visited()
-            return {name: x for name, x in done.items() if x is not None}
+            return done
 
         if not plan.reads_data:
             for name in ("", *blocks):
-                here = [x for x in targets if block_of(x.name, blocks) == name]
+                here = [x for x in targets if block_of(x.name, blocks) == name and not written(x.name)]
                 with loaded([module for x in here for module in x.modules], dtype=None):
                     yield name, compressed(here, None)
             return
 
         # Weights have their compressed values as long as the walk needs these.
-        with ExitStack() as first, ExitStack() as block:
-            if tables and not start:
+        with ExitStack() as ahead, ExitStack() as block:
+            made: dict[str, NewLayers] = {}
+            if first:
                 # Networks depend on how often each row is looked up, which a run of the model shows.
-                counting = any(_is_network(layers[x.name]) for x in tables)
-                first.enter_context(
-                    walk.loaded(walk.ends if counting else [m for x in tables for m in x.modules])
+                counting = any(_is_network(layers[x.name]) for x in first)
+                ahead.enter_context(
+                    walk.loaded(walk.ends if counting else [m for x in first for m in x.modules])
                 )
                 counts = seen_before(walk, recorder) if counting else None
-                new = compressed(tables, counts)
-                first.enter_context(rounded_weights(tables, new, restored=loaded is in_memory))
-                yield "", new
+                if counts is not None and heads:
+                    counts = replace(counts, columns={**counts.columns, **heads})
+                made = compressed(first, counts)
+                ahead.enter_context(rounded_weights(first, made, restored=loaded is in_memory))
+                yield "", made
+            tied = [x for x in first if len(x.names) > 1]
+            made = {x.name: made[x.name] for x in tied}  # all else is in its place, or in the sink
             for name, stats in inputs_by_block(
                 walk,
                 recorder,
@@ -192,20 +227,23 @@ def compress_blocks(
                 start=start,
                 precision=precision,
             ):
-                first.close()  # the hidden states before the first block have been computed
+                ahead.close()  # the hidden states before the first block have been computed
                 block.close()  # and those after the previous block
                 here = [x for x in targets if x not in tables and block_of(x.name, blocks) == name]
                 new = compressed(here, stats)
                 del stats  # the moments need more memory than all else
-                block.enter_context(rounded_weights(here, new, restored=loaded is in_memory))
+                at_end = [] if name else tied
+                block.enter_context(
+                    rounded_weights([*here, *at_end], {**new, **made}, restored=loaded is in_memory)
+                )
                 yield name, new
         if measured is not None and losses and walk.losses:
             # The survey may have read more batches than this walk, or fewer.
             after = torch.cat(walk.losses).double()
-            before = torch.tensor(losses[: len(after)], dtype=torch.float64)
-            increases = after[: len(before)] - before
+            dense = torch.tensor(losses[: len(after)], dtype=torch.float64)
+            increases = after[: len(dense)] - dense
             source = plan.calibration or "calibration data"
-            measured.append(LossIncrease.of(increases, source=source, dense_loss=float(before.mean())))
+            measured.append(LossIncrease.of(increases, source=source, dense_loss=float(dense.mean())))
 
 
 def batches_to_write(
@@ -297,8 +335,8 @@ def _is_network(layer: LayerPlan) -> bool:
 
 
 def _is_table(target: Target) -> bool:
-    """Return True if only embeddings use a weight; the moments of their inputs are counts of tokens."""
-    return all(kind.name == "embedding" for kind in target.kinds)
+    """Return True if an embedding uses a weight, possibly beside a tied head."""
+    return any(kind.name == "embedding" for kind in target.kinds)
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_architectures import PAGE_ARCHITECTURES
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
 import tensornet as tn
-import tensornet_hf as th
 from tensornet import softmax_losses
 from tensornet.calibration.losses import drawn_labels, label_losses
 from tensornet.nn.extension import ProvidedData
@@ -78,7 +78,7 @@ def test_a_loss_of_ones_own_is_not_said_to_be_of_tokens() -> None:
 def test_streaming_agrees(tmp_path: Path) -> None:
     PAGE_ARCHITECTURES["Llama"].dense.save_pretrained(tmp_path / "dense")
     data = ProvidedData([{"input_ids": torch.arange(5, 14)[None]}], "text")
-    report = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
+    report = compress_files(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
     assert "perplexity" in str(report)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_runs import compress_files
 from sharded_folders import HALF, save
 from torch import nn
 
@@ -83,7 +84,7 @@ def test_a_model_on_the_meta_device_is_counted() -> None:
 def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
     folder = save("gpt2", tmp_path / "source")
     config = tn.CompressionConfig(**HALF, objective="weight")
-    streamed = th.compress_checkpoint(folder, tmp_path / "made", config)
+    streamed = compress_files(folder, tmp_path / "made", config)
     loaded = th.load(folder)
     coverage = tn.compress(loaded, config, progress=False).coverage
     assert streamed.coverage == coverage

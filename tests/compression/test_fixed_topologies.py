@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_models import gpt2
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -108,7 +109,7 @@ def test_models_are_compressed_while_they_load_and_from_file_to_file(tmp_path: P
     width = dense.config.n_embd
     topology = mpo(out_dims=(4 * width, 1), in_dims=(1, width), max_bond=3)
     options: dict[str, Any] = {"topology": topology, "target_modules": "c_fc", "objective": "weight"}
-    th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", tn.CompressionConfig(**options))
+    compress_files(tmp_path / "dense", tmp_path / "made", tn.CompressionConfig(**options))
     streamed = th.load(tmp_path / "made")
     config = th.TensorNetworkConfig(**options)
     assert config.compression_config.fixed == (topology,)

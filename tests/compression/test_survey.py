@@ -255,8 +255,7 @@ def test_a_file_of_prices_is_as_good_as_they_are(tmp_path: Path) -> None:
     budgets = ({"bits_per_weight": 6}, {"byte_ratio": 0.4}, {"loss_increase": 0.01}, {"max_bytes": 20_000})
     for budget in (*budgets, {}):
         assert loaded.plan(**budget) == prices.plan(**budget)
-    with unfused(model):
-        loaded.check_model(list_weights(model))
+    loaded.check_model(model)
 
 
 @cache
@@ -411,12 +410,21 @@ def test_prices_of_another_model_are_refused() -> None:
     fewer.model.layers[1].mlp = nn.Identity()
     wider = copy.deepcopy(model)
     wider.lm_head = nn.Linear(24, 7)
-    names = {"differs": other, "mlp": fewer, "lm_head": wider}
-    prices.check_model(list_weights(model))
-    prices.check_model(list_weights(copy.deepcopy(model).bfloat16()))
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled.model.embed_tokens.weight.mul_(1.3)  # not priced
+    resized = copy.deepcopy(model)
+    resized.model.embed_tokens = nn.Embedding(200, 24)
+    with torch.no_grad():
+        resized.model.embed_tokens.weight[torch.arange(97)] = model.model.embed_tokens.weight[:97]
+    half = copy.deepcopy(model).bfloat16()
+    names = {"differs": other, "mlp": fewer, "lm_head": wider, "embed_tokens": scaled}
+    names |= {"": resized, "bytes": half}
+    prices.check_model(model)
+    prices.check_model(copy.deepcopy(model))
     for named, changed_model in names.items():
         with pytest.raises(TargetError, match=rf"another model.*{named}"):
-            prices.check_model(list_weights(changed_model))
+            prices.check_model(changed_model)
 
 
 def test_only_budgets_can_be_changed_later() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_architectures import PAGE_ARCHITECTURES
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path
     assert not any("vision" in layer.name for layer in report.layers)
     architecture.dense.save_pretrained(tmp_path / "dense")
     with pytest.warns(CalibrationWarning, match="Left dense"):
-        streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
+        streamed = compress_files(tmp_path / "dense", tmp_path / "made", HALF, calibration=data)
     assert streamed.coverage == report.coverage
     batch = architecture.batch()
     # A folder with several stacks is walked as one block: layers are fitted on the inputs of the dense model.

@@ -35,7 +35,7 @@ CONFIG = tn.CompressionConfig(bits_per_weight=5.5, formats=FORMATS, target_modul
 #: Models, one of their batches, and the names under which their layers come.
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], list[str]]] = {
     "llama": (llama, text, ["", "model.layers.0", "model.layers.1", ""]),
-    "tied embedding": (qwen2, text, ["model.layers.0", "model.layers.1", ""]),
+    "tied embedding": (qwen2, text, ["", "model.layers.0", "model.layers.1", ""]),
     "gpt2": (gpt2, text, ["", "transformer.h.0", "transformer.h.1", ""]),
     "bert": (bert, text, ["", "bert.encoder.layer.0", "bert.encoder.layer.1", ""]),
     "mixture": (lambda: mixture("mixtral"), text, ["", "model.layers.0", "model.layers.1", ""]),
@@ -155,7 +155,8 @@ def test_embeddings_come_first_and_the_head_comes_last() -> None:
         assert all(name.startswith(f"{block}.") for name in layers)
     model, batches, plan = case("tied embedding")
     found = [(block, set(layers)) for block, layers in compress_blocks(model, plan, batches)]
-    assert found[-1] == ("", {"model.embed_tokens"})
+    assert found[0] == ("", {"model.embed_tokens"})  # with its head: all hidden states begin with it
+    assert found[-1] == ("", set())
 
 
 def test_a_weight_of_two_layers_gets_two_modules_with_the_same_cores() -> None:
@@ -300,20 +301,40 @@ def test_an_executor_rounds_the_same_layers() -> None:
             torch.testing.assert_close(modules[0].to_matrix(), others[name][0][0].to_matrix())
 
 
-def test_finished_layers_are_not_rounded_again() -> None:
+def test_written_layers_of_a_plan_without_data_are_not_compressed_again() -> None:
+    model, _, _ = case("llama")
+    plan = tn.plan(model, tn.CompressionConfig(formats=("int4",), bits_per_weight=5, objective="weight"))
+    names = [layer.name for layer in plan if layer.topology is not None]
+    known = names[::2]
+    blocks = compress_blocks(model, plan, [], written=lambda name: name in known)
+    assert [name for _, layers in blocks for name in layers] == names[1::2]
+
+
+class OnDisk(dict[tuple[int, int], torch.Tensor]):
+    """Hidden states of an interrupted run."""
+
+    def complete(self, batches: int) -> int:
+        found = [block for block, _ in self]
+        return max((x for x in found if found.count(x) == batches), default=0)
+
+
+@pytest.mark.parametrize("lost", [None, "model.embed_tokens", "model.layers.0.mlp.up_proj"])
+def test_a_run_goes_on_at_the_first_block_that_was_not_written(lost: str | None) -> None:
     model, batches, plan = case("llama")
-    whole = {x: new for _, layers in compress_blocks(model, plan, batches) for x, new in layers.items()}
-    known = {name: new for name, new in whole.items() if "lm_head" not in name and "layers.1" not in name}
-    found = {
-        x: new
-        for _, layers in compress_blocks(model, plan, batches, finished=lambda layer: known.get(layer.name))
-        for x, new in layers.items()
-    }
-    assert list(found) == list(whole)
-    for name, ((module,), error) in whole.items():
-        assert (found[name][0][0] is module) == (name in known)
-        assert found[name][1] == error
-        assert torch.equal(found[name][0][0].to_matrix(), module.to_matrix())
+    states, whole = OnDisk(), {}
+    for block, layers in compress_blocks(model, plan, batches, states=states):
+        whole |= layers
+        if block.endswith("1"):
+            kept = OnDisk({key: x.clone() for key, x in states.items()})
+    before = [x for x in whole if "layers.0" in x or "embed" in x]
+    written = [x for x in before if x != lost]
+    found = {}
+    for _, layers in compress_blocks(model, plan, batches, states=kept, written=lambda name: name in written):
+        found |= layers
+    expected = list(whole) if lost else [x for x in whole if x not in before]
+    assert list(found) == expected
+    for name, ((module,), _) in found.items():
+        assert torch.equal(module.to_matrix(), whole[name][0][0].to_matrix())
 
 
 def test_compress_puts_these_layers_into_the_model() -> None:
@@ -374,8 +395,8 @@ def test_the_error_of_the_weights_needs_no_walk(monkeypatch: pytest.MonkeyPatch)
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr("tensornet.compression.compress.survey", refused)
-    monkeypatch.setattr("tensornet.compression.compress.compress_blocks", refused)
+    monkeypatch.setattr("tensornet.compression.road.survey_or_load", refused)
+    monkeypatch.setattr("tensornet.compression.write.inputs_by_block", refused)
     options: Any = {"formats": ("int8",), "bits_per_weight": None, "rounding": "nearest"}
     config = replace(CONFIG, target_modules="*mlp.up_proj", objective="weight", **options)
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from reader_models import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -161,7 +162,7 @@ def test_files_without_the_model_show_the_same(tmp_path: Path) -> None:
     model = MODELS["gemma3n"][0]()
     model.save_pretrained(tmp_path / "dense")
     options = tn.CompressionConfig(max_bond=4, objective="weight")
-    th.compress_checkpoint(tmp_path / "dense", tmp_path / "files", options)
+    compress_files(tmp_path / "dense", tmp_path / "files", options)
     tn.compress(model, options, progress=False)
     names = set(read_checkpoint(tmp_path / "files").compression.layers)
     assert names == set(model.config.quantization_config.layers)

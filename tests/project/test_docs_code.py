@@ -26,7 +26,7 @@ from tensornet import _util
 from tensornet.errors import MissingDependencyError
 from tensornet.quantization import formats
 from tensornet.quantization.menus import MENUS
-from tensornet_hf.exporters.export import TARGETS
+from tensornet_hf.exporters.target import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)?pictures/(?P<name>[\w.-]+)\)")

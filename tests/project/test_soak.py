@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from folder_runs import compress_files
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
@@ -32,7 +33,7 @@ def test_compress_load_generate_unload(tmp_path: Path) -> None:
     prompt, process = torch.tensor([[5, 6, 7]]), psutil.Process()
     before = (0, 0)
     for number in range(ROUNDS):
-        th.compress_checkpoint(tmp_path / "dense", tmp_path / "out", options)
+        compress_files(tmp_path / "dense", tmp_path / "out", options)
         model = th.load(tmp_path / "out")
         made = model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert made.shape[1] <= 6

@@ -11,7 +11,7 @@ import tensornet_hf.extension  # noqa: F401  (registers itself)
 from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
 from tensornet_hf.exporters.base import ExportReport
-from tensornet_hf.exporters.export import export
+from tensornet_hf.exporters.target import export
 from tensornet_hf.maps import plan_map
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.recipes import Recipe, plan_recipe
@@ -19,7 +19,6 @@ from tensornet_hf.rotation import rotate
 from tensornet_hf.specialist_files import Specialists, load_specialists, specialists
 from tensornet_hf.specializing import SpecializeReport, specialize
 from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
-from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
 from tensornet_hf.upcycling import MoEConfig, UpcycleOptions, UpcycleReport, upcycle
 
@@ -37,7 +36,6 @@ __all__ = [
     "TensorNetworkConfig",
     "UpcycleOptions",
     "UpcycleReport",
-    "compress_checkpoint",
     "compress_folder",
     "decompress",
     "export",

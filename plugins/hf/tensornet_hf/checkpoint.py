@@ -280,7 +280,9 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Return the size in bytes of a folder's safetensors files, or of other weight files if it has none."""
+    """Return the size in bytes of a file, or of a folder's safetensors files (other weight files if none)."""
+    if Path(folder).is_file():
+        return Path(folder).stat().st_size
     files = [file for file in Path(folder).iterdir() if file.suffix in WEIGHT_SUFFIXES]
     safe = [file for file in files if file.suffix == ".safetensors"]
     return sum(file.stat().st_size for file in safe or files)
@@ -611,19 +613,8 @@ def save(
     sources = () if source is None else (Path(source),)
     check_free(destination, force=force, sources=sources)
     if str(destination).startswith(HUB):
-        name = _repository(str(destination))
-        # Delete old weight files, which would otherwise be loaded together with the new ones.
-        replaced = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), "*.index.json"] if force else None
         with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
-            folder = save(whole, Path(parent) / "model", source=source)
-            try:
-                name = huggingface_hub.create_repo(name, exist_ok=force).repo_id  # includes the owner
-                huggingface_hub.upload_folder(repo_id=name, folder_path=folder, delete_patterns=replaced)
-            except Exception as error:  # huggingface_hub raises many unrelated classes
-                raise DestinationError(
-                    f"Cannot upload to {destination}: {first_line(error)}. If this attempt created an empty "
-                    "repository, repeat it with force=True (--force)."
-                ) from error
+            upload(save(whole, Path(parent) / "model", source=source), str(destination), force=force)
         return str(destination)
     prepare_for_saving(whole)
     with write_folder(destination, force=force, sources=sources) as folder:
@@ -633,6 +624,25 @@ def save(
         if layer_descriptions(whole):
             write_card(folder, type(whole).__name__)
     return Path(destination)
+
+
+def upload(folder: str | Path, destination: str, *, force: bool) -> None:
+    """Upload a model folder to a repository on the hub.
+
+    Raises:
+        DestinationError: the upload failed.
+    """
+    name = _repository(destination)
+    # Delete old weight files, which would otherwise be loaded together with the new ones.
+    replaced = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), "*.index.json"] if force else None
+    try:
+        name = huggingface_hub.create_repo(name, exist_ok=force).repo_id  # includes the owner
+        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, delete_patterns=replaced)
+    except Exception as error:  # huggingface_hub raises many unrelated classes
+        raise DestinationError(
+            f"Cannot upload to {destination}: {first_line(error)}. If this attempt created an empty "
+            "repository, repeat it with force=True (--force)."
+        ) from error
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -798,6 +808,17 @@ def copy_small_files(source: Path, destination: Path) -> list[str]:
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, destination / name)  # follows the links of the hub's cache
     return copied
+
+
+def other_files(folder: Path) -> list[str]:
+    """Return the relative paths of all files except config.json, index, weight files and hidden files."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        written = name == "config.json" or name.endswith(INDEX) or path.suffix in WEIGHT_SUFFIXES
+        if path.is_file() and not written and not any(x.startswith(".") for x in name.split("/")):
+            found.append(name)
+    return found
 
 
 def _repository(destination: str) -> str:

@@ -3,37 +3,44 @@
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
 import copy
+import json
 import math
+import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.calibration.batches import as_batch, tokens_of
+from tensornet.calibration.batches import as_batch, check_batches, tokens_of
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.calibration.walk import Loaded, in_memory
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import NO_CHOICE, CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
+from tensornet.compression.road import Source, calibration_config, make_plan, run
+from tensornet.compression.survey import digest as batch_digest
 from tensornet.compression.survey import survey_or_load
-from tensornet.compression.write import WRITE_TOKENS, moment_of
-from tensornet.errors import BudgetError, TargetError
+from tensornet.compression.tasks import one_thread, worker_processes
+from tensornet.compression.write import WRITE_TOKENS, moment_of, read_enough
+from tensornet.errors import BudgetError, DestinationError, FormatError, TargetError
 from tensornet.healing import refine
 from tensornet.healing.heal import heal
-from tensornet.io import check_place
+from tensornet.io import FLOATS, check_place, write_file
 from tensornet.nn.extension import ProvidedData
-from tensornet.nn.targets import find_targets, list_weights
+from tensornet.nn.targets import find_targets
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import (
     HUB,
@@ -43,21 +50,33 @@ from tensornet_hf.checkpoint import (
     read_dense,
     resolve_folder,
     save,
+    upload,
     weight_bytes,
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
-from tensornet_hf.exporters.export import TARGETS, export, find_target
-from tensornet_hf.exporters.folder import list_stacks
-from tensornet_hf.exporters.gguf import check_files
-from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_model
+from tensornet_hf.exporters.target import TARGETS, check_destination, export, find_target
+from tensornet_hf.file_sink import MAX_SHARD_BYTES, FileSink, PlannedModel
+from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_lazily, open_model, read_source
+from tensornet_hf.model_folder import lay_out_folder
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
-from tensornet_hf.rotation import rotate
-from tensornet_hf.streaming import StatesOnDisk, compress_checkpoint, digest, file_marks
+from tensornet_hf.rotation import ROTATED, rotate, rotated_folder
+from tensornet_hf.staging import (
+    SURVEYED,
+    StatesOnDisk,
+    begin,
+    check_unchanged,
+    digest,
+    file_marks,
+    reading_or_writing,
+    staging,
+)
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
+#: Files in a staging folder: prices, the plan of a run without data, and the checkpoint of healing.
+PRICES, PLAN, HEALING = "prices.safetensors", "plan.json", "healing.safetensors"
 #: Name that stands for the package's calibration text, as in `--calibration default`.
 DEFAULT = "default"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,7 +100,8 @@ class CompressOptions:
 
     Args:
         calibration: file with text like the model's later input; 'default' is the embedded text, the King
-            James Bible. Pieces of several files alternate. Not needed with `objective="weight"`.
+            James Bible. Pieces of several files alternate. For models that do not read text alone, batches
+            (`tn.nn.ProvidedData`). Not needed with `objective="weight"`.
         calibration_tokens: number of calibration tokens on which the loss is differentiated (default: 4,096
             or 1,024 passages; with effort thorough 32,768).
         prices: file with the predicted loss of every number format of every layer: read if it exists, written
@@ -100,15 +120,20 @@ class CompressOptions:
             becomes a separate weight. See `tensornet_hf.rotate`.
         dtype: store weights in this dtype (default: keep their dtype).
         device: device on which the model runs: cpu, cuda, cuda:1, mps.
-        workers: compress block by block with this many processes, without loading the whole model; an
-            interrupted run can be continued.
-        resume: continue an interrupted run that used `workers` or `heal`.
+        workers: number of processes that compress layers. With more than one, protect the code of a script by
+            `if __name__ == "__main__":`, as usual with multiprocessing.
+        executor: executor that compresses the layers; `workers` is then ignored. Any
+            `concurrent.futures.Executor` can be used, such as
+            `dask.distributed.Client(...).get_executor()`.
+        resume: continue an interrupted run; if False, delete its files.
         export: write the model for another runtime (default: gguf if the destination ends in .gguf). Only
             number formats of this target are planned.
         report: write a report as an HTML page.
         networks: how an export writes tensor networks: as dense weights (dense); low-rank matrices that are
             added to integers as a LoRA adapter, all others as dense weights (lora); or not at all, with an
             error (refuse).
+        max_shard_bytes: largest size of a weight file of a folder, in bytes; a larger tensor becomes a file
+            of its own.
         force: replace an existing destination.
         command: command line to show in the report.
         progress: show progress bars.
@@ -116,14 +141,14 @@ class CompressOptions:
     Raises:
         OptionError: two options exclude each other, or an option needs another one.
         DestinationError: the report or the statistics cannot be written.
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype, or a number below 1.
 
     Example:
         >>> th.CompressOptions(calibration="text.txt").calibration
         ('text.txt',)
     """
 
-    calibration: str | Path | Sequence[str | Path] = option((), "data", "paths")
+    calibration: str | Path | Sequence[str | Path] | ProvidedData = option((), "data", "paths")
     calibration_tokens: int | None = option(None, "advanced", "integer")
     prices: str | Path | None = option(None, "data", "path")
     weights: str | Path | None = option(None, "data", "path")
@@ -134,19 +159,26 @@ class CompressOptions:
     rotate: bool = option(False, "layers", "flag")
     dtype: str | None = option(None, "output", choices=tuple(DTYPES))
     device: torch.device | str = option("cpu", "run", "device")
-    workers: int | None = option(None, "run", "integer")
+    workers: int = option(1, "run", "integer")
     resume: bool = option(True, "advanced", "flag")
     export: str | None = option(None, "output", choices=tuple(TARGETS))
     report: str | Path | None = option(None, "output", "path")
     networks: Networks = option("dense", "advanced", choices=NETWORKS)
     force: bool = option(False, "output", "flag")
+    executor: Executor | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
     command: str = "tensornet_hf.compress_folder"
     progress: bool = False
 
     def __post_init__(self) -> None:
         given = self.calibration
-        texts = (given,) if isinstance(given, (str, Path)) else tuple(given)
-        object.__setattr__(self, "calibration", texts)
+        if not isinstance(given, ProvidedData):
+            given = (given,) if isinstance(given, (str, Path)) else tuple(given)
+            object.__setattr__(self, "calibration", given)
+        texts = () if isinstance(given, ProvidedData) else given
+        for name in ("workers", "max_shard_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name, what in (("refine", "refits layers on"), ("heal", "trains on")):
             if getattr(self, name) and not texts:
                 raise OptionError(f"{{{name}}} {what} the calibration text; add {{calibration}}.")
@@ -157,7 +189,7 @@ class CompressOptions:
         for what, place in (("The report", self.report), ("The price list", self.prices)):
             if place is not None:
                 check_place(what, Path(place))
-        if not texts and self.calibration_tokens is not None:
+        if not given and self.calibration_tokens is not None:
             raise OptionError("{calibration_tokens} counts tokens of a text; add {calibration}.")
         layerwise = ("refine", "report", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
@@ -165,29 +197,35 @@ class CompressOptions:
                 f"{{share_experts}} cannot be combined with {' and '.join(asked)}: layers that share a core "
                 "cannot be processed one by one. Leave out one or the other."
             )
-        if self.workers is not None and (asked := [f"{{{x}}}" for x in self.needing_model]):
+        parallel = self.workers > 1 or self.executor is not None
+        if parallel and (asked := [f"{{{x}}}" for x in self.needing_model]):
             raise OptionError(
-                f"{{workers}} never loads the whole model, but {' and '.join(asked)} would need it. Leave "
-                "out one or the other."
+                f"{{workers}} compress blocks of a model that is not loaded, but {' and '.join(asked)} need "
+                "the compressed model in memory. Leave out one or the other."
             )
 
     @property
     def needing_model(self) -> list[str]:
-        """Names of the given options that need the whole model in memory."""
-        names = ("dtype", "report", "refine", "heal", "held_out", "share_experts", "rotate")
-        return [name for name in names if getattr(self, name)]
+        """Names of the given options that need the whole compressed model in memory."""
+        names = ["dtype", "report", "refine", "heal", "held_out", "share_experts"]
+        return [x for x in names if getattr(self, x)] + ["networks"] * (self.networks == "lora")
+
+    @property
+    def texts(self) -> tuple[str | Path, ...]:
+        """The calibration files; empty if there are none, or batches are given."""
+        return () if isinstance(self.calibration, ProvidedData) else tuple(self.calibration)  # type: ignore[arg-type]
 
     @property
     def text(self) -> str | None:
         """The calibration text, in which pieces of several files alternate; None if no file is given."""
-        texts = [calibration_text() if x == DEFAULT else read_text(Path(x)) for x in self.calibration]  # type: ignore[union-attr]
+        texts = [calibration_text() if x == DEFAULT else read_text(Path(x)) for x in self.texts]
         return mix_texts(texts) if texts else None
 
     @property
     def source(self) -> str:
         """Names of the calibration texts, for reports."""
         embedded = "the embedded text (King James Bible)"
-        return " and ".join(embedded if x == DEFAULT else Path(x).name for x in self.calibration)  # type: ignore[union-attr]
+        return " and ".join(embedded if x == DEFAULT else Path(x).name for x in self.texts)
 
 
 @dataclass(frozen=True)
@@ -319,47 +357,195 @@ def compress_folder(
         (0.5, True)
     """
     options = options or CompressOptions()
-    uploaded = str(destination).startswith(HUB)
     target = find_target(destination, options.export)
-    if uploaded and target is not None:
-        raise OptionError("{export} writes local files; name a local folder, and upload it afterwards.")
+    config = _check_data(config, options)
     if options.networks != "dense" and target is None:
         raise OptionError("{networks} is an option of {export}; model folders store networks unchanged.")
-    config = _check_data(config, options)
-    if options.workers is not None and uploaded:
-        raise OptionError("{workers} writes to a local folder; name a local folder as the destination.")
+    if str(destination).startswith(HUB):
+        if target is not None:
+            raise OptionError("{export} writes local files; name a local folder, and upload it afterwards.")
+        check_free(destination, force=options.force)
+        with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
+            made = Path(parent) / "model"
+            done = compress_folder(source, made, config, options)
+            upload(made, str(destination), force=options.force)
+        return replace(done, destination=str(destination))
+
     text = options.text
     held_out = None if options.held_out is None else read_text(Path(options.held_out))
     folder = resolve_folder(source)
-    before = weight_bytes(folder) if options.weights is None else Path(options.weights).stat().st_size
-    if target == "gguf":
-        check_files(Path(destination), force=options.force)
-    else:
-        check_free(destination, force=options.force, sources=(folder,))
-    alone = reads_text(config, options) and not options.needing_model and not uploaded
-    alone = alone and options.networks == "dense"
-    lazy = None
-    if options.workers is not None or alone:
-        try:
-            lazy = open_model(folder, options.weights)
-        except ConvertedWeightError:
-            # The weights of a block cannot be read without those of all others. `workers` needs only those of
-            # the planned layers, unless it runs the model.
-            if options.workers is not None and (text is not None or target is not None):
-                raise
-            alone = False
-    if alone and lazy is not None and target is not None and target != "gguf":
-        with unfused(lazy.model):
-            alone = not list_stacks(lazy.model)  # tensors of several matrices are packed in memory
-    if not options.resume and options.workers is None and not options.heal and not alone:
-        raise OptionError("This run loads the whole model, so it cannot be resumed; leave out {resume}.")
-    if options.workers is not None or alone:
-        streamed = _compress_streamed(lazy, folder, Path(destination), config, options, text, target)
-        written = Path(destination).stat().st_size if target == "gguf" else weight_bytes(destination)
-        sizes = before, written
-        return FolderReport(str(source), str(destination), streamed, *sizes)
+    path = Path(destination).expanduser().resolve()
+    check = partial(check_destination, path, target, force=options.force, sources=(folder,))
+    check()
+    if (target is None or not TARGETS[target].suffix) and path.is_relative_to(folder.resolve()):
+        raise DestinationError(f"{path} is inside the source {folder}; choose another destination.")
+    marks = file_marks(folder, options.weights)
+    job = _Job(folder, path, config, options, text, target, held_out, check)
+    with reading_or_writing(folder, path), staging(path) as work:
+        check()  # another run may have written it
+        done = _compress_files(job, work, marks) or _compress_in_memory(job, work)
+        shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
+    return replace(done, source=str(source), destination=str(destination))
 
-    # Load the model, and collect statistics on the calibration text.
+
+class _Job(NamedTuple):
+    """Checked arguments of `compress_folder`; the texts have been read, and the destination is resolved."""
+
+    folder: Path
+    destination: Path
+    config: CompressionConfig | CompressionPlan
+    options: CompressOptions
+    text: str | None
+    target: str | None
+    held_out: str | None
+    check: Callable[[], None]
+
+    def begin(self, work: Path, marks: Mapping[str, str], data: ProvidedData | None) -> None:
+        """Keep what an interrupted run of this job has made, and delete the files of other runs.
+
+        Args:
+            work: the staging folder.
+            marks: what the files of the source are like.
+            data: the calibration batches.
+        """
+        options, batches = self.options, None if data is None else batch_digest(data.batches)
+        names = ("refine", "heal", "share_experts", "dtype", "networks", "max_shard_bytes")
+        survey = [batches, str(options.device), options.calibration_tokens, options.rotate]
+        rest = [self.config.to_dict(), self.text, self.target, {x: getattr(options, x) for x in names}]
+        reusable = {PRICES: survey, ROTATED: options.rotate}
+        begin(work, marks, [survey, rest], resume=options.resume, reusable=reusable)
+
+
+def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderReport | None:
+    """Compress block by block, in the memory of one block, into the files of the destination.
+
+    Args:
+        job: the arguments.
+        work: the staging folder.
+        marks: what the files of the source are like.
+
+    Returns:
+        The report; None if an option needs the whole model in memory, or if transformers can only load all
+        of its weights together.
+    """
+    started = time.perf_counter()
+    folder, path, config, options, text, target, _, check = job
+    if options.needing_model:
+        return None
+    reads_data = bool(options.calibration) and config.reads_data
+    source = read_source(folder, options.weights)
+    try:
+        # An invalid model raises before anything is written. Only a model that runs needs its buffers.
+        lazy = open_model(folder, options.weights) if reads_data else open_lazily(source)
+    except ConvertedWeightError:
+        if options.workers > 1 or options.executor is not None:
+            raise
+        return None
+    if target is not None and isinstance(config, CompressionConfig):
+        config = for_target(target, config, lazy.model, folder)
+    given = calibration_batches(lazy.model, folder, config, options, text) if reads_data else None
+    data = given or ProvidedData([], "")
+    job.begin(work, marks, given)
+    if options.rotate:
+        source = read_source(rotated_folder(folder, options.weights, work))
+        lazy = open_model(source.folder) if reads_data else open_lazily(source)
+    opened = Source(
+        lazy.model,
+        lazy.loaded_on(options.device),
+        torch.device(options.device),
+        lambda name: StatesOnDisk(work / name),
+    )
+
+    # Plan. An interrupted run has left its prices, or its plan if it needed no data.
+    wanted = calibration_config(config) if isinstance(config, CompressionPlan) else config
+    _check_readable(lazy, wanted)
+    prices: str | Path | None = options.prices
+    if (
+        reads_data
+        and prices is None
+        and (isinstance(config, CompressionConfig) or config.objective == "curvature")
+    ):
+        prices = work / PRICES
+        _forget_other_prices(prices, wanted)
+    plan_file = None if reads_data or isinstance(config, CompressionPlan) else work / PLAN
+    if plan_file is not None and plan_file.is_file():
+        config = CompressionPlan.load(plan_file)
+    # Matrices that cannot be mapped are in memory while a plan is made by their errors alone.
+    unmapped = [
+        x
+        for x in lazy.model.modules()
+        if not reads_data and any(map(lazy.only_read, x.parameters(recurse=False)))
+    ]
+    with one_thread() if not reads_data else nullcontext(), lazy.loaded(unmapped, dtype=None):
+        planned = make_plan(
+            opened,
+            config,
+            data,
+            prices=prices,
+            tokens=options.calibration_tokens,
+            progress=options.progress,
+        )
+    shutil.rmtree(work / SURVEYED, ignore_errors=True)
+    if plan_file is not None:
+        write_file(plan_file, [json.dumps(planned.plan.to_dict()).encode()])
+
+    def open_sink(plan: CompressionPlan) -> FileSink:
+        # A model that ran may have left states in its modules, which cannot be copied.
+        about = {"networks": options.networks, "max_shard_bytes": options.max_shard_bytes}
+        model = PlannedModel.of(
+            open_lazily(source), plan, folder=folder, title=folder.resolve().name, **about
+        )
+        files = lay_out_folder(model) if target is None else TARGETS[target].lay_out(model)
+        for name, why in files.dense.items():
+            if name in {x for layout in files.layouts.values() for x in layout.places}:
+                warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
+
+        def finishing() -> None:
+            check_unchanged(marks, file_marks(folder, options.weights))
+            check()
+
+        key = digest([plan.to_dict(), options.max_shard_bytes, target])
+        return FileSink(files, path, work, key=key, force=options.force, check=finishing)
+
+    with worker_processes(1 if options.executor is not None else options.workers) as own:
+        done = run(
+            opened,
+            planned,
+            open_sink,
+            data,
+            executor=options.executor or own,
+            progress=options.progress,
+        )
+    if lazy.surplus:
+        warnings.warn(
+            f"Tensors were not copied because the model does not have them: {', '.join(lazy.surplus)}.",
+            stacklevel=2,
+        )
+    assert isinstance(done.sink, FileSink)
+    kept = [part for key, part in source.tensors.items() if key not in lazy.surplus]
+    params, plan = sum(part.numel for part in kept), done.plan
+    files = done.sink.files
+    report = CompressionReport(
+        model_params_before=params,
+        model_params_after=params - plan.params_before + plan.params_after,
+        model_bytes_before=sum(part.nbytes for part in kept),
+        model_bytes_after=files.nbytes if files.places else files.tensor_bytes,
+        seconds=time.perf_counter() - started,
+        plan=plan,
+        coverage=measure_coverage(planned.weights, planned.names, unseen=plan.unseen),
+        measured=done.measured,
+        measured_layers=done.measured,
+    )
+    before = weight_bytes(folder) if options.weights is None else weight_bytes(options.weights)
+    return FolderReport(str(folder), str(path), report, before, weight_bytes(path))
+
+
+def _compress_in_memory(job: _Job, work: Path) -> FolderReport:
+    """Compress a model in memory, correct and compare it, and write it.
+
+    Reports, held-out texts and training need the compressed model and the dense one.
+    """
+    folder, path, config, options, text, target, held_out, _ = job
     started = time.perf_counter()
     model = on_device(open_dense(folder, options.weights), options.device)
     if target is not None and isinstance(config, CompressionConfig):
@@ -379,55 +565,47 @@ def compress_folder(
         stats = calibrate(model, batches, loss_fn=calibration.loss_fn, tokens=tokens, gradients=False)
 
     # Compress, refit and train.
+    job.begin(work, file_marks(folder, options.weights), calibration)
     done: CompressionReport | ExpertsReport
+    prices = None
     if options.share_experts:
         assert isinstance(config, CompressionConfig)  # `_check_data` refuses plans with this option
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
-        prices = None
-        if isinstance(config, CompressionConfig) and calibration is not None and reads_text(config, options):
-            prices = find_prices(model, config, options, calibration)
+        if isinstance(config, CompressionConfig) and calibration is not None and config.reads_data:
+            prices = survey_or_load(
+                model,
+                list(calibration.batches),
+                config,
+                options.prices,
+                tokens=options.calibration_tokens,
+                loss_fn=calibration.loss_fn,
+                source=calibration.source,
+                progress=options.progress,
+            )
         elif options.prices is not None:
             prices = PriceList.load(options.prices)
-        done = tn.compress(
-            model,
-            config,
-            calibration=calibration,
-            prices=prices,
-            progress=options.progress,
-        )
+        done = tn.compress(model, config, calibration=calibration, prices=prices, progress=options.progress)
     notes: tuple[str, ...] = ()
-    checkpoint = None
-    if options.heal and not uploaded:
-        key: list[Any] = [config.to_dict(), text]
-        key += [options.calibration_tokens, options.refine, options.heal, options.rotate]
-        key.append(sorted(file_marks(folder, options.weights).items()))
-        checkpoint = _healing_file(Path(destination), key, resume=options.resume)
     if teacher is not None and text is not None and (options.refine or options.heal):
         read = () if calibration is None else calibration.batches
         seen = sum(tokens_of(as_batch(x, model, torch.device("cpu"))) for x in read)
-        notes = _correct(model, teacher, folder, text, prices, seen, options, checkpoint)
+        notes = _correct(model, teacher, folder, text, prices, seen, options, work / HEALING)
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
     done = replace(done, seconds=time.perf_counter() - started)
 
     # Save the model, compare it with the baselines, and write the report.
     if target is not None:
         exported = export(
-            stored,
-            destination,
-            target=target,
-            source=folder,
-            force=options.force,
-            networks=options.networks,
+            stored, path, target=target, source=folder, force=options.force, networks=options.networks
         )
         notes += exported.adapter_lines
         notes += tuple(f"{name} is dense in the file: {why}" for name, why in exported.dense.items())
         written = exported.num_bytes + exported.adapter_bytes
     else:
-        save(stored, destination, source=folder, force=options.force)
-        written = done.model_bytes_after if uploaded else weight_bytes(destination)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+        save(stored, path, source=folder, force=options.force)
+        written = weight_bytes(path)
+    before = weight_bytes(folder) if options.weights is None else weight_bytes(options.weights)
     sizes = before, written
     models: list[ModelFacts] = []
     if (options.report or held_out) and teacher is not None and isinstance(done, CompressionReport):
@@ -445,9 +623,9 @@ def compress_folder(
         )
         if options.report is not None:
             made = (("Command", options.command), ("Versions", versions()))
-            title = f"{display_name(source)}, compressed"
+            title = f"{display_name(folder)}, compressed"
             write_report(Page(title, done, models, losses, made, notes, prompt), options.report)
-    return FolderReport(str(source), str(destination), done, *sizes, notes, tuple(models))
+    return FolderReport(str(folder), str(path), done, *sizes, notes, tuple(models))
 
 
 def for_target(
@@ -531,22 +709,23 @@ def plan_folder(
     checked = _check_data(config, options)
     assert isinstance(checked, CompressionConfig)
     folder = resolve_folder(source)
-    loaded: Loaded = in_memory
-    if reads_text(checked, options) and not options.rotate:
-        model, loaded = open_to_survey(folder, options)
-    else:
-        model = on_device(open_dense(folder, options.weights), options.device)
-    if options.export is not None:
-        checked = for_target(options.export, checked, model, folder)
-    if options.rotate:
-        rotate(model)
-    calibration = calibration_batches(model, folder, checked, options, options.text)
-    if calibration is not None and reads_text(checked, options):
-        plan = find_prices(model, checked, options, calibration, loaded).plan()
-    else:
-        plan = tn.plan(model, checked, progress=options.progress)
-    with unfused(model):
-        weights = list_weights(model)
+    with tempfile.TemporaryDirectory() as work:
+        opened = open_source(folder, options, Path(work), runs=reads_text(checked, options))
+        model: Any = opened.model
+        if options.export is not None:
+            checked = for_target(options.export, checked, model, folder)
+        data = None
+        if reads_text(checked, options):
+            data = calibration_batches(model, folder, checked, options, options.text)
+        planned = make_plan(
+            opened,
+            checked,
+            data or ProvidedData([], ""),
+            prices=options.prices,
+            tokens=options.calibration_tokens,
+            progress=options.progress,
+        )
+    plan = planned.plan
 
     # Compute sizes before and after compression, and the coverage.
     params, size = model_size(model)
@@ -556,56 +735,28 @@ def plan_folder(
         "model_bytes_before": size,
         "model_bytes_after": size - plan.bytes_before + plan.bytes_after,
     }
-    names = [layer.name for layer in plan]
-    return PlannedFolder(plan, sizes, measure_coverage(weights, names, unseen=plan.unseen))
+    return PlannedFolder(plan, sizes, measure_coverage(planned.weights, planned.names, unseen=plan.unseen))
 
 
-def find_prices(
-    model: PreTrainedModel,
-    config: CompressionConfig,
-    options: CompressOptions,
-    data: ProvidedData,
-    loaded: Loaded = in_memory,
-    **more: Any,
-) -> PriceList:
-    """Read the prices of a model from the file `options.prices`, or survey the model and write this file.
-
-    Args:
-        model: the dense model.
-        config: the compression options.
-        options: further options.
-        data: batches of the calibration text.
-        loaded, more: see `survey`. If the model is not in memory, hidden states are stored in a temporary
-            folder.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        return survey_or_load(
-            model,
-            list(data.batches),
-            config,
-            options.prices,
-            tokens=options.calibration_tokens,
-            loss_fn=data.loss_fn,
-            source=data.source,
-            states=None if loaded is in_memory else StatesOnDisk(Path(work)),
-            loaded=loaded,
-            device=torch.device(options.device),
-            progress=options.progress,
-            **more,
-        )
-
-
-def open_to_survey(folder: Path, options: CompressOptions) -> tuple[PreTrainedModel, Loaded]:
+def open_source(folder: Path, options: CompressOptions, work: Path, *, runs: bool) -> Source:
     """Open a model without its weights, or load it if these can only be read all together.
 
-    Returns:
-        The model, and a function that loads the weights of some modules (see `survey`).
+    Args:
+        folder: folder of the model.
+        options: further options.
+        work: folder for hidden states, and for a rotated model.
+        runs: whether the model runs; if not, it is loaded.
     """
+    device = torch.device(options.device)
     try:
-        lazy = open_model(folder, options.weights)
+        if runs:
+            place = rotated_folder(folder, options.weights, work) if options.rotate else folder
+            lazy = open_model(place, None if options.rotate else options.weights)
+            return Source(lazy.model, lazy.loaded_on(device), device, lambda name: StatesOnDisk(work / name))
     except ConvertedWeightError:
-        return on_device(open_dense(folder, options.weights), options.device), in_memory
-    return lazy.model, lazy.loaded_on(options.device)
+        pass
+    model = on_device(open_dense(folder, options.weights), device)
+    return Source(rotate(model) if options.rotate else model)
 
 
 def open_dense(folder: Path, weights: str | Path | None = None) -> PreTrainedModel:
@@ -717,6 +868,14 @@ def calibration_batches(
         TargetError: this model cannot be calibrated on text alone.
         ValueError: the text is too short.
     """
+    if isinstance(options.calibration, ProvidedData):
+        given = options.calibration
+        check_batches(given.batches, "compress_folder")
+        kind, tokens = config.survey_kind, options.calibration_tokens
+        batches = read_enough(given.batches, model, kind, tokens)
+        if not batches:
+            raise TargetError("The calibration has no batches; pass at least one, better 16 of 1,000 tokens.")
+        return replace(given, batches=batches)
     if text is None:
         return None
     tokens = max(WRITE_TOKENS[config.survey_kind], options.calibration_tokens or 0)
@@ -724,39 +883,8 @@ def calibration_batches(
     # Without labels no loss is measured, which needs no moments.
     batches = data.batches if data.labelled or config.reads_data else ()
     said = f"{data.tokens:,} tokens of {options.source}"
+    batches = read_enough(batches, model, config.survey_kind, options.calibration_tokens) if batches else []
     return ProvidedData(batches, said, loss_fn=data.loss_fn)
-
-
-def _compress_streamed(
-    lazy: LazyModel | None,
-    folder: Path,
-    destination: Path,
-    config: CompressionConfig | CompressionPlan,
-    options: CompressOptions,
-    text: str | None,
-    target: str | None,
-) -> CompressionReport:
-    """Compress a folder block by block, without loading the whole model."""
-    data = None
-    if lazy is not None and target is not None and isinstance(config, CompressionConfig):
-        config = for_target(target, config, lazy.model, folder)
-    if lazy is not None and reads_text(config, options):
-        data = calibration_batches(lazy.model, folder, config, options, text)
-    return compress_checkpoint(
-        folder,
-        destination,
-        config,
-        workers=1 if options.workers is None else options.workers,
-        device=str(options.device),
-        resume=options.resume,
-        calibration=data,
-        prices=options.prices,
-        tokens=options.calibration_tokens,
-        weights=options.weights,
-        target=target,
-        force=options.force,
-        progress=options.progress,
-    )
 
 
 def _correct(
@@ -820,20 +948,33 @@ def _correct(
     return (*notes, "the predicted and measured loss increase are those before refitting or healing")
 
 
-def _healing_file(destination: Path, options: Sequence[Any], *, resume: bool) -> Path:
-    """Return the path of the healing checkpoint, and delete checkpoints of runs with other options.
+def _forget_other_prices(prices: Path, config: CompressionConfig) -> None:
+    """Delete the prices of an interrupted run if they were found with other options than budgets."""
+    if prices.is_file():
+        try:
+            PriceList.load(prices).with_config(config)
+        except (BudgetError, FormatError):
+            prices.unlink()
 
-    Args:
-        destination: destination of the model.
-        options: JSON-ready list of everything that the healed model depends on; a hash of it is the KEY in
-            the file name `.NAME.heal-KEY.safetensors`.
-        resume: keep an existing checkpoint of a run with the same options, instead of deleting it.
+
+def _check_readable(lazy: LazyModel, config: CompressionConfig) -> None:
+    """Check that the weight of each layer to compress can be read from the files.
+
+    Raises:
+        TargetError: a weight cannot be read.
     """
-    target = destination.expanduser().absolute()
-    key = digest([*options, tn.__version__, torch.__version__])[:16]
-    path = target.with_name(f".{target.name}.heal-{key}.safetensors")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for other in target.parent.glob(f".{target.name}.heal-*"):
-        if other != path or not resume:
-            other.unlink(missing_ok=True)
-    return path
+    with unfused(lazy.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # planning repeats these warnings
+        targets = [x for x in find_targets(lazy.model, config) if not x.skip]
+    for target in targets:
+        origin = lazy.origins.get(f"{target.name}.weight")
+        dtypes = set() if origin is None else {part.dtype for part in origin.parts}
+        if target.weight.is_meta and not target.owners and not (dtypes and dtypes <= FLOATS.keys()):
+            form = (
+                f"stored as {', '.join(dtypes)}" if dtypes else "stored in another form than the model uses"
+            )
+            raise TargetError(
+                f"The weight of {target.name!r} is {form}, so it cannot be read. Use the model before "
+                f"quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the model and "
+                "use tensornet.compress."
+            )

@@ -102,12 +102,14 @@ class LazyModel:
             other ways than joining them have none.
         others: stored tensors that are converted in such ways, by their stored name.
         surplus: names of stored tensors that the model does not have.
+        source: contents of the folder.
     """
 
     model: PreTrainedModel
     origins: Mapping[str, Origin] = field(repr=False)
     others: Mapping[str, Slice] = field(repr=False)
     surplus: tuple[str, ...]
+    source: Checkpoint = field(repr=False)
     # Maps the id of a tensor to the tensor and its origin. Keeping the tensor prevents reuse of its id.
     _known: dict[int, tuple[Tensor, Origin]] = field(init=False, repr=False)
     _marks: dict[Path, tuple[int, int]] = field(init=False, repr=False)
@@ -329,7 +331,7 @@ def open_lazily(source: Checkpoint) -> LazyModel:
     unread = {k for name, x in stacked.items() if name not in origins for k in chain(*x.values())}
     others = {key: source.tensors[key] for key in source.tensors if key in unread}
     surplus = tuple(key for name, key in renamed.items() if name not in state)
-    return LazyModel(model.eval(), origins, others, surplus)
+    return LazyModel(model.eval(), origins, others, surplus, source)
 
 
 def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> LazyModel:

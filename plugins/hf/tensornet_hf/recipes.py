@@ -12,6 +12,7 @@ GGUF stacks the experts of a layer in one tensor, which has a single type. Its p
 import math
 import re
 import shlex
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded
 from tensornet.compression.allocate import Candidate, CostCurve, PricedLayer, spend_size
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.road import Candidates, make_plan
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
@@ -39,13 +41,7 @@ from tensornet.nn.unfuse import unfused
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet.quantization.predict import spaced_rows
 from tensornet_hf.checkpoint import resolve_folder
-from tensornet_hf.compress import (
-    CompressOptions,
-    OptionError,
-    calibration_batches,
-    find_prices,
-    open_to_survey,
-)
+from tensornet_hf.compress import CompressOptions, OptionError, calibration_batches, open_source
 from tensornet_hf.exporters.base import refuse_mixtures
 from tensornet_hf.exporters.gguf import Place, empty_layout, find_places
 from tensornet_hf.exporters.gguf_converter import ConvertedTensor
@@ -586,39 +582,54 @@ def plan_recipe(
     config = _check_recipe(config, options, imatrix)
     folder = resolve_folder(source)
     entries = {} if imatrix is None else read_imatrix(imatrix)
-    model, loaded = open_to_survey(folder, options)
-    refuse_mixtures(model)
-    with unfused(model):
-        chosen = [x for x in find_targets(model, config) if not x.skip]
-        names = [x.name for x in chosen]
-    writer, tensors, places = find_places(model, folder, names)
-    shapes = {name: tensors[name].shape for name in places}
-    inputs = layer_inputs(entries, places, shapes, f"The importance matrix {imatrix}") if entries else None
-
-    # Price the types of every layer.
-    notes: list[str] = []
-    if options.calibration:
-        data = calibration_batches(model, folder, config, options, options.text)
-        assert data is not None
-        price = partial(type_candidates, names=None if inputs is None else frozenset(inputs))
-        prices = find_prices(model, config, options, data, loaded, inputs=inputs, price=price)
-        layers, unit = prices.layers, "loss increase in nats per token"
-        importance = entries or file_importance(prices.inputs, places, shapes)
-        if prices.template.unrouted:
-            notes.append(
-                f"{len(prices.template.unrouted)} experts got no token; their mixture stands for them"
-            )
-    else:
-        assert inputs is not None
+    with tempfile.TemporaryDirectory() as folder_of_states:
+        work = Path(folder_of_states)
+        opened = open_source(folder, options, work, runs=True)
+        model: Any = opened.model
+        refuse_mixtures(model)
         with unfused(model):
-            found = [x for x in find_targets(model, config) if not x.skip]
-            layers = tuple(price_by_inputs(found, inputs, loaded))
-        unit = "sum of the squared relative errors of the layers' outputs"
-        importance = entries
-        notes.append(
-            "an importance matrix says nothing about gradients: the plan cannot know which layers matter "
-            "more for the loss, nor how much the loss increases; add a calibration text"
+            chosen = [x for x in find_targets(model, config) if not x.skip]
+            names = [x.name for x in chosen]
+        writer, tensors, places = find_places(model, folder, names)
+        shapes = {name: tensors[name].shape for name in places}
+        inputs = (
+            layer_inputs(entries, places, shapes, f"The importance matrix {imatrix}") if entries else None
         )
+
+        # Price the types of every layer.
+        notes: list[str] = []
+        if options.calibration:
+            data = calibration_batches(model, folder, config, options, options.text)
+            assert data is not None
+            price = partial(type_candidates, names=None if inputs is None else frozenset(inputs))
+            prices = make_plan(
+                opened,
+                config,
+                data,
+                prices=options.prices,
+                tokens=options.calibration_tokens,
+                inputs=inputs,
+                candidates=Candidates(price, lambda prices: prices.template),  # types are chosen by tensor
+                progress=options.progress,
+            ).prices
+            assert prices is not None
+            layers, unit = prices.layers, "loss increase in nats per token"
+            importance = entries or file_importance(prices.inputs, places, shapes)
+            if prices.template.unrouted:
+                notes.append(
+                    f"{len(prices.template.unrouted)} experts got no token; their mixture stands for them"
+                )
+        else:
+            assert inputs is not None
+            with unfused(model):
+                found = [x for x in find_targets(model, config) if not x.skip]
+                layers = tuple(price_by_inputs(found, inputs, opened.loaded))
+            unit = "sum of the squared relative errors of the layers' outputs"
+            importance = entries
+            notes.append(
+                "an importance matrix says nothing about gradients: the plan cannot know which layers matter "
+                "more for the loss, nor how much the loss increases; add a calibration text"
+            )
 
     priced = [with_types(x, kinds) for x in price_tensors(layers, places, shapes)]
     return _recipe(writer, tensors, priced, config, unit, notes, importance)

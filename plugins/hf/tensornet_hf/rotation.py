@@ -6,6 +6,11 @@ because an RMS norm without gain commutes with `R`. The output of attention is a
 the values of each head can be rotated too, if the output projection is multiplied by the inverse.
 """
 
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +19,14 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from tensornet._util import in_eval_mode
+from tensornet.calibration.walk import Walk
 from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import is_plain
 from tensornet.nn.module import NetworkModule
+from tensornet_hf.checkpoint import Change
+from tensornet_hf.file_sink import FileSink, PlannedModel
+from tensornet_hf.lazy_model import LazyModel, Origin, open_model
+from tensornet_hf.model_folder import lay_out_folder
 
 #: Names of the norms and linear layers of a block.
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -26,6 +36,8 @@ LINEAR = (
 )
 #: Names of the norms of queries and keys, which some models have; they are not changed.
 UNTOUCHED = ("self_attn.q_norm", "self_attn.k_norm")
+#: Folder of a rotated model in a staging folder.
+ROTATED = "rotated"
 #: Largest change of the logits that float32 rounding can explain, relative to their norm.
 TOLERANCE = 1e-3
 #: Number of tokens on which logits are compared.
@@ -74,65 +86,236 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         True
     """
     layers = _layers(model)
+    if name := next((name for name, x in model.named_parameters() if x.is_meta), None):
+        raise TargetError(f"This {type(model).__name__} cannot be rotated: {name} is not in memory.")
+    changes = _changes(model, layers, _gains(layers), seed)
     dtypes = {name: x.dtype for name, x in model.named_parameters(remove_duplicate=False)}
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     before = _logits(model)
-    embedding, head = layers["model.embed_tokens"], layers["lm_head"]
+    _untie(model)
+    for name, change in changes.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(change(parameter.detach()))
+    error = _difference(_logits(model), before)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    if not error <= TOLERANCE:
+        raise _changed(model, error)
+    return model
+
+
+def rotated_folder(folder: Path, weights: str | Path | None, work: Path) -> Path:
+    """Write the folder of a rotated model, in the memory of one block; an existing one is kept.
+
+    Args:
+        folder: folder of the dense model.
+        weights: GGUF file with the weights of the model; by default, the files of the folder.
+        work: staging folder, in which the subfolder `rotated` is written.
+
+    Raises:
+        TargetError: see `rotate`.
+        FormatError: the folder is invalid, or its weights can only be loaded all together.
+    """
+    destination = work / ROTATED
+    if not destination.is_dir():
+        lazy = rotate_lazily(open_model(folder, weights))
+        with tempfile.TemporaryDirectory(dir=work) as unfinished:
+            files = lay_out_folder(PlannedModel(lazy.model, lazy=lazy))
+            FileSink(files, destination, Path(unfinished)).finish()
+    return destination
+
+
+@torch.no_grad()
+def rotate_lazily(lazy: LazyModel, seed: int = 0) -> LazyModel:
+    """Open a model as it is after `rotate`: weights are rotated whenever they are read from the files.
+
+    Args:
+        lazy: the dense model, which is changed and must not be used afterwards.
+        seed: see `rotate`.
+
+    Raises:
+        TargetError: the model has another structure, or rotation changes its logits.
+    """
+    model = lazy.model
+    layers = _layers(model)
+    with lazy.loaded(layers[name] for name in layers if _is_norm(layers[name])):
+        gains = _gains(layers)
+    changes = _changes(model, layers, gains, seed)
+    before = _logits_by_block(lazy)
+    stored = dict(model.named_parameters(remove_duplicate=False))
+    origins, source = dict(lazy.origins), lazy.source
+    if stored["lm_head.weight"] is stored["model.embed_tokens.weight"]:
+        origins["lm_head.weight"] = origins["model.embed_tokens.weight"]
+        source = replace(source, config={**source.config, "tie_word_embeddings": False})
+    _untie(model)
+    wide = dict(origins)
+    for name, change in changes.items():
+        own, shape = origins[name], tuple(stored[name].shape)
+        known = own.change or Change(_unchanged, own.dtype, shape)
+        for each, rounded in ((wide, False), (origins, True)):
+            rotated = partial(_rotated, known.function, change, rounded)
+            each[name] = Origin(own.parts, Change(rotated, known.dtype if rounded else "F32", shape))
+        # A mapped weight would be used without the change.
+        empty = nn.Parameter(torch.empty_like(stored[name], device="meta"), requires_grad=False)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
+        _set_parameter(model, name, empty)
+
+    def opened(found: Mapping[str, Origin]) -> LazyModel:
+        return LazyModel(model, found, lazy.others, lazy.surplus, source)
+
+    error = _difference(_logits_by_block(opened(wide)), before)
+    if not error <= TOLERANCE:
+        raise _changed(model, error)
+    return opened(origins)
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Set a parameter at a dotted name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, parameter)
+
+
+def _unchanged(stored: Tensor) -> Tensor:
+    return stored
+
+
+def _rotated(
+    function: Callable[[Tensor], Tensor], change: Callable[[Tensor], Tensor], rounded: bool, stored: Tensor
+) -> Tensor:
+    """Rotate a stored tensor in float32, after it was converted to the parameter.
+
+    Args:
+        function: conversion of the stored tensor to the parameter.
+        change: the rotation.
+        rounded: whether the result is rounded to the dtype of the parameter.
+        stored: the stored tensor.
+    """
+    parameter = function(stored)
+    found = change(parameter.to(torch.promote_types(parameter.dtype, torch.float32)))
+    return found.to(parameter.dtype) if rounded else found
+
+
+def _changes(
+    model: PreTrainedModel, layers: Mapping[str, Any], gains: Mapping[str, Tensor], seed: int
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return a function for each parameter that changes it as the rotation requires, by name.
+
+    Args:
+        model: the model.
+        layers: its layers by name.
+        gains: gains of the norms, float64, shape `(size, 1)`, which are folded into the layers that follow.
+        seed: seed of the random matrices.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
+    embedding = layers["model.embed_tokens"]
     rotation = _orthogonal(embedding.embedding_dim, generator)
-
-    # The gain of the last norm is folded into the head, which must therefore be untied from the embedding.
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.clone(), embedding.weight.requires_grad)
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
-    _multiply(embedding, right=rotation)
-    _multiply(head, right=_take_gain(layers["model.norm"]) * rotation)
-
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "model.embed_tokens.weight": partial(_product, right=rotation),
+        "lm_head.weight": partial(_product, gain=gains["model.norm"], right=rotation),
+    }
+    found |= {f"{name}.weight": torch.ones_like for name in gains}
     for block in _blocks(model):
-        q, k, v, o = (layers[f"{block}.self_attn.{x}_proj"] for x in "qkvo")
+        q, v = (layers[f"{block}.self_attn.{x}_proj"] for x in "qv")
         size: Any = model.get_submodule(f"{block}.self_attn").head_dim
         queries, values = q.out_features // size, v.out_features // size
         heads = [_orthogonal(size, generator) for _ in range(values)]
         shared = [heads[head * values // queries] for head in range(queries)]
-        read = _take_gain(layers[f"{block}.input_layernorm"]) * rotation
-        _multiply(q, right=read)
-        _multiply(k, right=read)
-        _multiply(v, left=torch.block_diag(*heads).T, right=read)
-        _multiply(o, left=rotation.T, right=torch.block_diag(*shared))
-        read = _take_gain(layers[f"{block}.post_attention_layernorm"]) * rotation
-        _multiply(layers[f"{block}.mlp.gate_proj"], right=read)
-        _multiply(layers[f"{block}.mlp.up_proj"], right=read)
-        _multiply(layers[f"{block}.mlp.down_proj"], left=rotation.T)
-
-    error = float((_logits(model) - before).norm() / before.norm())
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    if not error <= TOLERANCE:
-        raise TargetError(
-            f"Rotation changed the logits of this {type(model).__name__} by {error:.2g} of their norm; "
-            f"rounding explains at most {TOLERANCE:g}. So its forward pass differs from that of Llama. Its "
-            "weights have been changed: load the model again, and use it without rotation."
+        before, after = (gains[f"{block}.{x}"] for x in NORMS)
+        read = partial(_product, gain=before, right=rotation)
+        sides = {"self_attn.q_proj": read, "self_attn.k_proj": read}
+        sides["self_attn.v_proj"] = partial(_product, left=heads, gain=before, right=rotation)
+        sides["self_attn.o_proj"] = partial(_product, left=rotation, right=shared)
+        sides |= dict.fromkeys(
+            ("mlp.gate_proj", "mlp.up_proj"), partial(_product, gain=after, right=rotation)
         )
-    return model
+        sides["mlp.down_proj"] = partial(_product, left=rotation)
+        for name, product in sides.items():
+            found[f"{block}.{name}.weight"] = product
+            if "left" in product.keywords and layers[f"{block}.{name}"].bias is not None:
+                found[f"{block}.{name}.bias"] = partial(_product_of_bias, product.keywords["left"])
+    return found
 
 
-def _multiply(layer: Any, *, left: Tensor | None = None, right: Tensor | None = None) -> None:
-    """Replace the weight `(out, in)` of a layer by `left @ weight @ right`, and the bias by `left @ bias`."""
-    for rows in layer.weight.split(ROWS) if left is None else (layer.weight,):
+def _product(
+    weight: Tensor,
+    *,
+    left: Tensor | list[Tensor] | None = None,
+    gain: Tensor | None = None,
+    right: Tensor | list[Tensor] | None = None,
+) -> Tensor:
+    """Compute `left^T weight diag(gain) right` in float64, for a weight of shape `(out, in)`.
+
+    Args:
+        weight: the weight; the result is on its device.
+        left, right: an orthogonal matrix, or the blocks of a block-diagonal one.
+        gain: gain of the norm before the layer, shape `(in, 1)`.
+    """
+    left = torch.block_diag(*left) if isinstance(left, list) else left
+    right = torch.block_diag(*right) if isinstance(right, list) else right
+    right = right if gain is None or right is None else gain * right
+    found = torch.empty_like(weight)
+    for rows, target in zip(weight.split(ROWS), found.split(ROWS), strict=True) if left is None else ():
         product = rows.to("cpu", torch.float64)
-        product = product if right is None else product @ right
-        rows.copy_(product if left is None else left @ product)
-    if left is not None and layer.bias is not None:
-        layer.bias.copy_(left @ layer.bias.to("cpu", torch.float64))
+        target.copy_(product if right is None else product @ right)
+    if left is not None:
+        product = weight.to("cpu", torch.float64)
+        found.copy_(left.T @ (product if right is None else product @ right))
+    return found
 
 
-def _take_gain(norm: Any) -> Tensor:
-    """Set the gain of a norm to one, and return the old gain in float64, shape `(size, 1)`."""
-    gain = norm.weight.to("cpu", torch.float64, copy=True)[:, None]
-    norm.weight.fill_(1)
-    return gain
+def _product_of_bias(left: Tensor | list[Tensor], bias: Tensor) -> Tensor:
+    """Compute `left^T bias` in float64, in the dtype of the bias."""
+    left = torch.block_diag(*left) if isinstance(left, list) else left
+    return (left.T @ bias.to("cpu", torch.float64)).to(bias)
+
+
+def _gains(layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the gains of all norms in float64, shape `(size, 1)`, by name of the norm."""
+    return {
+        name: x.weight.detach().to("cpu", torch.float64, copy=True)[:, None]
+        for name, x in layers.items()
+        if _is_norm(x)
+    }
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Linear | nn.Embedding)
+
+
+def _untie(model: Any) -> None:
+    """Give the head a weight of its own, since the gain of the last norm is folded into it."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.clone(), embedding.weight.requires_grad)
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+
+
+def _difference(after: Tensor, before: Tensor) -> float:
+    return float((after - before).norm() / before.norm())
+
+
+def _changed(model: nn.Module, error: float) -> TargetError:
+    return TargetError(
+        f"Rotation changed the logits of this {type(model).__name__} by {error:.2g} of their norm; "
+        f"rounding explains at most {TOLERANCE:g}. So its forward pass differs from that of Llama. Its "
+        "weights have been changed: load the model again, and use it without rotation."
+    )
+
+
+def _logits_by_block(lazy: LazyModel) -> Tensor:
+    """Compute the logits of a few tokens in float32, in the memory of one block."""
+    model: Any = lazy.model
+    batch = {"input_ids": torch.arange(_TOKENS)[None] % model.config.vocab_size, "use_cache": False}
+    walk = Walk(model, tuple(_blocks(model)), [batch], {}, lazy.loaded)
+    with walk.loaded([*walk.ends, *walk.block.modules()]):
+        walk.enter(skip=True)
+    while walk.position < len(walk.names):
+        with walk.loaded(walk.block.modules()):
+            walk.advance()
+    with walk.loaded(walk.ends), walk.leaving(0, walk.states[walk.position, 0]):
+        return model(**batch).logits.double()
 
 
 def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
@@ -170,8 +353,6 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
 
     if name := next((name for name, x in model.named_modules() if isinstance(x, NetworkModule)), None):
         raise TargetError(f"{name} is compressed already; rotate the dense model, then compress it.")
-    if name := next((name for name, x in model.named_parameters() if x.is_meta), None):
-        raise refuse(name, "is not in memory")
     if not (blocks := _blocks(model)):
         raise refuse("model.layers", "is missing")
     plain: dict[str, type[nn.Module]] = {"model.embed_tokens": nn.Embedding, "lm_head": nn.Linear}
@@ -219,6 +400,7 @@ def _is_rms_norm(norm: nn.Module) -> bool:
     if weights.keys() != {"weight"}:
         return False
     width, device = weights["weight"].shape[0], weights["weight"].device
+    device = torch.device("cpu") if device.type == "meta" else device
     x, gain = torch.linspace(-1, 2, width, device=device), torch.linspace(2, 0.5, width, device=device)
     computed = functional_call(norm, {"weight": gain}, (x[None],))[0]
     return torch.allclose(computed, gain * x / x.square().mean().sqrt(), rtol=1e-3, atol=1e-3)

@@ -20,7 +20,7 @@ from tensornet.errors import DestinationError, TargetError
 from tensornet.healing.heal import only_training
 from tensornet_hf.checkpoint import load, on_device, resolve_folder
 from tensornet_hf.specialist_files import DESCRIPTION, Specialists, load_specialists, specialists
-from tensornet_hf.streaming import digest, staging
+from tensornet_hf.staging import digest, staging
 from tensornet_hf.text import (
     bos_token,
     load_tokenizer,

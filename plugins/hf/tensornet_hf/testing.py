@@ -21,7 +21,7 @@ from tensornet._util import require
 from tensornet.errors import DestinationError, TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization.menus import MENUS
-from tensornet_hf.exporters.export import TARGETS, export
+from tensornet_hf.exporters.target import TARGETS, export
 
 require(("pytest",), extra="testing", user="tensornet_hf.testing")
 

@@ -58,7 +58,7 @@ def test_options_that_exclude_one_another_are_named_as_in_python() -> None:
     with pytest.raises(th.compress.OptionError, match=r"share_experts.*report"):
         th.CompressOptions(share_experts=True, report="page.html")
     with pytest.raises(th.compress.OptionError, match="local folder"):
-        th.compress_folder(gpt2_path(), "hf://a/b", HALF, th.CompressOptions(workers=2))
+        th.compress_folder(gpt2_path(), "hf://a/b", HALF, th.CompressOptions(export="mlx"))
 
 
 def test_a_classifier_has_no_perplexity() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from folder_runs import compress_files
 
 import tensornet as tn
 import tensornet_hf as th
@@ -33,5 +34,5 @@ def test_one_folder_has_one_number_of_parameters(name: str, tmp_path: Path) -> N
     assert found["params"] == sum(found["dtypes"].values()) == count
     for layer in found["layers"]:
         assert layer["params"] == model.get_submodule(layer["name"]).num_params
-    streamed = th.compress_checkpoint(gpt2_path(), tmp_path / "streamed", config)
+    streamed = compress_files(gpt2_path(), tmp_path / "streamed", config)
     assert streamed.model_params_after == count

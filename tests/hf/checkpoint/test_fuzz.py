@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_models import gpt2
 from sharded_folders import save
 
@@ -133,7 +134,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     config = tn.CompressionConfig(target_modules=["wte", "h.1.mlp.c_fc"], topology="mpo", param_ratio=0.7)
-    th.compress_checkpoint(save("gpt2", folder / "dense", shard="1GB"), folder / "out", config)
+    compress_files(save("gpt2", folder / "dense", shard="1GB"), folder / "out", config)
     return folder / "out"
 
 

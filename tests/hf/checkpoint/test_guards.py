@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_models import ALL
 from mixture_models import mixture
 from safetensors import safe_open
@@ -62,7 +63,7 @@ def test_other_ways_to_make_a_folder(tmp_path: Path) -> None:
     dense = ALL[0].dense
     dense.save_pretrained(tmp_path / "dense")
     config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
-    th.compress_checkpoint(tmp_path / "dense", tmp_path / "files", config)
+    compress_files(tmp_path / "dense", tmp_path / "files", config)
     tn.compress(dense, config, progress=False)
     dense.save_pretrained(tmp_path / "memory")
     th.load(tmp_path / "memory").save_pretrained(tmp_path / "again")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from folder_runs import compress_files
 from hf_models import assert_generates_alike
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -203,7 +204,7 @@ def test_file_to_file_is_the_same_for_any_number_of_workers(tmp_path: Path) -> N
     model.save_pretrained(source)
     plan = plan_of(model, names_of(model))
     for workers in (1, 2):
-        th.compress_checkpoint(source, tmp_path / f"by{workers}", plan, workers=workers)
+        compress_files(source, tmp_path / f"by{workers}", plan, workers=workers)
     one, two = (tmp_path / f"by{workers}" / "model.safetensors" for workers in (1, 2))
     assert one.read_bytes() == two.read_bytes()
     expected = quantized().state_dict()

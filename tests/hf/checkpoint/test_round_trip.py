@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from folder_runs import compress_files
 from hf_models import (
     ALL,
     ARCHITECTURES,
@@ -439,7 +440,7 @@ def test_parts_of_multimodal_models_have_other_names_in_each_class(how: str, tmp
             for new, old in {"model.language_model.": "model.", "model.visual.": "visual."}.items():
                 tensors = {name.replace(new, old): x for name, x in tensors.items()}
             save_file(tensors, weights, metadata={"format": "pt"})
-        th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", options)
+        compress_files(tmp_path / "dense", tmp_path / "made", options)
     whole = th.load(tmp_path / "made")
     assert any("visual" in name for name in whole.config.quantization_config.layers)
     expected = outputs(model if how == "memory" else whole)

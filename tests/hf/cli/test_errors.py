@@ -222,7 +222,7 @@ def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp
     plain = ("compress", gpt2_path(), "out", "--rel-error", 0.5)
     monkeypatch.setattr("tensornet_hf.compress.load", stop)
     assert tensornet(*plain) == (130, "", "tensornet: interrupted; nothing was written.\n")
-    monkeypatch.setattr("tensornet_hf.streaming.compress_alone", stop)
+    monkeypatch.setattr("tensornet.compression.road.compress_alone", stop)
     status, _, err = tensornet(*plain, "--workers", 1)
     assert status == 130
     assert re.search(r"finished parts are kept in .*\.out\.partial; run the same command again", err)

@@ -213,17 +213,6 @@ def test_factors_that_float16_lacks(tmp_path: Path) -> None:
         assert torch.equal(stored, factor.detach().float().reshape(stored.shape))
 
 
-def test_skeleton_gives_the_same_adapter(tmp_path: Path) -> None:
-    th.export(model_of("llama").half(), tmp_path / "base.gguf")
-    model = residual("llama", base="int4:g32:float16")
-    first = th.export(model, tmp_path / "one.gguf", networks="lora")
-    second = th.export(model, tmp_path / "two.gguf", networks="lora", skeleton=tmp_path / "base.gguf")
-    assert first.ranks == second.ranks
-    for ending in ("", "-lora"):
-        one, two = (tensors_of(tmp_path / f"{x}{ending}.gguf") for x in ("one", "two"))
-        assert all(torch.equal(one[key], two[key]) for key in (first.ranks if not ending else one))
-
-
 def plus_mpo(rank: int) -> TensorNetworkLinear:
     """Layer of integers plus an MPO whose matrix has the given rank."""
     generator = torch.Generator().manual_seed(0)

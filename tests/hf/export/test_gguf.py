@@ -154,43 +154,6 @@ def test_trained_tokenizer_of_bytes_and_metadata(tmp_path: Path) -> None:
     assert set(vocabulary) <= set(fields["tokenizer.ggml.tokens"].contents())
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "phi3", "gemma"]
-)  # permuted, transposed, fused, shifted norms
-def test_skeleton_gives_the_same_file(name: str, tmp_path: Path) -> None:
-    import gguf
-
-    th.export(model_of(name).half(), tmp_path / "base.gguf")
-    model = compressed(name, "int8:g32:float16", "int4:g32:float16")
-    first = th.export(model, tmp_path / "converter.gguf")
-    second = th.export(model, tmp_path / "skeleton.gguf", skeleton=tmp_path / "base.gguf")
-    assert first.packed == second.packed
-    files = [gguf.GGUFReader(tmp_path / f"{x}.gguf") for x in ("converter", "skeleton")]
-    tensors = [{x.name: x.data.tobytes() for x in f.tensors if x.name in first.packed} for f in files]
-    assert tensors[0] == tensors[1]
-    assert [x.name for x in files[0].tensors] == [x.name for x in files[1].tensors]
-    kept = [{k: v.contents() for k, v in file.fields.items() if "general.name" not in k} for file in files]
-    assert {k: v for k, v in kept[0].items() if k[:5] != "GGUF."} == {
-        k: v for k, v in kept[1].items() if k[:5] != "GGUF."
-    }
-
-
-def test_skeleton_of_another_model_is_refused(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    other = model_of("llama")
-    other.init_weights()
-    for parameter in other.parameters():
-        torch.nn.init.normal_(parameter)
-    th.export(other, tmp_path / "base.gguf")
-    model = compressed("llama", "int8:g32:float16")
-    with pytest.raises(TargetError, match="belong"):
-        th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "base.gguf")
-    (tmp_path / "bad.gguf").write_text("no")
-    with pytest.raises(TargetError, match="GGUF"):
-        th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "bad.gguf")
-    assert not (tmp_path / "model.gguf").exists()
-
-
 def test_the_smallest_exact_type() -> None:
     """The decoder has the last word."""
     import gguf
@@ -236,13 +199,6 @@ def test_a_mixture_is_not_read_as_a_llama(tmp_path: Path) -> None:
     th.export(model_of("mixtral"), tmp_path / "model.gguf")
     with pytest.raises(FormatError, match="4 experts"):
         load_gguf(tmp_path / "model.gguf")
-
-
-def test_a_skeleton_does_not_take_experts(tmp_path: Path) -> None:
-    th.export(model_of("mixtral"), tmp_path / "base.gguf")
-    model = compressed("mixtral", "int8:g32:float16")
-    with pytest.raises(TargetError, match="Skeletons"):
-        th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "base.gguf")
 
 
 @pytest.mark.parametrize("target", ["gguf", "mlx", "compressed-tensors"])

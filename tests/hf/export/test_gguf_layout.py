@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.compression.write import compress_blocks
 from tensornet.errors import DestinationError, TargetError
 from tensornet.nn.module import NetworkModule
-from tensornet.quantization import NumberFormat
-from tensornet_hf.exporters.gguf import find_place, gguf_layout
+from tensornet_hf.checkpoint import read_dense
+from tensornet_hf.exporters.gguf import find_place, lay_out_gguf
 from tensornet_hf.exporters.gguf_converter import ConvertedTensor, weight_sources
+from tensornet_hf.file_sink import FileSink, PlannedModel
+from tensornet_hf.lazy_model import open_lazily
 from tests.hf.export.test_gguf import compressed, model_of
 
 pytestmark = [
@@ -56,34 +57,45 @@ def layers_of(model: PreTrainedModel) -> dict[str, NetworkModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, NetworkModule)}
 
 
-def formats_of(layers: dict[str, NetworkModule]) -> dict[str, NumberFormat]:
-    return {name: module.storage.format_of(module.topology.core_names[0]) for name, module in layers.items()}
+def planned_of(model: PreTrainedModel, **options: Any) -> PlannedModel:
+    """The model as it is before its new layers are known: their tensors are on the meta device."""
+    targets: dict[int, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, NetworkModule):
+            first = id(next(iter(module.stored.values())))
+            targets[first] = (*targets.get(first, ()), name)
+    empty = copy.deepcopy(model)
+    for name, module in empty.named_modules():
+        if isinstance(module, NetworkModule):
+            module.to(device="meta")
+    return PlannedModel(empty, {names[0]: names for names in targets.values()}, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_layout_of_formats_is_the_file_of_the_compressed_model(case: str, tmp_path: Path) -> None:
-    """Written layer by layer, from the last to the first, and with an interruption."""
+    """Written layer by layer, from the last to the first, and with interruptions."""
     name, formats, options = CASES[case]
-    model, layers = model_of(name, **options), layers_of(compressed(name, *formats, **options))
-    report = th.export(compressed(name, *formats, **options), tmp_path / "model.gguf")
-    layout = gguf_layout(model, None, formats_of(layers), title="model")
-    assert layout.packed == report.packed
-    assert {x: y for x, y in layout.dense.items() if x in layout.tensors} == {
-        x: y for x, y in report.dense.items() if x in layout.tensors
+    model = compressed(name, *formats, **options)
+    report = th.export(model, tmp_path / "model.gguf")
+    planned = planned_of(model)
+    files = lay_out_gguf(planned)
+    names = set(files.layouts["model.gguf"].places)
+    assert files.packed == report.packed
+    assert {x: y for x, y in files.dense.items() if x in names} == {
+        x: y for x, y in report.dense.items() if x in names
     }
-    assert layout.nbytes == (tmp_path / "model.gguf").stat().st_size
-    known: dict[str, NetworkModule] = {}
-    file, left = layout.open(tmp_path / "unfinished"), set(layout.tensors)
-    for number, layer in enumerate(reversed([*layers, None])):
-        known |= {} if layer is None else {layer: layers[layer]}
-        for tensor in reversed(layout.ready(known)):
-            if tensor in left:
-                layout.write(file, tensor, known)
-                left.remove(tensor)
-        if number % 4 == 0:
-            file = layout.open(tmp_path / "unfinished")  # as after an interruption
-            assert set(file.missing()) == left
-    file.finish(tmp_path / "again.gguf")
+    assert files.nbytes == (tmp_path / "model.gguf").stat().st_size
+    sink, put = FileSink(files, tmp_path / "again.gguf", tmp_path), set[str]()
+    for number, target in enumerate(reversed(planned.targets)):
+        modules: Any = [model.get_submodule(x) for x in planned.targets[target]]
+        sink.put("", {target: (modules, 0.0)})
+        put.add(target)
+        if number % 4 == 0:  # an interruption: what waited for other layers is lost
+            sink = FileSink(files, tmp_path / "again.gguf", tmp_path)
+            lost = {x for x in put if not sink.written(x)}
+            assert all(sink.written(x) for x in put - lost)
+            sink.put("", {x: ([model.get_submodule(y) for y in planned.targets[x]], 0.0) for x in lost})
+    sink.finish()
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
@@ -104,48 +116,39 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
     return {x.name: gguf.quants.dequantize(x.data, x.tensor_type) for x in reader.tensors}
 
 
-def test_a_model_without_weights(tmp_path: Path) -> None:
-    """All weights are given when they are written; dense ones keep their dtype."""
-    layers = rounded(model_of("llama").bfloat16(), "int4:g32:float16", "*up_proj")
-    model = model_of("llama").bfloat16()
-    parameters = dict(model.state_dict())
-    layout = gguf_layout(model.to(device="meta"), None, formats_of(layers))  # type: ignore[call-arg]
-    assert layout.tensors["blk.0.ffn_down.weight"].kind == "BF16"
-    assert layout.tensors["blk.0.attn_norm.weight"].kind == "F32"
-    file = layout.open(tmp_path / "unfinished")
-    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
-        layout.write(file, "output_norm.weight", layers)
-    for name in layout.tensors:
-        layout.write(file, name, {**layers, **parameters})
-    file.finish(tmp_path / "model.gguf")
+def test_parameters_that_can_only_be_read_with_others(tmp_path: Path) -> None:
+    """Experts that are stored one by one are on the meta device, and read when they are written."""
+    model = model_of("mixtral").bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    config = tn.CompressionConfig(
+        bits_per_weight=9, formats=("int4:g32:float16",), objective="weight", target_modules="*q_proj"
+    )
+    plan = tn.plan(model, config)
+    source = read_dense(tmp_path / "dense")
+    planned = PlannedModel.of(open_lazily(source), plan)
+    sink = FileSink(lay_out_gguf(planned), tmp_path / "model.gguf", tmp_path)
+    for _, layers in compress_blocks(model, plan, []):
+        sink.put("", layers)
+    sink.finish()
     found = tensors_of(tmp_path / "model.gguf")
-    for name, layer in {"ffn_norm": "post_attention_layernorm", "ffn_down": "mlp.down_proj"}.items():
-        expected = parameters[f"model.layers.1.{layer}.weight"].float()
-        assert np.array_equal(found[f"blk.1.{name}.weight"], expected)
-    up = layers["model.layers.1.mlp.up_proj"].to_matrix().float().detach()
-    torch.testing.assert_close(torch.from_numpy(found["blk.1.ffn_up.weight"]), up, rtol=2**-8, atol=0)
+    down = model.state_dict()["model.layers.1.mlp.experts.down_proj"].float()
+    assert np.array_equal(found["blk.1.ffn_down_exps.weight"], down)
 
 
 def test_weights_that_are_missing_or_of_another_format(tmp_path: Path) -> None:
-    layers = rounded(model_of("mixtral"), "int4:g32:float16", "*experts*gate_up*")
-    layout = gguf_layout(model_of("mixtral"), None, formats_of(layers))
-    name = "blk.0.ffn_gate_exps.weight"
-    first, *others = layout.tensors[name].layers
-    assert len(others) == 3
-    assert name not in layout.ready(others)
-    assert name in layout.ready([first, *others])
-    assert "token_embd.weight" in layout.ready([])
-    file = layout.open(tmp_path / "unfinished")
-    with pytest.raises(ValueError, match="experts"):
-        layout.write(file, name, {layer: layers[layer] for layer in others})
+    model = model_of("mixtral")
+    layers = rounded(model, "int4:g32:float16", "*experts*gate_up*")
     finer = rounded(model_of("mixtral"), "int8:g32:float16", "*experts*gate_up*")
+    first, *others = [x for x in layers if "layers.0." in x]
+    assert len(others) == 3
+    sink = FileSink(lay_out_gguf(planned_of(model)), tmp_path / "model.gguf", tmp_path)
+    sink.put("", {x: ([layers[x]], 0.0) for x in layers if x != first})
+    assert not any(sink.written(x) for x in (first, *others))
+    assert all(sink.written(x) for x in layers if "layers.1." in x)
     with pytest.raises(TargetError, match="Q4_0"):
-        layout.write(file, name, finer)
-    layout.write(file, name, layers)
-    with pytest.raises(ValueError, match="already"):
-        layout.write(file, name, layers)
+        sink.put("", {x: ([finer[x]], 0.0) for x in (first, *others)})
     with pytest.raises(ValueError, match="have not been written"):
-        file.finish(tmp_path / "model.gguf")
+        sink.finish()
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -201,39 +204,7 @@ def test_places_of_rows_and_columns(move: str) -> None:
         assert np.array_equal(again, moved.reshape(-1, 64).numpy())
 
 
-# --- interrupted runs -----------------------------------------------------------------------------
-
-PROGRAM = """
-import os, signal, sys, warnings
-from pathlib import Path
-warnings.simplefilter("ignore")
-sys.path.append("tests")
-from tensornet.io import ResumableFile
-from tensornet_hf.exporters.gguf import gguf_layout
-from tests.hf.export.test_gguf import compressed, model_of
-from tests.hf.export.test_gguf_layout import FORMATS, formats_of, layers_of
-layers = layers_of(compressed("mixtral", *FORMATS))
-layout = gguf_layout(model_of("mixtral"), None, formats_of(layers), title="model")
-file = layout.open(Path(sys.argv[1]) / "unfinished", key="mixtral")
-for number, name in enumerate(reversed(file.missing()), start=1):
-    layout.write(file, name, layers)
-    if number == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-file.finish(Path(sys.argv[1]) / "model.gguf", force=False)
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
-def test_a_killed_run_is_continued(tmp_path: Path) -> None:
-    for stop in (9, 5, 0):
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(stop)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ended.returncode == (-signal.SIGKILL if stop else 0), ended.stderr
-        assert (tmp_path / "model.gguf").exists() == (not stop)
-    found = (tmp_path / "model.gguf").read_bytes()
-    th.export(compressed("mixtral", *FORMATS), tmp_path / "model.gguf", force=True)
-    assert found == (tmp_path / "model.gguf").read_bytes()
-    assert [x.name for x in tmp_path.iterdir()] == ["model.gguf"]
+# --- a full disk ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no RLIMIT_FSIZE")

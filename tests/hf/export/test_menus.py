@@ -12,7 +12,7 @@ from tensornet.compression import price
 from tensornet.errors import FormatError
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.menus import MENUS, bytes_for
-from tensornet_hf.exporters.export import TARGETS
+from tensornet_hf.exporters.target import TARGETS
 
 
 def llama(hidden: int = 64, seed: int = 0) -> LlamaForCausalLM:

@@ -35,8 +35,8 @@ import tensornet_hf as th
 from tensornet.errors import DestinationError, MissingDependencyError, TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.exporters.export import TARGETS as REGISTERED
 from tensornet_hf.exporters.folder import pack_rows
+from tensornet_hf.exporters.target import TARGETS as REGISTERED
 
 TARGETS = ("compressed-tensors", "mlx")
 #: Layer of a model, its format, and what becomes of it in both targets: a format, or a word of the reason.
@@ -273,8 +273,6 @@ def test_models_without_layers_to_pack_are_refused(target: str, tmp_path: Path) 
         th.export(dense, tmp_path / "out", target=target)
     with pytest.raises(DestinationError, match="gguf"):
         th.export(dense, tmp_path / "out.gguf", target=target)
-    with pytest.raises(ValueError, match="no option skeleton"):
-        th.export(dense, tmp_path / "new", target=target, skeleton="base.gguf")
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
 
 

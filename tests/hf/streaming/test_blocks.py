@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from transformers import BertConfig, BertForSequenceClassification
 
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration import label_losses
+from tensornet.compression import road
 from tensornet.compression.report import model_size
 from tensornet.errors import BudgetError, DestinationError
 from tensornet.nn.extension import ProvidedData
-from tensornet_hf import streaming
-from tensornet_hf.compress import calibration_batches, find_prices
+from tensornet_hf.compress import calibration_batches
 from tensornet_hf.embedded import calibration_text, gpt2_path
-from tensornet_hf.exporters.gguf_writer import GGUFWriter
-from tensornet_hf.folder_writer import FolderWriter
-from tensornet_hf.streaming import staging_folder
+from tensornet_hf.file_sink import FileSink
+from tensornet_hf.staging import StatesOnDisk, staging_folder
 from tensornet_hf.text import calibration_data
 
 CONFIG = tn.CompressionConfig(
@@ -38,15 +38,15 @@ def text() -> ProvidedData:
 
 
 def compress(destination: Path, config: Any = CONFIG, **options: Any) -> tn.CompressionReport:
-    given = {"calibration": text(), "tokens": TOKENS, **options}
-    return th.compress_checkpoint(gpt2_path(), destination, config, **given)
+    given = {"calibration": text(), "calibration_tokens": TOKENS, **options}
+    return compress_files(gpt2_path(), destination, config, **given)
 
 
 def test_a_gguf_file_is_that_of_the_exported_folder(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("conversion")
     compress(tmp_path / "folder")
-    report = compress(tmp_path / "model.gguf", target="gguf")
+    report = compress(tmp_path / "model.gguf")
     th.export(tmp_path / "folder", tmp_path / "exported.gguf", source=gpt2_path())
     straight, exported = ((tmp_path / x).read_bytes() for x in ("model.gguf", "exported.gguf"))
     # The title in the metadata is the name of the folder, which differs; all tensors follow the metadata.
@@ -57,7 +57,7 @@ def test_a_gguf_file_is_that_of_the_exported_folder(tmp_path: Path) -> None:
     assert report.measured.mean < 3 * report.plan.predicted_loss_increase + 4 * report.measured.stderr
     assert sorted(x.name for x in tmp_path.iterdir()) == ["exported.gguf", "folder", "model.gguf"]
     with pytest.raises(DestinationError, match="exists"):
-        compress(tmp_path / "model.gguf", target="gguf")
+        compress(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("target", [None, "gguf"])
@@ -70,9 +70,8 @@ def test_an_interrupted_run_goes_on_at_its_block(
     name = "model.gguf" if target else "model"
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    compress(tmp_path / "a" / name, target=target)
-    kind: Any = GGUFWriter if target else FolderWriter
-    put, blocks = kind.put, []
+    compress(tmp_path / "a" / name)
+    put, blocks = FileSink.put, []
 
     def stopping(self: Any, block: str, layers: Any) -> None:
         blocks.append(block)
@@ -81,24 +80,24 @@ def test_an_interrupted_run_goes_on_at_its_block(
         put(self, block, layers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "put", stopping)
+        patch.setattr(FileSink, "put", stopping)
         with pytest.raises(KeyboardInterrupt):
-            compress(tmp_path / "b" / name, target=target)
+            compress(tmp_path / "b" / name)
     assert staging_folder(tmp_path / "b" / name).is_dir()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("surveyed again")
 
     rounded: list[str] = []
-    original = streaming.compress_alone
+    original = road.compress_alone
 
     def counting(matrix: Any, layer: Any, *rest: Any) -> Any:
         rounded.append(layer.name)
         return original(matrix, layer, *rest)
 
     monkeypatch.setattr("tensornet.compression.survey.survey", never)
-    monkeypatch.setattr(streaming, "compress_alone", counting)
-    compress(tmp_path / "b" / name, target=target)
+    monkeypatch.setattr(road, "compress_alone", counting)
+    compress(tmp_path / "b" / name)
     assert {x.rpartition(".h.")[2][0] for x in rounded if ".h." in x} == {"2", "3"}  # not blocks 0 and 1
     files = [sorted(x for x in (tmp_path / y).rglob("*") if x.is_file()) for y in "ab"]
     assert [x.read_bytes() for x in files[0]] == [x.read_bytes() for x in files[1]]
@@ -128,7 +127,7 @@ def test_a_failed_run_leaves_only_prices_and_another_budget_uses_them(
 
 
 def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
-    states = streaming.fresh_states(tmp_path / "states")
+    states = StatesOnDisk(tmp_path / "states")
     for number in range(3):
         states[0, number] = torch.ones(2)
     for number in range(2):
@@ -136,7 +135,8 @@ def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
     assert states.complete(3) == 0
     states[1, 2] = torch.ones(2)
     assert states.complete(3) == 1
-    assert streaming.fresh_states(tmp_path / "states").complete(3) == 0
+    states.clear()
+    assert StatesOnDisk(tmp_path / "states").complete(3) == 0
 
 
 def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatc
     model = th.load(gpt2_path())
     data = calibration_batches(model, gpt2_path(), config, options, options.text)
     assert data is not None
-    expected = find_prices(model, config, options, data).plan()
+    expected = tn.survey(model, data.batches, config, loss_fn=data.loss_fn, tokens=256).plan()
     monkeypatch.delattr("tensornet_hf.compress.load")
     planned = th.plan_folder(gpt2_path(), config, options)
     assert [x.storage for x in planned.plan] == [x.storage for x in expected]
@@ -165,7 +165,7 @@ def test_the_losses_of_the_rows_that_both_walks_read_are_compared(tmp_path: Path
         {"input_ids": torch.randint(50, (64, 32)), "labels": torch.randint(3, (64,))} for _ in range(16)
     ]
     options = {"config": tn.CompressionConfig(bits_per_weight=2.5), "calibration": ProvidedData(batches, "x")}
-    measured = th.compress_checkpoint(tmp_path / "dense", tmp_path / "small", **options).measured
+    measured = compress_files(tmp_path / "dense", tmp_path / "small", **options).measured
     small = th.load(tmp_path / "small")
     with torch.no_grad():
         changes = torch.cat([label_losses(small, x) - label_losses(model, x) for x in batches[:8]])

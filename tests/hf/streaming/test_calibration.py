@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_models import ARCHITECTURES, VOCAB
 from safetensors.torch import load_file
 from sharded_folders import save
@@ -21,7 +22,7 @@ from tensornet.calibration.blockwise import joined, moments_by_block
 from tensornet.calibration.calibrate import MomentRecorder, observed
 from tensornet.calibration.losses import TokenLosses, cosine_losses, label_losses
 from tensornet.calibration.walk import Walk, find_blocks
-from tensornet.errors import TargetError
+from tensornet.errors import BudgetError, TargetError
 from tensornet.nn.extension import ProvidedData
 from tensornet.topologies import mpo
 from tensornet_hf.lazy_model import open_model
@@ -85,7 +86,7 @@ def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
 def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     source, config = save("gpt2", tmp_path / "dense"), tn.CompressionConfig(param_ratio=0.6)
     data = ProvidedData(batches("gpt2"), "made up")
-    report = th.compress_checkpoint(source, tmp_path / "ours", config, calibration=data)
+    report = compress_files(source, tmp_path / "ours", config, calibration=data)
     model = th.load(source)
     expected = tn.compress(model, config, calibration=data, progress=False)
     model.save_pretrained(tmp_path / "reference")
@@ -98,14 +99,14 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     with torch.no_grad():  # one model is decomposed from its file by one thread, the other one in memory
         found, wanted = (th.load(tmp_path / x)(**inputs).logits for x in ("ours", "reference"))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-    with pytest.raises(TargetError, match="made with made up"):
-        th.compress_checkpoint(source, tmp_path / "none", expected.plan)
+    with pytest.raises(BudgetError, match="made with made up"):
+        compress_files(source, tmp_path / "none", expected.plan)
     other = th.load(source)
     for parameter in other.parameters():
         parameter.data *= 2
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(TargetError, match="another model"):
-        th.compress_checkpoint(tmp_path / "other", tmp_path / "planned", report.plan, calibration=data)
+        compress_files(tmp_path / "other", tmp_path / "planned", report.plan, calibration=data)
     assert not (tmp_path / "planned").exists()
 
 
@@ -122,7 +123,7 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
 def test_networks_of_every_kind_are_those_of_a_loaded_model(options: Any, tmp_path: Path) -> None:
     source, config = save("llama", tmp_path / "dense"), tn.CompressionConfig(**options)
     data = ProvidedData(batches("llama"), "made up")
-    report = th.compress_checkpoint(source, tmp_path / "ours", config, calibration=data)
+    report = compress_files(source, tmp_path / "ours", config, calibration=data)
     model = th.load(source)
     expected = tn.compress(model, config, calibration=data, progress=False)
     assert [x.scheme for x in report.plan] == [x.scheme for x in expected.plan]
@@ -160,8 +161,6 @@ def test_models_that_cannot_be_streamed(tmp_path: Path) -> None:
     save("gpt2", tmp_path / "gpt2")
     one = [{"input_ids": torch.ones(2, 1, dtype=torch.long)}]
     config = tn.CompressionConfig(param_ratio=0.5)
-    for given, message in ((one, "No token"), ([], "no batches")):
+    for given, message in ((one, "No token"), ([], "no batches?")):
         with pytest.raises(TargetError, match=message):
-            th.compress_checkpoint(
-                tmp_path / "gpt2", tmp_path / "out", config, calibration=ProvidedData(given, "")
-            )
+            compress_files(tmp_path / "gpt2", tmp_path / "out", config, calibration=ProvidedData(given, ""))

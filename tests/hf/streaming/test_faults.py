@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from safetensors.torch import load_file, save_file
 from sharded_folders import HALF, contents, save
 
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError, NonFiniteError, TargetError
-from tensornet_hf.streaming import staging, staging_folder
+from tensornet_hf.staging import staging, staging_folder
 
 CONFIG = tn.CompressionConfig(**HALF)
 INDEX = "model.safetensors.index.json"
@@ -37,7 +38,7 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     print("ready", flush=True)
     config = tn.CompressionConfig(param_ratio=0.5)
-    th.compress_checkpoint(source, out, config, workers=workers, max_shard_bytes=6_000)
+    compress_files(source, out, config, workers=workers, max_shard_bytes=6_000)
 """
 
 
@@ -72,9 +73,9 @@ class Meanwhile(ThreadPoolExecutor):
 def test_a_model_saved_during_the_run_is_not_replaced(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(DestinationError, match="exists"):
-        th.compress_checkpoint(source, out, CONFIG, executor=Meanwhile(out), **SMALL)
+        compress_files(source, out, CONFIG, executor=Meanwhile(out), **SMALL)
     assert (out / "config.json").read_text() == "{}"
-    th.compress_checkpoint(source, out, CONFIG, force=True, **SMALL)
+    compress_files(source, out, CONFIG, force=True, **SMALL)
     th.load(out)
 
 
@@ -82,7 +83,7 @@ def refused(source: Path, match: str, error: type[Exception] = FormatError) -> N
     """The run ends with this error and leaves neither a destination nor a trace in the source."""
     before, out = contents(source), source.parent / "out"
     with pytest.raises(error, match=match):
-        th.compress_checkpoint(source, out, CONFIG)
+        compress_files(source, out, CONFIG)
     assert not out.exists()
     assert contents(source) == before
 
@@ -161,22 +162,22 @@ def test_integer_weights(tmp_path: Path) -> None:
 
 def test_destinations_and_options_that_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match="source"):
-        th.compress_checkpoint(source, source, CONFIG, force=True)
+        compress_files(source, source, CONFIG, force=True)
     with pytest.raises(DestinationError, match="inside the source"):
-        th.compress_checkpoint(source, source / "out", CONFIG)
+        compress_files(source, source / "out", CONFIG)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.json").write_text("{}")
     with pytest.raises(DestinationError, match="exists already"):
-        th.compress_checkpoint(source, tmp_path / "taken", CONFIG)
+        compress_files(source, tmp_path / "taken", CONFIG)
     with staging(tmp_path / "locked"), pytest.raises(DestinationError, match="Another run"):
-        th.compress_checkpoint(source, tmp_path / "locked", CONFIG)
+        compress_files(source, tmp_path / "locked", CONFIG)
     with pytest.raises(ValueError, match="workers"):
-        th.compress_checkpoint(source, tmp_path / "none", CONFIG, workers=0)
+        compress_files(source, tmp_path / "none", CONFIG, workers=0)
     with pytest.raises(RuntimeError, match="nonsense"):
-        th.compress_checkpoint(source, tmp_path / "none", CONFIG, device="nonsense")
-    th.compress_checkpoint(source, tmp_path / "taken", CONFIG, force=True)
+        compress_files(source, tmp_path / "none", CONFIG, device="nonsense")
+    compress_files(source, tmp_path / "taken", CONFIG, force=True)
     with pytest.raises(TargetError, match="compressed already"):
-        th.compress_checkpoint(tmp_path / "taken", tmp_path / "again", CONFIG)
+        compress_files(tmp_path / "taken", tmp_path / "again", CONFIG)
 
 
 def start(folder: Path, *, workers: int = 1, limit: int = 0) -> subprocess.Popen[str]:
@@ -199,7 +200,7 @@ def finished(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(source: Path, tmp_path: Path) -> None:
-    th.compress_checkpoint(source, tmp_path / "expected", CONFIG, **SMALL)
+    compress_files(source, tmp_path / "expected", CONFIG, **SMALL)
     draw = random.Random(6)
     for wanted in (0, 1, 12, 30):
         run = start(tmp_path)
@@ -211,7 +212,7 @@ def test_killed_at_random_moments_and_resumed(source: Path, tmp_path: Path) -> N
         if (tmp_path / "out").exists():  # it was through
             break
     if not (tmp_path / "out").exists():
-        th.compress_checkpoint(source, tmp_path / "out", CONFIG, **SMALL)
+        compress_files(source, tmp_path / "out", CONFIG, **SMALL)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not staging_folder(tmp_path / "out").exists()
 
@@ -225,7 +226,7 @@ def test_a_full_disk(source: Path, tmp_path: Path) -> None:
     assert "DestinationError" in err
     assert "Finished tensors are kept in" in err
     assert not (tmp_path / "out").exists()
-    th.compress_checkpoint(source, tmp_path / "out", CONFIG, **SMALL)
+    compress_files(source, tmp_path / "out", CONFIG, **SMALL)
     th.load(tmp_path / "out")
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_models import ARCHITECTURES
 from mixture_models import FAMILIES, mixture
 from sharded_folders import HALF, save
@@ -21,9 +22,10 @@ from tensornet.errors import DestinationError, FormatError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.targets import list_weights
 from tensornet_hf.checkpoint import read_dense
-from tensornet_hf.folder_writer import FolderWriter, planned_contents
+from tensornet_hf.file_sink import FileSink, PlannedModel
 from tensornet_hf.lazy_model import open_lazily
-from tensornet_hf.streaming import staging_folder
+from tensornet_hf.model_folder import lay_out_folder
+from tensornet_hf.staging import staging_folder
 
 #: Plain cores in every layer, pivoted cores, integers, and integers of tied embeddings.
 CONFIGS = {
@@ -40,7 +42,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", ["gpt2", "t5_gated"])
 def test_the_same_shards(name: str, config: tn.CompressionConfig, tmp_path: Path) -> None:
     source = save(name, tmp_path / "dense")
-    th.compress_checkpoint(source, tmp_path / "ours", config, max_shard_bytes=7_000)
+    compress_files(source, tmp_path / "ours", config, max_shard_bytes=7_000)
     model = th.load(source)
     tn.compress(model, config, progress=False)
     model.save_pretrained(tmp_path / "theirs", max_shard_size=7_000)
@@ -61,7 +63,7 @@ def test_one_expert_of_many(family: str, tmp_path: Path) -> None:
     mixture(family).save_pretrained(tmp_path / "dense")
     name = "re:.*layers.0.mlp.experts.1.*"
     config = tn.CompressionConfig(target_modules=[name], param_ratio=0.5, objective="weight")
-    th.compress_checkpoint(tmp_path / "dense", tmp_path / "ours", config)
+    compress_files(tmp_path / "dense", tmp_path / "ours", config)
     model = th.load(tmp_path / "dense")
     tn.compress(model, config, progress=False)
     model.save_pretrained(tmp_path / "theirs")
@@ -70,51 +72,51 @@ def test_one_expert_of_many(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_finished_layers_are_read_back(config: tn.CompressionConfig, tmp_path: Path) -> None:
+def test_an_interrupted_sink_knows_what_was_written(config: tn.CompressionConfig, tmp_path: Path) -> None:
     source = save("gpt2", tmp_path / "dense")
-    folder, model = read_dense(source), th.load(source)
-    plan = tn.plan(model, config)
-    found = planned_contents(folder, open_lazily(folder), plan)
-    key = {"max_shard_bytes": 7_000, "key": "a"}
-    writer, order = FolderWriter(tmp_path, found, **key), list(plan)  # type: ignore[arg-type]
+    model, plan = th.load(source), tn.plan(th.load(source), config)
+
+    def opened(key: str = "a") -> FileSink:
+        planned = PlannedModel.of(open_lazily(read_dense(source)), plan, max_shard_bytes=7_000)
+        return FileSink(lay_out_folder(planned), tmp_path / "made", tmp_path, key=key)
+
+    sink, order = opened(), [x for x in plan if x.topology is not None]
     targets = {target.name: target for target in list_weights(model)}
     random.Random(0).shuffle(order)
     put = {}
-    for layer in order[: len(order) // 2]:
+    for layer in order:
         made, error = compress_layer(targets[layer.name].matrix, layer, Weighting(), plan.rounding)
         put[layer.name] = with_cores(targets[layer.name], made), error
-        writer.put("", {layer.name: put[layer.name]})
-    again = FolderWriter(tmp_path, found, **key)  # type: ignore[arg-type]
-    for layer in plan:
-        back = again.finished(layer)
-        assert (back is not None) == (layer.name in put)
-        if back is None:
-            continue
-        modules, error = put[layer.name]
-        assert back[1] == error
-        for new, old in zip(back[0], modules, strict=True):
-            assert type(new) is type(old)
-            assert torch.equal(new.to_matrix(), old.to_matrix())  # type: ignore[operator]
-            assert new.stored.keys() == old.stored.keys()  # type: ignore[operator,union-attr]
-        first = [next(iter(x.stored.values())) for x in back[0]]  # type: ignore[operator]
-        assert all(x is first[0] for x in first)
+    assert list(tmp_path.iterdir()) == [source]  # nothing is reserved before the first layer is there
+    half = {x.name for x in order[: len(order) // 2]}
+    for name in half:
+        sink.put("", {name: put[name]})
+    again = opened()
+    assert {x.name for x in order if again.written(x.name)} == half
+    assert {name: again.errors[name] for name in half} == {name: put[name][1] for name in half}
     with pytest.raises(ValueError, match="not been written"):
         again.finish()
     with pytest.raises(FormatError, match="other options"):
-        FolderWriter(tmp_path, found, max_shard_bytes=7_000, key="b")
+        opened("b")
+    again.put("", {name: x for name, x in put.items() if name not in half})
+    again.finish()
+    tn.apply_plan(model, plan)
+    found = th.load(tmp_path / "made").state_dict()
+    for name, x in model.state_dict().items():
+        assert torch.equal(found[name], x)
 
 
 def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = save("llama", tmp_path / "dense"), tmp_path / "out"
     config = tn.CompressionConfig(**HALF)
-    th.compress_checkpoint(source, tmp_path / "expected", config)
+    compress_files(source, tmp_path / "expected", config)
     (file,) = (tmp_path / "expected").glob("*.safetensors")
     need = file.stat().st_size
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
         with pytest.raises(DestinationError, match="Free some space"):
-            th.compress_checkpoint(source, out, config)
+            compress_files(source, out, config)
         assert not [*staging_folder(out).rglob("*.safetensors")]
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need))
-        th.compress_checkpoint(source, out, config)
+        compress_files(source, out, config)
     assert ARCHITECTURES["llama"].dense.config.vocab_size == th.load(out).config.vocab_size

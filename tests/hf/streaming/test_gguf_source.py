@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_runs import compress_files
 from gguf_models import MODELS
 from sharded_folders import contents
 from transformers import AutoConfig, PreTrainedModel
@@ -87,8 +88,8 @@ def test_every_weight(name: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_same_files_as_from_a_folder(name: str, tmp_path: Path) -> None:
     dense, bare, file = folders(name, "F16", tmp_path)
-    th.compress_checkpoint(dense, tmp_path / "theirs", CONFIG)
-    th.compress_checkpoint(bare, tmp_path / "ours", CONFIG, weights=file)
+    compress_files(dense, tmp_path / "theirs", CONFIG)
+    compress_files(bare, tmp_path / "ours", CONFIG, weights=file)
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
     done = th.compress_folder(bare, tmp_path / "loaded", CONFIG, th.CompressOptions(weights=file))
     ours, theirs = (tmp_path / x / "model.safetensors" for x in ("loaded", "theirs"))
@@ -103,7 +104,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
 
     def refused(match: str, source: Path = bare, weights: Path = file) -> None:
         with pytest.raises(FormatError, match=match):
-            th.compress_checkpoint(source, tmp_path / "out", CONFIG, weights=weights)
+            compress_files(source, tmp_path / "out", CONFIG, weights=weights)
         assert not (tmp_path / "out").exists()
 
     config = json.loads((bare / "config.json").read_text())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_models import ARCHITECTURES
 from mixture_models import FAMILIES, mixture
 from safetensors.torch import load_file, save_file
@@ -15,10 +16,10 @@ from sharded_folders import contents, save
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.compression import road
 from tensornet.compression.plan import LayerPlan
 from tensornet.errors import FormatError
 from tensornet.nn.unfuse import PartMatrix, unfused
-from tensornet_hf import streaming
 from tensornet_hf.lazy_model import open_model
 
 
@@ -91,8 +92,8 @@ def test_a_dtype_that_cannot_be_read(tmp_path: Path) -> None:
 def test_damage_between_two_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is finished stays, and the run goes on once the file is restored."""
     source, out = save("llama", tmp_path / "dense"), tmp_path / "out"
-    config, original = tn.CompressionConfig(param_ratio=0.5), streaming.compress_alone
-    plan = th.compress_checkpoint(source, tmp_path / "expected", config).plan
+    config, original = tn.CompressionConfig(param_ratio=0.5), road.compress_alone
+    plan = compress_files(source, tmp_path / "expected", config).plan
     last = open_model(source).origins["model.layers.1.mlp.down_proj.weight"].parts[0].file
     content, stat, done = last.read_bytes(), last.stat(), []
 
@@ -102,23 +103,23 @@ def test_damage_between_two_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return original(matrix, layer, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "compress_alone", damage)
+        patch.setattr(road, "compress_alone", damage)
         with pytest.raises(FormatError, match=f"{last.name} changed"):
-            th.compress_checkpoint(source, out, plan)
+            compress_files(source, out, plan)
     assert not out.exists()
     assert all(name.startswith("model.layers.0.") for name in done)
     with pytest.raises(FormatError, match=f"{last.name} is truncated or damaged"):
-        th.compress_checkpoint(source, out, plan)
+        compress_files(source, out, plan)
     last.write_bytes(content)
     with pytest.raises(FormatError, match=f"{last.name}.*changed since the interrupted run"):
-        th.compress_checkpoint(source, out, plan)
+        compress_files(source, out, plan)
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     def count(matrix: torch.Tensor, layer: LayerPlan, *rest: Any) -> Any:
         done.append(layer.name)
         return original(matrix, layer, *rest)
 
-    monkeypatch.setattr(streaming, "compress_alone", count)
-    th.compress_checkpoint(source, out, plan)
+    monkeypatch.setattr(road, "compress_alone", count)
+    compress_files(source, out, plan)
     assert len(done) == len(set(done)) == len(plan)
     assert contents(out) == contents(tmp_path / "expected")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak
+from folder_runs import compress_files
 from hf_models import ARCHITECTURES
 from sharded_folders import save
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
-import tensornet_hf as th
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf.lazy_model import open_model
 
@@ -52,7 +52,7 @@ def test_tables_are_priced_and_rounded_in_few_copies(tmp_path: Path, monkeypatch
     made: list[tn.CompressionReport] = []
 
     def compress() -> None:
-        made.append(th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", config, calibration=data))
+        made.append(compress_files(tmp_path / "dense", tmp_path / "made", config, calibration=data))
 
     most = peak(compress)
     assert {"lm_head", "model.embed_tokens"} <= {x.name for x in made[0].plan if x.topology}

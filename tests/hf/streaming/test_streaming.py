@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_runs import compress_files
 from hf_models import ARCHITECTURES
 from mixture_models import EXPERTS, FAMILIES, logits, mixture, tokens
 from safetensors.torch import load_file, save_file
@@ -18,13 +19,13 @@ from sharded_folders import HALF, contents, save
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.compression import road
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.io import read_header
 from tensornet.nn.extension import ProvidedData
-from tensornet_hf import streaming
-from tensornet_hf.folder_writer import ERRORS
+from tensornet_hf.file_sink import ERRORS
 from tensornet_hf.lazy_model import open_model
-from tensornet_hf.streaming import staging_folder
+from tensornet_hf.staging import staging_folder
 
 EVERYTHING = tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6)
 LINEARS = tn.CompressionConfig(**HALF)
@@ -53,7 +54,7 @@ def described(folder: Path) -> dict[str, Any]:
 def same_folder(source: Path, config: tn.CompressionConfig, folder: Path) -> tuple[tn.CompressionReport, Any]:
     """Compress both ways and compare files, descriptions and reports; return the report and the model."""
     before = contents(source)
-    report = th.compress_checkpoint(source, folder / "ours", config)
+    report = compress_files(source, folder / "ours", config)
     assert contents(source) == before
     model = th.load(source)
     expected = tn.compress(model, config, progress=False)
@@ -86,15 +87,15 @@ def test_same_folder_as_compressing_the_model(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     source = save("llama", tmp_path / "dense", dtype=dtype)
-    th.compress_checkpoint(source, tmp_path / "ours", LINEARS)
+    compress_files(source, tmp_path / "ours", LINEARS)
     assert {x.dtype for x in weights(tmp_path / "ours").values()} == {dtype}
     assert th.load(tmp_path / "ours").dtype == dtype
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
     source = save("gpt2", tmp_path / "dense")
-    th.compress_checkpoint(source, tmp_path / "one", LINEARS)
-    th.compress_checkpoint(source, tmp_path / "many", LINEARS, **SMALL)
+    compress_files(source, tmp_path / "one", LINEARS)
+    compress_files(source, tmp_path / "many", LINEARS, **SMALL)
     files = sorted(x.name for x in (tmp_path / "many").glob("*.safetensors"))
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
@@ -118,7 +119,7 @@ def test_everything_else_is_copied(tmp_path: Path) -> None:
     (source / ".git").mkdir()
     (source / ".git" / "HEAD").write_text("left")
     (source / "pytorch_model.bin").write_bytes(b"pickled")
-    th.compress_checkpoint(source, tmp_path / "ours", LINEARS)
+    compress_files(source, tmp_path / "ours", LINEARS)
     copied = contents(tmp_path / "ours")
     assert set(copied) == {
         "README.md",
@@ -138,8 +139,8 @@ def test_names_without_the_prefix_of_the_model(tmp_path: Path) -> None:
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(UserWarning, match=r"not copied.*h\.0\.attn\.bias"):
-        th.compress_checkpoint(source, tmp_path / "ours", LINEARS)
-    th.compress_checkpoint(save("gpt2", tmp_path / "full"), tmp_path / "reference", LINEARS)
+        compress_files(source, tmp_path / "ours", LINEARS)
+    compress_files(save("gpt2", tmp_path / "full"), tmp_path / "reference", LINEARS)
     ours, reference = (tmp_path / x / "model.safetensors" for x in ("ours", "reference"))
     assert ours.read_bytes() == reference.read_bytes()
 
@@ -148,11 +149,11 @@ def test_a_given_plan_is_applied(tmp_path: Path) -> None:
     source = save("llama", tmp_path / "dense")
     config = tn.CompressionConfig(target_modules="*.mlp.*", topology="mpo", max_bond=4)
     plan = tn.plan(th.load(source), config)
-    report = th.compress_checkpoint(source, tmp_path / "ours", plan)
+    report = compress_files(source, tmp_path / "ours", plan)
     assert [(x.name, x.topology) for x in report.plan] == [(x.name, x.topology) for x in plan]
     other = tn.plan(ARCHITECTURES["gpt2"].dense, LINEARS)
     with pytest.raises(TargetError, match=r"h\.0\.attn\.c_attn"):
-        th.compress_checkpoint(source, tmp_path / "other", other)
+        compress_files(source, tmp_path / "other", other)
 
 
 @pytest.mark.parametrize("config", [LINEARS, INTEGERS], ids=["networks", "integers"])
@@ -162,12 +163,12 @@ def test_same_bytes_from_workers(
 ) -> None:
     monkeypatch.setattr("tensornet.compression.tasks.ROWS", 16)  # most matrices have several parts
     source = save("gpt2", tmp_path / "dense")
-    th.compress_checkpoint(source, tmp_path / "one", config, **SMALL)
+    compress_files(source, tmp_path / "one", config, **SMALL)
     if how == "processes":
-        th.compress_checkpoint(source, tmp_path / "many", config, workers=2, **SMALL)
+        compress_files(source, tmp_path / "many", config, workers=2, **SMALL)
     else:
         with ThreadPoolExecutor(2) as executor:
-            th.compress_checkpoint(source, tmp_path / "many", config, executor=executor, **SMALL)
+            compress_files(source, tmp_path / "many", config, executor=executor, **SMALL)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
@@ -178,7 +179,7 @@ class Stop(Exception):
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     """Let a run end when some layers have been compressed; list those that were."""
-    original = streaming.compress_alone
+    original = road.compress_alone
 
     def arm(count: int) -> list[str]:
         compressed: list[str] = []
@@ -189,7 +190,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
             compressed.append(layer.name)
             return original(matrix, layer, *rest)
 
-        monkeypatch.setattr(streaming, "compress_alone", compress)
+        monkeypatch.setattr(road, "compress_alone", compress)
         return compressed
 
     return arm
@@ -201,13 +202,13 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     """Of two blocks with four layers each, finished ones are not compressed again."""
     source, out = save("gpt2", tmp_path / "dense"), tmp_path / "out"
-    th.compress_checkpoint(source, tmp_path / "expected", LINEARS, **SMALL)
+    compress_files(source, tmp_path / "expected", LINEARS, **SMALL)
     stop_after(count)
     with pytest.raises(Stop):
-        th.compress_checkpoint(source, out, LINEARS, **SMALL)
+        compress_files(source, out, LINEARS, **SMALL)
     assert not out.exists()
     with pytest.raises(FormatError, match="other options"):
-        th.compress_checkpoint(source, out, EVERYTHING, **SMALL)
+        compress_files(source, out, EVERYTHING, **SMALL)
     if count == 5:  # the last line on finished layers was cut short
         log = staging_folder(out) / ERRORS
         log.write_bytes(log.read_bytes()[:-5])
@@ -220,7 +221,7 @@ def test_an_interrupted_run_goes_on(
         damaged[found.start] ^= 1
         found.file.write_bytes(damaged)
     again = stop_after(-1)
-    th.compress_checkpoint(source, out, LINEARS, **SMALL)
+    compress_files(source, out, LINEARS, **SMALL)
     assert len(again) == left
     assert contents(out) == contents(tmp_path / "expected")
     assert not staging_folder(out).exists()
@@ -230,12 +231,12 @@ def test_a_source_that_changed_is_refused(tmp_path: Path, stop_after: Callable[[
     source, out = save("gpt2", tmp_path / "dense"), tmp_path / "out"
     stop_after(1)
     with pytest.raises(Stop):
-        th.compress_checkpoint(source, out, LINEARS, **SMALL)
+        compress_files(source, out, LINEARS, **SMALL)
     (source / "tokenizer.json").write_text("{}")
     again = stop_after(-1)
     with pytest.raises(FormatError, match=r"tokenizer\.json.*changed"):
-        th.compress_checkpoint(source, out, LINEARS, **SMALL)
-    th.compress_checkpoint(source, out, LINEARS, resume=False, **SMALL)
+        compress_files(source, out, LINEARS, **SMALL)
+    compress_files(source, out, LINEARS, resume=False, **SMALL)
     assert len(again) == 8
 
 
@@ -268,7 +269,7 @@ def test_same_folder_for_experts(experts: Path, config: tn.CompressionConfig, tm
 def test_experts_that_are_not_compressed_are_kept(
     experts: Path, config: tn.CompressionConfig, tmp_path: Path
 ) -> None:
-    th.compress_checkpoint(experts, tmp_path / "ours", config, **MIXTURE)
+    compress_files(experts, tmp_path / "ours", config, **MIXTURE)
     model = th.load(experts)
     tn.compress(model, config, progress=False)
     torch.testing.assert_close(logits(th.load(tmp_path / "ours")), logits(model))
@@ -290,7 +291,7 @@ def test_experts_are_mapped_and_calibrated_without_loading(
         batch["attention_mask"][number, 2 + number :] = 0
     config = tn.CompressionConfig(param_ratio=0.6)
     data = ProvidedData(batches, "made up")
-    th.compress_checkpoint(experts, tmp_path / "ours", config, calibration=data, **MIXTURE)
+    compress_files(experts, tmp_path / "ours", config, calibration=data, **MIXTURE)
     model = th.load(experts)
     tn.compress(model, config, calibration=data, progress=False)
     # Moments are summed in another order here and there, and singular values may be close to each other.
@@ -325,4 +326,4 @@ def test_damaged_experts(
     change(tensors)
     save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(error, match=match):
-        th.compress_checkpoint(tmp_path / "dense", tmp_path / "ours", tn.CompressionConfig(param_ratio=0.5))
+        compress_files(tmp_path / "dense", tmp_path / "ours", tn.CompressionConfig(param_ratio=0.5))

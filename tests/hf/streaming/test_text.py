@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet_hf as th
 from tensornet_hf import compress as conversion
 from tensornet_hf.cli.main import run
+from tensornet_hf.compress import PRICES
 from tensornet_hf.embedded import calibration_text, gpt2_path, t5_path
-from tensornet_hf.streaming import PRICES, staging_folder
+from tensornet_hf.staging import staging_folder
 from tensornet_hf.text import load_tokenizer
 
 TOKENS = 600
@@ -87,7 +88,7 @@ def test_prices_survive_an_interruption(call: Call, sharded: Path, monkeypatch: 
     assert call("compress", sharded, "reference", *HALF, "--workers", 1)[0] == 0
     work = staging_folder(Path("out").absolute())
     with monkeypatch.context() as patch:
-        patch.setattr("tensornet_hf.streaming.compress_alone", _interrupt)
+        patch.setattr("tensornet.compression.road.compress_alone", _interrupt)
         assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 130
     assert (work / PRICES).is_file()
     with monkeypatch.context() as patch:

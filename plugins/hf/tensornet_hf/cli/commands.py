@@ -67,8 +67,8 @@ from tensornet_hf.compress import (
 from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import divergence, perplexity, run_tasks
 from tensornet_hf.exporters.base import GGUF
-from tensornet_hf.exporters.export import TARGETS, find_target
-from tensornet_hf.exporters.export import export as export_model
+from tensornet_hf.exporters.target import TARGETS, find_target
+from tensornet_hf.exporters.target import export as export_model
 from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder, inspect_specialists
 from tensornet_hf.maps import plan_map
@@ -625,13 +625,6 @@ def export(
         str | None,
         typer.Option(help="Specialist of a folder of specialists, which becomes a LoRA adapter."),
     ] = None,
-    skeleton: Annotated[
-        Path | None,
-        typer.Option(
-            help="GGUF file of the dense model; names, tokenizer and metadata are taken from it (only for "
-            "gguf)."
-        ),
-    ] = None,
     networks: Annotated[
         str | None,
         typer.Option(
@@ -649,14 +642,14 @@ def export(
 
     One of several specialists: tensornet export SPECIALISTS law-lora --specialist law
     """
-    given: dict[str, Any] = {"skeleton": skeleton, "networks": networks}
+    given: dict[str, Any] = {"networks": networks}
     options = {name: value for name, value in given.items() if value is not None}
     folder = resolve_folder(source)
     if (folder / DESCRIPTION).is_file() or specialist is not None:
         if specialist is None or options:
             raise typer.BadParameter(
                 "A specialist is exported as a LoRA adapter: give --specialist NAME, and leave out "
-                "--skeleton and --networks."
+                "--networks."
             )
         _, trunk, specialists = _opened(source, CPU, specialist)
         assert specialists is not None  # otherwise an option that needs specialists was refused

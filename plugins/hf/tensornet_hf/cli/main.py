@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from tensornet_hf.cli import commands
 from tensornet_hf.report import versions
-from tensornet_hf.streaming import staging_folder
+from tensornet_hf.staging import staging_folder
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": commands.compress,

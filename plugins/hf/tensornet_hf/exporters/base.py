@@ -300,6 +300,8 @@ def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] |
             cores[right].reshape(-1, columns).float(),
             None if isinstance(found, str) else found,
         )
+    if cores[0].is_meta:
+        return "integers plus a network, whose rank is not known before it is compressed"
     # For other networks, compute the sum of their matrices and check whether its rank is low.
     networks = [TensorNetwork(part, [cores[k].double() for k in positions]) for positions, part in others]
     u, s, vh = torch.linalg.svd(torch.stack([x.to_matrix() for x in networks]).sum(0), full_matrices=False)

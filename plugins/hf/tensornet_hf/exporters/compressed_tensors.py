@@ -12,34 +12,19 @@ shifted, which may take more bits.
 """
 
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tensornet.compression.plan import CompressionPlan
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import FP4, FP4_LEVELS
 from tensornet.quantization.menus import Menu
-from tensornet_hf.checkpoint import Checkpoint
-from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks
-from tensornet_hf.exporters.folder import (
-    Packed,
-    PackedModel,
-    folder_report,
-    model_folder,
-    pack_rows,
-    packed_contents,
-    packed_model,
-    write_adapter,
-    write_config,
-)
-from tensornet_hf.folder_writer import Contents
-from tensornet_hf.lazy_model import LazyModel
+from tensornet_hf.exporters.base import IntegerMatrix, LowRank
+from tensornet_hf.exporters.folder import Packed, PackedModel, lay_out_packed, pack_rows, write_adapter
+from tensornet_hf.file_sink import Files, PlannedModel
 
 #: Layer types that are packed (see `tensornet.nn.layer_kinds`).
 KINDS = ("linear", "part")
@@ -71,16 +56,8 @@ _LAYOUTS = {"mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
 _PACKED, _MIXED = "pack-quantized", "mixed-precision"
 
 
-@torch.no_grad()
-def export_compressed_tensors(
-    model: PreTrainedModel,
-    destination: Path,
-    *,
-    source: Path | None = None,
-    force: bool = False,
-    networks: Networks = "dense",
-) -> ExportReport:
-    """Write a folder that transformers loads with `compressed-tensors`; see `tensornet_hf.export`.
+def lay_out_compressed_tensors(planned: PlannedModel) -> Files:
+    """Lay out a folder that transformers loads with `compressed-tensors`; see `tensornet_hf.export`.
 
     A layer is packed if all of these conditions are true:
 
@@ -92,32 +69,26 @@ def export_compressed_tensors(
     up) have the same number format.
 
     Raises:
-        DestinationError: see `tensornet_hf.export`.
         TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or only some experts can be
             packed, or in several number formats.
     """
-    found = packed_model(model, _pack, networks=networks, kinds=KINDS, packs_tied=False)
-    _check_experts(found)
-    found.stock.config.quantization_config = quantization_entry(found.packed)
-    with model_folder(found, destination, source=source, force=force) as folder:
-        if found.low_ranks:
-            dtypes = {
-                name: layer.dtype for name, layer in model.named_modules() if isinstance(layer, NetworkModule)
-            }
-            write_adapter(folder, "adapter_model.safetensors", *peft_adapter(found.low_ranks, dtypes))
-    return folder_report(found, destination)
+    dtypes = {
+        name: layer.dtype for name, layer in planned.model.named_modules() if isinstance(layer, NetworkModule)
+    }
 
-
-def compressed_tensors_contents(
-    source: Checkpoint, lazy: LazyModel, plan: CompressionPlan
-) -> tuple[Contents, PackedModel]:
-    """Find out what the folder of a planned model will contain; see `packed_contents`."""
-
-    def finish(found: PackedModel, folder: Path) -> None:
+    def check(found: PackedModel) -> None:
+        _check_experts(found)
         found.stock.config.quantization_config = quantization_entry(found.packed)
-        write_config(found, source.folder, folder)
 
-    return packed_contents(source, lazy, plan, _pack, kinds=KINDS, packs_tied=False, finish=finish)
+    return lay_out_packed(
+        planned,
+        _pack,
+        kinds=KINDS,
+        check=check,
+        write_adapter=lambda found, folder: write_adapter(
+            folder, "adapter_model.safetensors", *peft_adapter(found.low_ranks, dtypes)
+        ),
+    )
 
 
 def _check_experts(found: PackedModel) -> None:

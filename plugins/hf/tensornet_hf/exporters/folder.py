@@ -8,7 +8,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,25 +18,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from tensornet.compression.apply import decompress, with_cores
+from tensornet.compression.apply import decompress
 from tensornet.compression.loss_increase import light_copy
-from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.errors import TargetError
 from tensornet.io import contents
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.linear import TensorNetworkLinear, linear_from_stored
+from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage, stored_core
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import Compound, StackedMatrices, unfused
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.packing import pack, unpack
+from tensornet.quantization.packing import pack
 from tensornet.quantization.rounding import RoundedWeight
 from tensornet.topologies import dense as dense_topology
-from tensornet_hf.checkpoint import Checkpoint, copy_small_files, weight_bytes, write_folder
+from tensornet_hf.checkpoint import copy_small_files
 from tensornet_hf.exporters.base import (
-    ExportReport,
     IntegerMatrix,
     LowRank,
     Networks,
@@ -45,8 +42,19 @@ from tensornet_hf.exporters.base import (
     split_weight,
     tied_layers,
 )
-from tensornet_hf.folder_writer import NAMES, Contents, entry, planned_model
-from tensornet_hf.lazy_model import LazyModel
+from tensornet_hf.file_sink import (
+    DTYPES,
+    NAMES,
+    Chunks,
+    Files,
+    Made,
+    New,
+    PlannedModel,
+    sharded,
+    tensor_bytes,
+)
+from tensornet_hf.lazy_model import Origin
+from tensornet_hf.model_folder import stored_form
 
 #: Subfolder of a model folder for the LoRA adapter.
 ADAPTER = "lora"
@@ -65,6 +73,9 @@ class PackedModel(NamedTuple):
         packed: number format of every packed layer, by name.
         dense: reasons why the other compressed layers are written dense, by layer name.
         low_ranks: low-rank matrices that are added to packed layers, by name.
+        parts: names of the tensors of every packed layer or stack, by name.
+        stacks: for each packed stack, the names of its matrices, and the rows of the layers as which it is
+            stored (see `stack_rows`).
     """
 
     stock: PreTrainedModel
@@ -72,6 +83,8 @@ class PackedModel(NamedTuple):
     packed: dict[str, str]
     dense: dict[str, str]
     low_ranks: dict[str, LowRank]
+    parts: dict[str, tuple[str, ...]]
+    stacks: dict[str, tuple[list[str], dict[str, Tensor]]]
 
 
 def packed_model(
@@ -113,19 +126,21 @@ def packed_model(
     packed: dict[str, str] = {}
     stacks = list_stacks(model) if "part" in kinds else {}
     stacked = {name for names, _, _ in stacks.values() for name in names if name in integers}
-    inside: dict[str, str] = {}  # maps matrices of packed stacks to the names of their stacks
+    parts: dict[str, tuple[str, ...]] = {}
+    done: dict[str, tuple[list[str], dict[str, Tensor]]] = {}
     for stack, (names, compound, place) in stacks.items():
         if stacked.isdisjoint(names):
             continue
         rows = stack_rows(model, stack, compound, place)
         matrices = [integers.get(name) for name in names]
-        parts = _pack_stack(stack, rows, matrices, lambda x: pack_matrix(x, model.dtype))
-        if isinstance(parts, str):
-            dense |= {name: parts for name in names if name in stacked}
+        made = _pack_stack(stack, rows, matrices, lambda x: pack_matrix(x, model.dtype))
+        if isinstance(made, str):
+            dense |= {name: made for name in names if name in stacked}
         else:
-            packed |= {name: x[0].name for name, x in parts.items()}
-            tensors |= {name: x[1] for name, x in parts.items()}
-            inside |= dict.fromkeys(names, stack)
+            packed |= {name: x[0].name for name, x in made.items()}
+            tensors |= {name: x[1] for name, x in made.items()}
+            parts[stack] = tuple(f"{name}.{part}" for name, x in made.items() for part in x[1])
+            done[stack] = names, rows
     for name, matrix in integers.items():
         layer = layers[name]
         found: Packed | str
@@ -144,6 +159,7 @@ def packed_model(
             dense[name] = found
         else:
             packed[name], tensors[name] = found[0].name, found[1]
+            parts[name] = tuple(f"{name}.{part}" for part in found[1])
     if not packed:
         raise TargetError(
             "No layer can be packed: "
@@ -155,21 +171,21 @@ def packed_model(
     assert isinstance(stock, PreTrainedModel)
     stock.config = copy.deepcopy(model.config)
     # Dense weights of packed layers are not written, so build them on the meta device, without memory.
+    inside = {name for names, _ in done.values() for name in names}
     shapes = {name: x.topology.shape for name, x in layers.items() if name in packed or name in inside}
     decompress(stock, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     state: dict[str, Tensor] = stock.state_dict()
-    for name in set(inside.values()):
+    for name in done:
         del state[name]
-    for name, made in tensors.items():
+    for name, each in tensors.items():
         if name in layers and name not in inside:
             del state[f"{name}.weight"]
         if f"{name}.weight" in stock.all_tied_weights_keys:
             del packed[name]
         else:
-            state |= {f"{name}.{part}": tensor for part, tensor in made.items()}
-    return PackedModel(
-        stock, state, packed, dense, {name: x for name, x in low_ranks.items() if name in packed}
-    )
+            state |= {f"{name}.{part}": tensor for part, tensor in each.items()}
+    low_ranks = {name: x for name, x in low_ranks.items() if name in packed}
+    return PackedModel(stock, state, packed, dense, low_ranks, parts, done)
 
 
 def list_stacks(model: nn.Module) -> dict[str, tuple[list[str], Compound, StackedMatrices]]:
@@ -251,113 +267,212 @@ def _pack_stack(
     return made
 
 
-def packed_contents(
-    source: Checkpoint,
-    lazy: LazyModel,
-    plan: CompressionPlan,
+class Tensors(NamedTuple):
+    """The tensors of a packed model, in the form in which they are laid out.
+
+    Args:
+        facts: dtype as named in the header of a safetensors file, shape, and length in bytes, by name.
+        made: tensors that are made of new layers.
+        copied: bytes of all others, by name.
+    """
+
+    facts: dict[str, tuple[str, tuple[int, ...], int]]
+    made: list[Made]
+    copied: dict[str, Chunks]
+
+
+@torch.no_grad()
+def lay_out_packed(
+    planned: PlannedModel,
     pack_matrix: Callable[[IntegerMatrix, torch.dtype], Packed | str],
     *,
     kinds: Collection[str],
-    packs_tied: bool,
-    finish: Callable[[PackedModel, Path], None],
-) -> tuple[Contents, PackedModel]:
-    """Find out what a folder of packed layers will contain, before any layer is compressed.
+    packs_tied: bool = False,
+    check: Callable[[PackedModel], object] = lambda model: None,
+    arrange: Callable[[PackedModel, Tensors], tuple[PackedModel, Tensors]] = lambda *both: both,
+    complete: Callable[[PackedModel, Path], object] = lambda model, folder: None,
+    write_adapter: Callable[[PackedModel, Path], object] = lambda model, folder: None,
+) -> Files:
+    """Lay out a folder of packed layers, the common part of all targets that are folders.
 
     Args:
-        source: contents of the folder of the dense model.
-        lazy: the dense model.
-        plan: the plan. Layers that cannot be packed, or whose packed size depends on their values, are
-            written dense.
+        planned: the model. Layers that cannot be packed, or whose packed size depends on values that are not
+            known yet, are written dense.
         pack_matrix, kinds, packs_tied: see `packed_model`.
-        finish: function that writes all files of the folder but the weight files.
-
-    Returns:
-        The files; and the planned model, with tensors on the meta device.
+        check: function that raises TargetError if the runtime cannot load these layers.
+        arrange: function that renames or joins tensors.
+        complete: function that changes or adds files in the folder, after the configuration and small files
+            such as the tokenizer have been written.
+        write_adapter: function that writes the LoRA adapter into the folder; called if there is one.
 
     Raises:
-        TargetError: see `packed_model`; or a planned layer is one of several matrices in one tensor.
+        TargetError: see `packed_model`; or a planned layer is one of several matrices in one tensor that
+            cannot be packed.
     """
-    model, targets = planned_model(lazy.model, plan)
-    if inside := [name for name, target in targets.items() if target.owners]:
-        raise TargetError(
-            f"{inside[0]} is one of several matrices that the model stores as one tensor, which can only be "
-            "packed in memory. Leave out workers (--workers), or leave the layer dense "
-            f"(exclude_modules=[{inside[0]!r}])."
-        )
+    model = planned.model
     structure_changed(model)
-    layout = partial(_layout, pack_matrix)
-    found = packed_model(model, layout, networks="dense", kinds=kinds, packs_tied=packs_tied)
-    stored_as = {part: key for key, part in source.tensors.items()}
-    tied = found.stock.all_tied_weights_keys
-    tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    copied: dict[str, Callable[[], Iterator[bytes]]] = {}
-    planned = {f"{name}.weight" for target in targets.values() for name in target.names}
-    for name, x in found.state.items():
-        origin = lazy.origins.get(name)
-        if name in tied and tied[name] in found.state:
+    pack = partial(_layout, pack_matrix) if planned.targets else pack_matrix
+    found = packed_model(model, pack, networks=planned.networks, kinds=kinds, packs_tied=packs_tied)
+    check(found)
+    found, tensors = arrange(found, _tensors(planned, found, pack_matrix))
+
+    def finish(folder: Path) -> None:
+        if found.low_ranks:
+            write_adapter(found, folder)
+        write_config(found, planned.folder, folder)
+        complete(found, folder)
+
+    layouts = sharded(tensors.facts, planned.max_shard_bytes)
+    ranks = {name: x.rank for name, x in found.low_ranks.items()}
+    return Files(
+        layouts, tensors.made, tensors.copied, finish, packed=found.packed, dense=found.dense, ranks=ranks
+    )
+
+
+def _tensors(
+    planned: PlannedModel,
+    found: PackedModel,
+    pack_matrix: Callable[[IntegerMatrix, torch.dtype], Packed | str],
+) -> Tensors:
+    """List the tensors of a packed model, and where their bytes come from.
+
+    Tensors have the names of checkpoints of this architecture.
+    """
+    stock, lazy = found.stock, planned.lazy
+    facts: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    copied: dict[str, Chunks] = {}
+    made: list[Made] = []
+
+    # Tensors that are made of new layers: packed ones, and planned layers that are written dense.
+    stacked = {name: stack for stack, (names, _, _) in list_stacks(planned.model).items() for name in names}
+    owners = {layer: target for target, layers in planned.targets.items() for layer in layers}
+    for target, layers in planned.targets.items():
+        own: list[str] = []
+        if (stack := stacked.get(layers[0])) in found.stacks:
             continue
-        if name in planned or origin is None:
-            tensors[name] = NAMES[x.dtype], tuple(x.shape), x.nbytes
-        elif len(origin.parts) == 1:
-            tensors[name], copied[name] = entry(lazy, name, x), origin.contents
-        else:  # `save_pretrained` writes the matrices of experts one by one too
+        if stack is not None:
+            raise TargetError(
+                f"{target} is one of several matrices that the model stores as one tensor, which cannot be "
+                f"packed: {found.dense[target]}. Leave them dense (exclude_modules=[{target!r}])."
+            )
+        for layer in layers:
+            own += found.parts[layer] if layer in found.packed else [f"{layer}.weight"]
+        own = [x for x in own if x in found.state and not _is_tied(found, x)]
+        make = partial(_make_layer, found, target, layers, tuple(own), pack_matrix)
+        made.append(Made((target,), tuple(own), make))
+    for stack, (names, rows) in found.stacks.items() if planned.targets else ():
+        needed = tuple(owners[x] for x in names)
+        make = partial(_make_stack, found, stack, rows, needed, pack_matrix)
+        made.append(Made(needed, found.parts[stack], make))
+    facts |= {x: _facts(found.state[x]) for each in made for x in each.names}
+
+    # All other tensors, under the names that a checkpoint of this architecture has.
+    stored_as = {} if lazy is None else {part: key for key, part in lazy.source.tensors.items()}
+    for name, x in found.state.items():
+        origin = None if lazy is None else lazy.origins.get(name)
+        if name in facts or _is_tied(found, name):
+            continue
+        if origin is not None and len(origin.parts) > 1:  # experts that are stored one by one
             for part in origin.parts:
                 key = stored_as[part]
-                tensors[key] = part.dtype, part.shape, part.nbytes
+                facts[key] = part.dtype, part.shape, part.nbytes
                 copied[key] = partial(contents, [part])
-    for key, part in lazy.others.items():
-        tensors[key], copied[key] = (part.dtype, part.shape, part.nbytes), partial(contents, [part])
-    own_names = {
-        layer: tuple(x for x in tensors if x not in copied and x.rpartition(".")[0] in targets[layer].names)
-        for layer in targets
-    }
+            continue
+        for key, y in revert_weight_conversion(stock, {name: x}).items():
+            if origin is None:
+                facts[key], copied[key] = _facts(y), tensor_bytes(y)
+            elif y.shape == x.shape:
+                assert lazy is not None
+                facts[key], copied[key] = stored_form(lazy, name, x), origin.contents
+            else:
+                dtype = DTYPES[origin.dtype]
+                facts[key] = origin.dtype, tuple(y.shape), y.numel() * dtype.itemsize
+                copied[key] = partial(_part_of, stock, origin, name, tuple(x.shape), key)
+    for key, part in {} if lazy is None else lazy.others.items():
+        facts[key], copied[key] = (part.dtype, part.shape, part.nbytes), partial(contents, [part])
+    return Tensors(facts, made, copied)
 
-    def pack_layer(layer: str, modules: list[nn.Module]) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for name, module in zip(targets[layer].names, modules, strict=True):
-            assert isinstance(module, TensorNetworkLinear | MPOEmbedding)
-            if name in found.packed:
-                parts = split_weight(module)
-                assert not isinstance(parts, str)
-                done = pack_matrix(parts[0], module.dtype)
-                here = {} if isinstance(done, str) else {f"{name}.{key}": x for key, x in done[1].items()}
-                facts = {key: (NAMES[x.dtype], tuple(x.shape)) for key, x in here.items()}
-                if isinstance(done, str) or facts != {key: tensors[key][:2] for key in facts}:
-                    why = done if isinstance(done, str) else "its scales are not exact in the planned dtype"
-                    raise TargetError(
-                        f"{name} cannot be packed as planned: {why}. Leave it dense "
-                        f"(exclude_modules=[{name!r}]), or choose another number format."
-                    )
-                made |= here
-            elif f"{name}.weight" in tensors:
-                stock: Any = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
-                made[f"{name}.weight"] = stock.weight.detach()
-        return made
 
-    def unpack_layer(layer: LayerPlan, read: Callable[[str], Tensor]) -> list[nn.Module] | None:
-        assert layer.topology is not None
-        name, number_format = targets[layer.name].name, layer.storage.number_format
-        packed = NumberFormat.parse(found.packed[name]) if name in found.packed else None
-        if packed is None or packed.bits != number_format.bits or number_format.scale_bits is not None:
-            return None  # the codes are other ones, or none
-        if number_format.fp4 is not None:
-            return None  # signs and magnitudes instead of codes
-        assert number_format.bits is not None
-        words = next((x for x in ("weight", "weight_packed") if f"{name}.{x}" in tensors), "weight")
-        scales = read(f"{name}.scales" if words == "weight" else f"{name}.weight_scale")
-        codes = unpack_rows(read(f"{name}.{words}"), number_format.bits, layer.shape[1])
-        scales = scales.to(number_format.scale_dtype)
-        rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
-        (core,) = layer.topology.core_names
-        stored = stored_core(layer.topology, layer.storage, core, rounded, layer.dtype)
-        like = torch.empty(0, dtype=layer.dtype)
-        made = linear_from_stored(
-            layer.topology, {f"core_{core}": stored}, source="linear", storage=layer.storage, like=like
+def _is_tied(found: PackedModel, name: str) -> bool:
+    """Return True if a tensor is another one in the files too."""
+    ties = found.stock.all_tied_weights_keys
+    return name in ties and ties[name] in found.state
+
+
+def _facts(x: Tensor) -> tuple[str, tuple[int, ...], int]:
+    return NAMES[x.dtype], tuple(x.shape), x.nbytes
+
+
+def _part_of(
+    stock: PreTrainedModel, origin: Origin, name: str, shape: tuple[int, ...], key: str
+) -> Iterator[bytes]:
+    """Yield the bytes of one of the tensors as which checkpoints store a parameter."""
+    whole = origin.read().reshape(shape)
+    yield from tensor_bytes(revert_weight_conversion(stock, {name: whole})[key])()
+
+
+def _make_layer(
+    found: PackedModel,
+    target: str,
+    layers: Sequence[str],
+    names: Collection[str],
+    pack_matrix: Callable[[IntegerMatrix, torch.dtype], Packed | str],
+    new: New,
+) -> dict[str, Chunks]:
+    """Pack the new layers of a weight, or make them dense, as was planned.
+
+    Raises:
+        TargetError: the values of a layer cannot be packed.
+    """
+    made: dict[str, Tensor] = {}
+    for layer, module in zip(layers, new[target], strict=True):
+        assert isinstance(module, TensorNetworkLinear | MPOEmbedding)
+        if layer in found.packed:
+            parts = split_weight(module)
+            assert not isinstance(parts, str)
+            made |= _as_planned(found, layer, pack_matrix(parts[0], module.dtype))
+        elif f"{layer}.weight" in names:
+            stock: Any = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
+            made[f"{layer}.weight"] = stock.weight.detach()
+    return {name: tensor_bytes(x) for name, x in made.items() if name in names}
+
+
+def _make_stack(
+    found: PackedModel,
+    stack: str,
+    rows: Mapping[str, Tensor],
+    targets: Sequence[str],
+    pack_matrix: Callable[[IntegerMatrix, torch.dtype], Packed | str],
+    new: New,
+) -> dict[str, Chunks]:
+    """Pack the new matrices of a stack as linear layers.
+
+    Raises:
+        TargetError: their values cannot be packed.
+    """
+    modules: list[Any] = [new[target][0] for target in targets]
+    matrices = []
+    for module in modules:
+        parts = split_weight(module)
+        assert not isinstance(parts, str)
+        matrices.append(parts[0])
+    made = _pack_stack(stack, rows, matrices, lambda x: pack_matrix(x, modules[0].dtype))
+    if isinstance(made, str):
+        return {name: tensor_bytes(x) for name, x in _as_planned(found, stack, made).items()}
+    tensors = [_as_planned(found, layer, x) for layer, x in made.items()]
+    return {name: tensor_bytes(x) for each in tensors for name, x in each.items()}
+
+
+def _as_planned(found: PackedModel, layer: str, made: Packed | str) -> dict[str, Tensor]:
+    """Return the tensors of a packed layer by name, if their shapes and dtypes are those of the plan."""
+    here = {} if isinstance(made, str) else {f"{layer}.{part}": x for part, x in made[1].items()}
+    if not here or any(_facts(x) != _facts(found.state[name]) for name, x in here.items()):
+        why = made if isinstance(made, str) else "its scales are not exact in the planned dtype"
+        raise TargetError(
+            f"{layer} cannot be packed as planned: {why}. Leave it dense (exclude_modules=[{layer!r}]), or "
+            "choose another number format."
         )
-        return with_cores(targets[layer.name], made)
-
-    ready = Contents(tensors, copied, own_names, pack_layer, unpack_layer, partial(finish, found))
-    return ready, found
+    return here
 
 
 def _layout(
@@ -390,23 +505,6 @@ def _layout(
     }
 
 
-def unpack_rows(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Unpack the codes of each row; this is the inverse of `pack_rows`.
-
-    Args:
-        words: 32-bit words, shape `(rows, ceil(columns * bits / 32))`.
-        bits: bits of a code, 2 to 8.
-        columns: number of codes in a row.
-
-    Returns:
-        `torch.uint8`, shape `(rows, columns)`.
-    """
-    run = 8 // math.gcd(8, bits)
-    count, planes = math.ceil(columns / run), run * bits // 8
-    runs = words.view(torch.uint8)[:, : count * planes].unflatten(1, (count, planes))
-    return unpack(runs, bits, run).flatten(1)[:, :columns]
-
-
 def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
     """Collect what a plan needs to know about a folder of packed layers (see `export.Target.constraints`).
 
@@ -431,43 +529,15 @@ def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[
     return sum(ENTRY + len(name) for name in names), tuple(others)
 
 
-def write_config(model: PackedModel, source: Path, folder: Path) -> None:
+def write_config(model: PackedModel, source: Path | None, folder: Path) -> None:
     """Write the configuration of a packed model, and copy small files such as the tokenizer, to a folder."""
     stock: Any = model.stock
     stock.config.architectures, stock.config.dtype = [type(stock).__name__], stock.dtype
     stock.config.save_pretrained(folder)
     if stock.can_generate():
         stock.generation_config.save_pretrained(folder)
-    copy_small_files(source, folder)
-
-
-@contextmanager
-def model_folder(
-    model: PackedModel,
-    destination: Path,
-    *,
-    source: Path | None,
-    force: bool,
-    arrange: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-) -> Iterator[Path]:
-    """Context manager: yield a temporary folder with a packed model, then rename it to `destination`.
-
-    The `with` block may add files. If it raises an error, the temporary folder is removed, and `destination`
-    is unchanged. Small files of the folder `source`, such as its tokenizer, are copied.
-
-    Args:
-        model: the model.
-        destination, source, force: see `export`.
-        arrange: function of the tensors by their names in checkpoints of this architecture; it returns the
-            tensors to write.
-    """
-    sources = () if source is None else (source,)
-    with write_folder(destination, force=force, sources=sources) as folder:
-        tensors = arrange(revert_weight_conversion(model.stock, dict(model.state)))
-        model.stock.save_pretrained(folder, state_dict=tensors, save_original_format=False)
-        for each in sources:
-            copy_small_files(each, folder)
-        yield folder
+    if source is not None:
+        copy_small_files(source, folder)
 
 
 def write_adapter(folder: Path, file: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -484,20 +554,6 @@ def write_adapter(folder: Path, file: str, tensors: Mapping[str, Tensor], config
     save_file({name: x.contiguous() for name, x in tensors.items()}, adapter / file, {"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"
     (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
-
-
-def folder_report(model: PackedModel, destination: Path) -> ExportReport:
-    """Make the report of an export to a folder."""
-    adapter = destination / ADAPTER if model.low_ranks else None
-    return ExportReport(
-        destination,
-        model.packed,
-        model.dense,
-        weight_bytes(destination),
-        adapter,
-        {name: x.rank for name, x in model.low_ranks.items()},
-        0 if adapter is None else weight_bytes(adapter),
-    )
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:

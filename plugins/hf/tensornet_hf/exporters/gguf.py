@@ -16,7 +16,7 @@ and columns in the same order.
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,6 @@ from transformers import PreTrainedModel
 from tensornet import topologies
 from tensornet._util import remembered, remembering
 from tensornet.errors import FormatError, TargetError
-from tensornet.io import ResumableFile
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage, encode
 from tensornet.nn.unfuse import PartMatrix
@@ -42,10 +41,8 @@ from tensornet.quantization.codebooks import CODEBOOKS
 from tensornet.quantization.formats import FP4
 from tensornet.quantization.menus import Menu
 from tensornet_hf.exporters.base import (
-    ExportReport,
     IntegerMatrix,
     LowRank,
-    Networks,
     SplitLayers,
     check_new_file,
     split_layers,
@@ -60,7 +57,8 @@ from tensornet_hf.exporters.gguf_converter import (
     packages,
     weight_sources,
 )
-from tensornet_hf.text import first_line
+from tensornet_hf.file_sink import Chunks, Files, FileSink, Layout, Made, New, PlannedModel
+from tensornet_hf.lazy_model import LazyModel
 
 #: Suffixes of the names of the right and the left factor in a LoRA adapter.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
@@ -181,66 +179,9 @@ class GGUFLayout:
             offset += length
         self.nbytes = offset
 
-    def open(self, path: Path, *, key: str = "", what: str = "The model") -> ResumableFile:
-        """Create the unfinished file, or continue that of an interrupted run (see `ResumableFile`).
-
-        Args:
-            path: the unfinished file, on the same disk as the final file.
-            key: text that identifies all that the weights depend on.
-            what: subject of error messages.
-        """
-        return ResumableFile(path, self.header, self.parts, nbytes=self.nbytes, key=key, what=what)
-
-    def ready(self, layers: Collection[str]) -> list[str]:
-        """Return the names of the tensors that can be written once these layers have new weights."""
-        known = set(layers)
-        return [name for name, tensor in self.tensors.items() if known.issuperset(tensor.layers)]
-
-    @torch.no_grad()
-    def write(self, file: ResumableFile, name: str, weights: Weights) -> None:
-        """Encode a tensor and write it at its place.
-
-        Args:
-            file: the result of `open`.
-            name: name of the tensor in the file.
-            weights: new weights of the layers that the tensor needs; more may be given.
-
-        Raises:
-            DestinationError: the file cannot be written.
-            TargetError: the type of the tensor does not store these weights exactly.
-            ValueError: a weight is missing, or the tensor was written before.
-        """
-        tensor = self.tensors[name]
-        if missing := [layer for layer in tensor.layers if layer not in weights]:
-            raise ValueError(f"The tensor {name!r} needs the new weight of the layer {missing[0]!r}.")
-        file.write(name, (x.data for x in tensor.chunks(weights)))
-
-
-def gguf_layout(
-    model: PreTrainedModel,
-    source: Path | None,
-    formats: Mapping[str, NumberFormat | str],
-    *,
-    title: str | None = None,
-) -> GGUFLayout:
-    """Lay out the GGUF file of a dense model whose layers will be rounded to integers.
-
-    Args:
-        model: the dense model. Parameters that are on the meta device must be given to `GGUFLayout.write`, by
-            name; other parameters are read when they are written.
-        source: folder of the tokenizer; if None, the file has no vocabulary.
-        formats: number format of every layer that gets a new weight, by the name that a plan uses. Layers of
-            floating-point formats are written dense.
-        title: name of the model in the metadata; None is the name of the folder `source`.
-
-    Raises:
-        TargetError: the converter does not support this model or tokenizer.
-        MissingDependencyError: the converter is not installed.
-    """
-    title = (source or Path("model")).resolve().name if title is None else title
-    parsed = {name: NumberFormat.parse(number_format) for name, number_format in formats.items()}
-    dense = {name: f"stored as {x.name}, not as integers" for name, x in parsed.items() if not x.is_integer}
-    return _Planner(model, parsed, dense, source=source, title=title).layout()
+    def as_file(self, what: str = "The model") -> Layout:
+        """Return the layout of the file, for a `FileSink`; `what` is the subject of error messages."""
+        return Layout(self.header, self.parts, self.nbytes, what)
 
 
 def find_places(
@@ -281,7 +222,9 @@ class _Planner:
         formats: number formats of the layers that get or have new weights, by name.
         dense: reasons why some of these layers are not stored as integers.
         weights: the new weights, if they are known.
-        source, title: see `gguf_layout`.
+        source: folder of the tokenizer; if None, the file has no vocabulary.
+        title: name of the model in the metadata.
+        lazy: the dense model, from whose files parameters are read that are not in memory.
     """
 
     def __init__(
@@ -293,9 +236,11 @@ class _Planner:
         *,
         source: Path | None,
         title: str,
+        lazy: LazyModel | None = None,
     ) -> None:
         stock = dense_skeleton(model)
-        self.sources, first = weight_sources(stock)
+        self.sources, self.first = weight_sources(stock)
+        self.lazy, first = lazy, self.first
         names = stock.state_dict().keys()
         self.known = {
             name: x.detach() for name, x in model.state_dict().items() if name in names and not x.is_meta
@@ -376,10 +321,7 @@ class _Planner:
         """Return a parameter of the stock model, in which given new weights replace old ones."""
         source = self.sources.get(name)
         if source is None or self.formats.keys().isdisjoint(source.layers):
-            found = given.get(name, self.known.get(name))
-            if not isinstance(found, Tensor):
-                raise ValueError(f"The values of the parameter {name!r} are missing.")
-            return found
+            return self._stored(name)
         matrices = []
         for place, layer in enumerate(source.layers):
             new = given.get(layer)
@@ -390,11 +332,20 @@ class _Planner:
                 matrices.append(new.to_matrix().float() if isinstance(alone, str) else alone[0].values)
             elif isinstance(new, Tensor):
                 matrices.append(new.float())
-            elif layer in self.formats or name not in self.known:
+            elif layer in self.formats:
                 raise ValueError(f"The weight of the layer {layer!r} is missing.")
             else:
-                matrices.append(source.split(self.known[name])[place].float())
+                matrices.append(source.split(self._stored(name))[place].float())
         return source.joined(matrices)
+
+    def _stored(self, name: str) -> Tensor:
+        """Return a parameter that is in memory, or in the files of the dense model."""
+        if name in self.known:
+            return self.known[name]
+        origin = None if self.lazy is None else self.lazy.origins.get(name)
+        if self.lazy is None or origin is None:
+            raise ValueError(f"The values of the parameter {name!r} are missing.")
+        return origin.read().reshape(self.lazy.model.get_parameter(name).shape)
 
 
 #: Unscaled values of some rows of a tensor, and the scale and the minimum (or None) of every element.
@@ -656,73 +607,97 @@ def _file_type(gguf: ModuleType, packed: Mapping[str, str]) -> Any:
     return next(kinds[name] for name in names if name in kinds.__members__)
 
 
-# --- export of a model in memory ------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------
+
+#: Names of the unfinished files.
+_MODEL, _ADAPTER = "model.gguf", "adapter.gguf"
 
 
 @torch.no_grad()
-def export_gguf(
-    model: PreTrainedModel,
-    destination: Path,
-    *,
-    source: Path | None = None,
-    force: bool = False,
-    networks: Networks = "dense",
-    skeleton: str | Path | None = None,
-) -> ExportReport:
-    """Write a model to a GGUF file; see `tensornet_hf.export`.
+def lay_out_gguf(planned: PlannedModel) -> Files:
+    """Lay out the GGUF file of a model, and that of its LoRA adapter; see `tensornet_hf.export`.
 
-    Args:
-        model, destination, force, networks: see `tensornet_hf.export`.
-        source: folder of the model's tokenizer; if None, the file has no vocabulary, so that it can only be
-            run on token ids.
-        skeleton: a floating-point GGUF file of the dense model. Names, order of rows, tokenizer, metadata and
-            all weights that are not compressed are taken from this file, and the converter is not used.
+    If new layers are not known yet, integers get the type that stores their number formats. Otherwise they
+    get the smallest type that stores their values, which only matters for formats that have no type.
 
     Raises:
-        TargetError: the converter does not support this model or tokenizer, `networks="refuse"` forbids
-            a layer, or the skeleton belongs to another model.
-        DestinationError: the file cannot be written.
+        TargetError: the converter does not support this model or tokenizer, or `networks="refuse"` forbids
+            a layer.
         MissingDependencyError: the converter is not installed.
     """
     gguf, _ = packages()
-    adapter = adapter_file(destination)
-    split = split_layers(model, networks)
-    weights: dict[str, NetworkModule | IntegerMatrix | Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, NetworkModule):
-            weights[name] = module
-        elif isinstance(module, PartMatrix):
-            weights[name] = module.matrix
-    weights |= split.integers
-    if skeleton is not None:
-        layout, factors = _with_skeleton(gguf, Path(skeleton), model, split)
-    else:
-        title = (source or destination.with_suffix("")).resolve().name
-        layout, factors = _with_converter(gguf, model, split, weights, source=source, title=title)
-    ranks = {x.name.removesuffix(LORA_A): x.shape[0] for x in factors if x.name.endswith(LORA_A)}
-    made = [(layout, destination, "The model")]
-    if ranks:
-        made.insert(0, (_adapter_layout(gguf, layout.arch, factors), adapter, "The adapter"))
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
-        files = []
-        for each, path, what in made:
-            file = each.open(Path(folder) / path.name, what=what)
-            for name in file.missing():
-                each.write(file, name, weights)
-            files.append(file)
-        for file, (_, path, _) in zip(files, made, strict=True):  # after both have been written
-            file.finish(path, force=force)
-    if force and not ranks:
-        adapter.unlink(missing_ok=True)  # an old adapter belongs to the file that was replaced
-    return ExportReport(
-        destination,
-        layout.packed,
-        layout.dense,
-        layout.nbytes,
-        adapter if ranks else None,
-        ranks,
-        adapter.stat().st_size if ranks else 0,
+    model = planned.model
+    split = split_layers(model, planned.networks)
+    modules = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, NetworkModule)
+    }
+    formats = {
+        name: split.integers[name].number_format if name in split.integers else NumberFormat()
+        for name in modules
+    }
+    weights: dict[str, NetworkModule | IntegerMatrix | Tensor] | None = None
+    if not planned.targets:
+        parts = {name: x.matrix for name, x in model.named_modules() if isinstance(x, PartMatrix)}
+        weights = {**modules, **parts, **split.integers}
+    planner = _Planner(
+        model, formats, split.dense, weights, source=planned.folder, title=planned.title, lazy=planned.lazy
     )
+    places = planner.places()
+    factors: list[FileTensor] = []
+    if weights is not None:
+        places, factors = _with_adapter(gguf, planner, places, modules, split, weights)
+    layout = planner.layout(places)
+    owners = {planner.first.get(x, x): target for target, names in planned.targets.items() for x in names}
+    layouts = {_MODEL: layout.as_file()}
+    made, copied = _by_layers(layout.tensors.values(), owners, weights or {})
+    ranks = {x.name.removesuffix(LORA_A): x.shape[0] for x in factors if x.name.endswith(LORA_A)}
+    if factors:
+        adapter = _adapter_layout(gguf, layout.arch, factors)
+        layouts[_ADAPTER] = adapter.as_file("The adapter")
+        copied |= _by_layers(adapter.tensors.values(), {}, {})[1]
+    return Files(
+        layouts,
+        made,
+        copied,
+        # The adapter is first, so that no model is left without its adapter.
+        places=lambda path: {_ADAPTER: adapter_file(path), _MODEL: path},
+        packed=layout.packed,
+        dense=layout.dense,
+        ranks=ranks,
+    )
+
+
+def _by_layers(
+    tensors: Iterable[FileTensor], owners: Mapping[str, str], known: Weights
+) -> tuple[list[Made], dict[str, Chunks]]:
+    """Divide tensors into those that need new layers and all others.
+
+    Args:
+        tensors: tensors of a file.
+        owners: the weight to which each new layer belongs, by name of the layer.
+        known: new weights of layers that are known already.
+    """
+    made: list[Made] = []
+    copied: dict[str, Chunks] = {}
+    for tensor in tensors:
+        if needed := tuple(dict.fromkeys(owners[x] for x in tensor.layers if x in owners)):
+            made.append(Made(needed, (tensor.name,), partial(_made, tensor, owners)))
+        else:
+            copied[tensor.name] = partial(_data, tensor, known)
+    return made, copied
+
+
+def _made(tensor: FileTensor, owners: Mapping[str, str], new: New) -> dict[str, Chunks]:
+    weights: dict[str, Any] = {layer: new[owners[layer]][0] for layer in tensor.layers}
+    return {tensor.name: partial(_data, tensor, weights)}
+
+
+@torch.no_grad()
+def _data(tensor: FileTensor, weights: Weights) -> Iterator[Any]:
+    for chunk in tensor.chunks(weights):
+        yield chunk.data
 
 
 def _adapter_layout(gguf: ModuleType, arch: str, factors: Sequence[FileTensor]) -> GGUFLayout:
@@ -783,11 +758,14 @@ def export_gguf_adapter(
     if missing := sorted(layers.keys() - written):
         raise TargetError(f"The GGUF file has no tensor for {', '.join(missing[:5])}, so no adapter applies.")
     layout = _adapter_layout(gguf, writer.arch, factors)
+    files = Files(
+        {_ADAPTER: layout.as_file("The adapter")},
+        [],
+        _by_layers(factors, {}, {})[1],
+        places=lambda path: {_ADAPTER: path},
+    )
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
-        file = layout.open(Path(folder) / destination.name, what="The adapter")
-        for name in file.missing():
-            layout.write(file, name, {})
-        file.finish(destination, force=force)
+        FileSink(files, destination, Path(folder), force=force).finish()
 
 
 def adapter_file(destination: Path) -> Path:
@@ -805,26 +783,26 @@ def check_files(destination: Path, *, force: bool) -> None:
     check_new_file(adapter_file(destination), force=force)  # an old adapter would be added to the new model
 
 
-def _with_converter(
+def _with_adapter(
     gguf: ModuleType,
-    model: PreTrainedModel,
+    planner: "_Planner",
+    places: dict[str, "Place"],
+    modules: Mapping[str, NetworkModule],
     split: SplitLayers,
     weights: dict[str, NetworkModule | IntegerMatrix | Tensor],
-    *,
-    source: Path | None,
-    title: str,
-) -> tuple[GGUFLayout, list[FileTensor]]:
-    """Lay out the file of a compressed model, and the tensors of its adapter.
+) -> tuple[dict[str, "Place"], list[FileTensor]]:
+    """Make the tensors of an adapter of low-rank parts; layers that no adapter applies to become dense.
 
-    The entries of `split` and `weights` are changed for layers whose low-rank part cannot be an adapter.
+    Args:
+        gguf: the package.
+        planner, places: the tensors of the file, and their places.
+        modules: the new layers.
+        split: these layers, divided.
+        weights: what is written for each layer; changed for layers that become dense.
+
+    Returns:
+        The places of tensors of integers, and the tensors of the adapter.
     """
-    formats = {
-        name: split.integers[name].number_format if name in split.integers else NumberFormat()
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, NetworkModule)
-    }
-    planner = _Planner(model, formats, split.dense, weights, source=source, title=title)
-    places = planner.places()
     adapted = {}
     for name, place in places.items():
         (layer, rows), *others = place.layers.items()
@@ -832,7 +810,7 @@ def _with_converter(
         if layer in split.low_ranks and not others and whole:
             adapted[layer] = name
     for layer in split.low_ranks.keys() - adapted.keys():
-        weights[layer] = model.get_submodule(layer)  # type: ignore[assignment]
+        weights[layer] = modules[layer]
         planner.integers.discard(layer)
         planner.dense[layer] = "integers plus a low rank, in a file tensor to which no adapter applies"
         places = {name: place for name, place in places.items() if layer not in place.layers}
@@ -841,7 +819,7 @@ def _with_converter(
         layer = next(iter(place.layers))
         if adapted.get(layer) == name:
             factors += _factors(gguf, name, split.low_ranks[layer], place.rows, place.columns)
-    return planner.layout(places), factors
+    return places, factors
 
 
 def _factors(
@@ -869,126 +847,6 @@ def _factors(
 def _copied(data: Array, weights: Weights) -> Iterator[Array]:
     """Yield the bytes of a tensor that is encoded already."""
     yield np.ascontiguousarray(data)
-
-
-#: Largest relative difference at which a compressed weight matches a tensor of the dense GGUF file.
-_LIKE = 0.7
-
-
-def _with_skeleton(
-    gguf: ModuleType,
-    file: Path,
-    model: PreTrainedModel,
-    split: SplitLayers,
-) -> tuple[GGUFLayout, list[FileTensor]]:
-    """Take everything but the compressed weights from a GGUF file of the dense model.
-
-    Raises:
-        TargetError: the file is not a GGUF file of this model.
-    """
-    try:
-        reader = gguf.GGUFReader(file)
-        fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        arch = fields["general.architecture"].contents()
-        blocks = int(fields[f"{arch}.block_count"].contents())
-    except (OSError, ValueError, KeyError) as error:
-        raise TargetError(f"{file} is not a GGUF file of a model: {first_line(error)}.") from error
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names = gguf.get_tensor_name_map(number, blocks)
-    known = {tensor.name: tensor for tensor in reader.tensors}
-    wanted: dict[str, str] = {}  # name in the file -> name of the layer
-    for layer in (*split.integers, *split.dense):
-        if model.get_submodule(layer).source == "part":
-            raise TargetError(
-                f"Skeletons do not support compressed experts: {layer!r} is one of several matrices in one "
-                "tensor of the file. Export without skeleton, or leave the experts dense (exclude_modules=, "
-                "--exclude)."
-            )
-        name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-        if name not in known and not _is_tied_head(model, layer):
-            raise TargetError(
-                f"{file} has no tensor for the weight of {layer!r}; does the file belong to this model?"
-            )
-        if name in known:
-            wanted.setdefault(name, layer)
-    # A 16-bit file has a matrix in float32 only if llama.cpp cannot read it in another type.
-    halves = any(tensor.tensor_type.name in ("F16", "BF16") for tensor in reader.tensors)
-    made: list[FileTensor] = []
-    factors: list[FileTensor] = []
-    for tensor in reader.tensors:
-        name, shape = tensor.name, tuple(int(x) for x in reversed(tensor.shape))
-        if name not in wanted:
-            copied = partial(_copied, tensor.data)
-            made.append(FileTensor(name, tensor.tensor_type.name, shape, (), copied))
-            continue
-        layer = wanted[name]
-        integers, module = split.integers.get(layer), model.get_submodule(layer)
-        assert isinstance(module, NetworkModule)
-        order = _row_order(_matrix(module, integers), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if order is None:
-            raise TargetError(
-                f"{name} of {file} differs from the weight of {layer!r}; does the file belong to this model?"
-            )
-        place = Place({layer: len(order)}, order, np.arange(shape[-1]))
-        kind = "" if integers is None else _block_type(gguf, partial(place.read, split.integers))
-        reason = ""
-        if kind and not (halves and tensor.tensor_type.name == "F32"):
-            chunks = partial(_blocks, gguf, name, kind, place)
-        else:
-            if integers is not None:
-                reason = _FLOAT32 if kind else _INEXACT
-            values = partial(_rows, module, integers, order)
-            kind = "F32" if reason == _FLOAT32 else _float_type(values({}))
-            chunks = partial(_floats, name, kind, values)
-        made.append(FileTensor(name, kind, shape, (layer,), chunks, reason))
-        if layer in split.low_ranks:
-            factors += _factors(gguf, name, split.low_ranks[layer], order, place.columns)
-    writer = gguf.GGUFWriter(path=None, arch=arch)
-    for name, field in fields.items():
-        if name not in ("general.architecture", "general.file_type"):
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
-    writer.add_file_type(_file_type(gguf, {x.name: x.kind for x in made if x.kind in TYPES}))
-    return GGUFLayout(writer, made, split.dense), factors
-
-
-def _matrix(module: NetworkModule, integers: IntegerMatrix | None) -> Array:
-    """Return the matrix of a layer in float32; with `integers`, without a low-rank part."""
-    matrix = module.to_matrix().float() if integers is None else integers.values
-    found: Array = matrix.cpu().numpy()
-    return found
-
-
-def _rows(module: NetworkModule, integers: IntegerMatrix | None, order: Array, weights: Weights) -> Array:
-    """Return the rows of a layer's matrix (see `_matrix`) in another order."""
-    return _matrix(module, integers)[order]
-
-
-def _row_order(weight: Array, dense: Array) -> Array | None:
-    """Find the row permutation that turns a compressed weight into an approximation of a dense weight.
-
-    Args:
-        weight: compressed weight, shape `(rows, columns)`.
-        dense: the weight before compression, but with permuted rows, shape `(rows, columns)`.
-
-    Returns:
-        Row indices such that `weight[indices]` is close to `dense`; None if there is no such permutation.
-    """
-    if weight.shape != dense.shape:
-        return None
-
-    def matches(order: Array) -> bool:
-        return bool(np.linalg.norm(weight[order] - dense) <= _LIKE * np.linalg.norm(dense))
-
-    same = np.arange(len(weight))
-    if matches(same):
-        return same
-    rows, other = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30) for x in (weight, dense))
-    order = (other @ rows.T).argmax(axis=1)
-    return order if len(np.unique(order)) == len(order) and matches(order) else None
-
-
-def _is_tied_head(model: PreTrainedModel, layer: str) -> bool:
-    return model.get_submodule(layer) is model.get_output_embeddings() and model.config.tie_word_embeddings
 
 
 def file_constraints(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ...]]:

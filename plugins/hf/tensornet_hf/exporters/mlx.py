@@ -14,38 +14,32 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensornet._util import require
-from tensornet.compression.plan import CompressionPlan
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.menus import Menu
-from tensornet_hf.checkpoint import Checkpoint, read_json
-from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks, renamed_entries
+from tensornet_hf.checkpoint import read_json
+from tensornet_hf.exporters.base import IntegerMatrix, LowRank, renamed_entries
 from tensornet_hf.exporters.folder import (
     ADAPTER,
     Packed,
     PackedModel,
-    folder_report,
-    model_folder,
+    Tensors,
+    lay_out_packed,
     pack_rows,
-    packed_contents,
-    packed_model,
     write_adapter,
-    write_config,
 )
-from tensornet_hf.folder_writer import Contents
-from tensornet_hf.lazy_model import LazyModel, Origin
+from tensornet_hf.file_sink import DTYPES, Chunks, Files, Made, New, PlannedModel, tensor_bytes
 
 #: Numbers of bits per code, and group sizes, that MLX supports.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -99,16 +93,8 @@ def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
     return ("linear", "embedding", "part", *(["conv1d"] if isinstance(model, GPT2LMHeadModel) else []))
 
 
-@torch.no_grad()
-def export_mlx(
-    model: PreTrainedModel,
-    destination: Path,
-    *,
-    source: Path | None = None,
-    force: bool = False,
-    networks: Networks = "dense",
-) -> ExportReport:
-    """Write a folder that `mlx-lm` can load; see `tensornet_hf.export`.
+def lay_out_mlx(planned: PlannedModel) -> Files:
+    """Lay out a folder that `mlx-lm` can load; see `tensornet_hf.export`.
 
     A linear layer or an embedding is packed if it is stored as a single matrix of integers of 2, 3, 4, 5, 6
     or 8 bits, and its number of inputs is a multiple of the group size of 32, 64 or 128. Scales and biases
@@ -116,83 +102,68 @@ def export_mlx(
     in float32 from this layer on.
 
     Raises:
-        DestinationError: see `tensornet_hf.export`.
         TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or mlx-lm cannot load this
             architecture.
         MissingDependencyError: mlx-lm is not installed.
     """
     require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")
-    found = packed_model(model, _pack, networks=networks, kinds=packed_kinds(model), packs_tied=True)
-    if isinstance(model, GPT2LMHeadModel):
-        # mlx-lm transposes dense matrices under the names of the published GPT-2 ("h.0.attn..."). Under the
-        # names of its own model ("model.h.0.attn...") it expects all matrices as (out, in).
-        for name, module in found.stock.named_modules():
-            if isinstance(module, Conv1D) and name not in found.packed:
-                found.state[f"{name}.weight"] = found.state[f"{name}.weight"].T.contiguous()
-        found = _renamed(found)
-    packed = {_name_in_stack(name): kind for name, kind in found.packed.items()}
-    arrange = dict if packed == found.packed else _joined_experts
-    found = found._replace(packed=packed)
-    with model_folder(found, destination, source=source, force=force, arrange=arrange) as folder:
-        if found.low_ranks:
-            write_adapter(folder, "adapters.safetensors", *mlx_adapter(found.low_ranks))
-        _finish(found, folder)
-    return folder_report(found, destination)
-
-
-def mlx_contents(source: Checkpoint, lazy: LazyModel, plan: CompressionPlan) -> tuple[Contents, PackedModel]:
-    """Find out what the folder of a planned model will contain; see `packed_contents`."""
-    require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")
-
-    def finish(found: PackedModel, folder: Path) -> None:
-        write_config(found, source.folder, folder)
-        _finish(_renamed(found) if isinstance(found.stock, GPT2LMHeadModel) else found, folder)
-
-    ready, found = packed_contents(
-        source, lazy, plan, _pack, kinds=packed_kinds(lazy.model), packs_tied=True, finish=finish
+    return lay_out_packed(
+        planned,
+        _pack,
+        kinds=packed_kinds(planned.model),
+        packs_tied=True,
+        arrange=_names_of_gpt2 if isinstance(planned.model, GPT2LMHeadModel) else _joined_experts,
+        complete=_complete,
+        write_adapter=lambda found, folder: write_adapter(
+            folder, "adapters.safetensors", *mlx_adapter(found.low_ranks)
+        ),
     )
-    if not isinstance(lazy.model, GPT2LMHeadModel):
-        return ready, found
 
-    # Transpose dense matrices and rename all tensors, as `export_mlx` does.
+
+def _names_of_gpt2(found: PackedModel, tensors: Tensors) -> tuple[PackedModel, Tensors]:
+    """Give the tensors and layers of a GPT-2 their names in mlx-lm, and transpose its dense matrices.
+
+    mlx-lm transposes dense matrices under the names of the published GPT-2 ("h.0.attn..."). Under the names
+    of its own model ("model.h.0.attn...") it expects all matrices as (out, in).
+    """
     turned = {
         f"{name}.weight"
         for name, module in found.stock.named_modules()
         if isinstance(module, Conv1D) and name not in found.packed
     }
-    tensors, copied = {}, {}
-    for name, (dtype, shape, nbytes) in ready.tensors.items():
-        new = _new_name(name)
-        tensors[new] = dtype, shape[::-1] if name in turned else shape, nbytes
-        if name in ready.copied:
-            copied[new] = (
-                partial(_transposed, lazy.origins[name], shape) if name in turned else ready.copied[name]
-            )
 
-    def pack(layer: str, modules: list[nn.Module]) -> dict[str, Tensor]:
-        made = ready.pack(layer, modules)
-        return {_new_name(name): x.T if name in turned else x for name, x in made.items()}
+    def arranged(chunks: Mapping[str, Chunks]) -> dict[str, Chunks]:
+        return {
+            _new_name(name): partial(_transposed, x, *tensors.facts[name][:2]) if name in turned else x
+            for name, x in chunks.items()
+        }
 
-    renamed = replace(
-        ready,
-        tensors=tensors,
-        copied=copied,
-        own={layer: tuple(map(_new_name, names)) for layer, names in ready.own.items()},
-        pack=pack,
-        unpack=lambda layer, read: ready.unpack(layer, lambda name: read(_new_name(name))),
+    facts = {
+        _new_name(name): (dtype, shape[::-1] if name in turned else shape, nbytes)
+        for name, (dtype, shape, nbytes) in tensors.facts.items()
+    }
+    made = [
+        Made(layers, tuple(map(_new_name, names)), partial(_made_and, arranged, make))
+        for layers, names, make in tensors.made
+    ]
+    packed, dense, low_ranks = (
+        {_new_name(x): y for x, y in names.items()} for names in (found.packed, found.dense, found.low_ranks)
     )
-    return renamed, _renamed(found)
+    found = found._replace(packed=packed, dense=dense, low_ranks=low_ranks)
+    return found, Tensors(facts, made, arranged(tensors.copied))
+
+
+def _made_and(
+    change: Callable[[Mapping[str, Chunks]], dict[str, Chunks]],
+    make: Callable[[New], Mapping[str, Chunks]],
+    new: New,
+) -> dict[str, Chunks]:
+    return change(make(new))
 
 
 def _new_name(name: str) -> str:
     """Return the name of a GPT-2 tensor or layer in mlx-lm."""
     return name.replace("transformer.", "model.", 1)
-
-
-def _renamed(found: PackedModel) -> PackedModel:
-    """Give the tensors and layers of a GPT-2 their names in mlx-lm."""
-    renamed: list[dict[str, Any]] = [{_new_name(x): y for x, y in names.items()} for names in found[1:]]
-    return PackedModel(found.stock, *renamed)
 
 
 #: Checkpoint name of a layer of an expert, or of one of its tensors.
@@ -212,23 +183,48 @@ def _name_in_stack(name: str) -> str:
     return f"{parent}.switch_mlp.{_PROJECTIONS.get(layer, layer)}{tensor or ''}"
 
 
-def _joined_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the tensors of experts to the stacks of MLX; mlx-lm itself joins dense experts only."""
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name, x in tensors.items():
+def _joined_experts(found: PackedModel, tensors: Tensors) -> tuple[PackedModel, Tensors]:
+    """Join the tensors of experts to the stacks of MLX; if none is packed, mlx-lm joins them itself."""
+    packed = {_name_in_stack(name): kind for name, kind in found.packed.items()}
+    if packed == found.packed:
+        return found, tensors
+    members: dict[str, dict[int, str]] = {}
+    for name in tensors.facts:
         match = _EXPERT.fullmatch(name)
-        stacks.setdefault(_name_in_stack(name), {})[0 if match is None else int(match[2])] = x
-    return {
-        name: torch.stack([found[k] for k in sorted(found)]) if name not in tensors else found[0]
-        for name, found in stacks.items()
-    }
+        members.setdefault(_name_in_stack(name), {})[0 if match is None else int(match[2])] = name
+
+    def joined(chunks: Mapping[str, Chunks]) -> dict[str, Chunks]:
+        """Chain the bytes of the experts, in order."""
+        stacks = {stack: [x for _, x in sorted(names.items())] for stack, names in members.items()}
+        return {
+            stack: partial(_chained, [chunks[x] for x in names])
+            for stack, names in stacks.items()
+            if names[0] in chunks
+        }
+
+    facts = {}
+    for stack, names in members.items():
+        dtype, shape, nbytes = tensors.facts[names[min(names)]]
+        one = stack in tensors.facts
+        facts[stack] = dtype, shape if one else (len(names), *shape), nbytes * len(names)
+    made = [
+        Made(layers, tuple(dict.fromkeys(map(_name_in_stack, names))), partial(_made_and, joined, make))
+        for layers, names, make in tensors.made
+    ]
+    return found._replace(packed=packed), Tensors(facts, made, joined(tensors.copied))
 
 
-def _transposed(origin: Origin, shape: tuple[int, ...]) -> Iterator[bytes]:
-    yield origin.read().reshape(shape).T.contiguous().view(torch.uint8).numpy().tobytes()
+def _chained(parts: Sequence[Chunks]) -> Iterator[Any]:
+    for part in parts:
+        yield from part()
 
 
-def _finish(found: PackedModel, folder: Path) -> None:
+def _transposed(chunks: Chunks, dtype: str, shape: tuple[int, ...]) -> Iterator[Any]:
+    data = bytearray().join(chunks())
+    yield from tensor_bytes(torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape).T)()
+
+
+def _complete(found: PackedModel, folder: Path) -> None:
     """Complete config.json of a folder, and check that mlx-lm can load the folder.
 
     Raises:

@@ -1,48 +1,56 @@
-"""`export`: write a model in the format of another runtime."""
+"""Export targets: other runtimes, each with its number formats and the layout of its files.
+
+`compress_folder` compresses into the files of a target block by block, and `export` writes a model in memory.
+Both lay out the same files, and write them by the same sink.
+"""
 
 import os
+import tempfile
 from collections.abc import Callable
-from inspect import signature
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
 from tensornet.errors import DestinationError
 from tensornet.quantization.menus import MENUS, Menu
-from tensornet_hf.checkpoint import check_free, load, resolve_folder
-from tensornet_hf.exporters.base import GGUF, ExportReport, Networks, refuse_mixtures
+from tensornet_hf.checkpoint import check_free, load, resolve_folder, weight_bytes
+from tensornet_hf.exporters.base import GGUF, ExportReport, Networks, check_new_file, refuse_mixtures
 from tensornet_hf.exporters.compressed_tensors import (
     COMPRESSED_TENSORS_MENU,
     KINDS,
-    export_compressed_tensors,
+    lay_out_compressed_tensors,
 )
-from tensornet_hf.exporters.folder import folder_constraints
+from tensornet_hf.exporters.folder import ADAPTER, folder_constraints
 from tensornet_hf.exporters.gguf import (
     GGUF_FAST_MENU,
     GGUF_MENU,
-    check_files,
-    export_gguf,
+    adapter_file,
     file_constraints,
+    lay_out_gguf,
 )
-from tensornet_hf.exporters.mlx import MLX_MENU, export_mlx, packed_kinds
+from tensornet_hf.exporters.mlx import MLX_MENU, lay_out_mlx, packed_kinds
+from tensornet_hf.file_sink import Files, FileSink, PlannedModel
+from tensornet_hf.staging import reading_or_writing
 
 
 class Target(NamedTuple):
-    """Export target: a function that writes models in its format, and what plans must know about the format.
+    """Export target: what plans must know about a format, and how its files are laid out.
 
     Args:
-        export: function that writes a model to a destination. Its keyword arguments are `source` (folder of
-            the tokenizer, or None), `force`, `networks`, and options of the target.
+        lay_out: function that lays out the files of a planned model, before its layers are compressed.
         constraints: function of a dense model and its folder that returns what a plan must know: the bytes
             that the files need in addition to the weights, and the names of layers that the target stores
             dense.
         menu: the number formats of plans for this target.
+        suffix: suffix of destinations, such as `".gguf"`, if the target writes a file; empty for a folder.
     """
 
-    export: Callable[..., ExportReport]
+    lay_out: Callable[[PlannedModel], Files]
     constraints: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
     menu: Menu
+    suffix: str = ""
 
 
 #: Maps names to export targets (see `register_target`).
@@ -59,18 +67,18 @@ def register_target(name: str, target: Target) -> None:
     TARGETS[name] = target
 
 
-register_target("gguf", Target(export_gguf, file_constraints, GGUF_MENU))
+register_target("gguf", Target(lay_out_gguf, file_constraints, GGUF_MENU, GGUF))
 MENUS.add("gguf-fast", GGUF_FAST_MENU)
 register_target(
     "compressed-tensors",
     Target(
-        export_compressed_tensors,
+        lay_out_compressed_tensors,
         lambda model, _: folder_constraints(model, KINDS),
         COMPRESSED_TENSORS_MENU,
     ),
 )
 register_target(
-    "mlx", Target(export_mlx, lambda model, _: folder_constraints(model, packed_kinds(model)), MLX_MENU)
+    "mlx", Target(lay_out_mlx, lambda model, _: folder_constraints(model, packed_kinds(model)), MLX_MENU)
 )
 
 
@@ -81,16 +89,39 @@ def find_target(destination: str | os.PathLike[str], target: str | None = None) 
         DestinationError: target and suffix contradict each other.
         ValueError: an unknown target.
     """
-    is_gguf = Path(destination).suffix == GGUF
-    name = target or ("gguf" if is_gguf else None)
+    suffix = Path(destination).suffix
+    by_suffix = {x.suffix: name for name, x in TARGETS.items() if x.suffix}
+    name = target or by_suffix.get(suffix)
     if name is not None and name not in TARGETS:
         raise ValueError(f"Unknown export target {name!r}; choose one of {', '.join(TARGETS)}.")
-    if is_gguf != (name == "gguf"):
-        raise DestinationError(
-            f"{destination}: the target 'gguf' needs a name that ends in .gguf, and other targets need a "
-            "name that does not."
-        )
+    wanted = "" if name is None else TARGETS[name].suffix
+    if wanted != suffix and (wanted or suffix in by_suffix):
+        ending = f"a name that ends in {wanted}" if wanted else f"a name that does not end in {suffix}"
+        raise DestinationError(f"{destination}: the target {name!r} needs {ending}.")
     return name
+
+
+def check_destination(
+    destination: str | os.PathLike[str], target: str | None, *, force: bool, sources: tuple[Path, ...] = ()
+) -> None:
+    """Check that a destination may be written, before any work is done.
+
+    Args:
+        destination: the new folder or file.
+        target: name of the export target; None is a model folder.
+        force: allow replacing an existing destination.
+        sources: folders that are read, and so must not be replaced.
+
+    Raises:
+        DestinationError: the destination exists and `force` is not set, or cannot be written; or it is or
+            contains a source.
+    """
+    if target is None or not TARGETS[target].suffix:
+        check_free(destination, force=force, sources=sources)
+        return
+    check_new_file(Path(destination), force=force)
+    if target == "gguf":
+        check_new_file(adapter_file(Path(destination)), force=force)  # it would be added to the new model
 
 
 def export(
@@ -101,7 +132,6 @@ def export(
     source: str | os.PathLike[str] | None = None,
     force: bool = False,
     networks: Networks = "dense",
-    **options: Any,
 ) -> ExportReport:
     """Write a model in the format of another runtime, with exactly the same weights.
 
@@ -129,8 +159,6 @@ def export(
         networks: how to write layers that are not a single matrix of integers. `"dense"` writes dense
             weights; `"lora"` writes residual layers as integers and an adapter, and other layers dense;
             `"refuse"` raises an error.
-        options: options of the target. `"gguf"` has `skeleton=`, a GGUF file of the dense model from which
-            everything but the compressed weights is taken.
 
     Returns:
         A report that lists the packed layers, and the reason for each layer that was written dense.
@@ -140,7 +168,7 @@ def export(
             are left.
         TargetError: the target cannot store this model, or `networks="refuse"` forbids a layer. No target
             stores the mixtures of this library (see `stock_mixture`).
-        ValueError: an unknown target or option.
+        ValueError: an unknown target.
         MissingDependencyError: a package that the target needs is not installed.
 
     Example:
@@ -159,17 +187,35 @@ def export(
             f"No export target is given. Choose {', '.join(TARGETS)} (target=, --target), or a file name "
             "that ends in .gguf."
         )
-    exporter = TARGETS[name].export
-    if unknown := options.keys() - signature(exporter).parameters.keys():
-        raise ValueError(f"The target {name!r} has no option {', '.join(sorted(unknown))}.")
     origin = (
         None if isinstance(model_or_folder, PreTrainedModel) else resolve_folder(os.fspath(model_or_folder))
     )
     folder = origin if source is None else Path(source)
-    if name == "gguf":
-        check_files(Path(destination), force=force)
-    else:
-        check_free(destination, force=force, sources=() if folder is None else (folder,))
-    model: Any = model_or_folder if origin is None else load(origin)
+    path = Path(destination).expanduser().absolute()
+    check = partial(check_destination, path, name, force=force, sources=() if folder is None else (folder,))
+    check()
+    model = load(origin) if origin is not None else model_or_folder
+    assert isinstance(model, PreTrainedModel)
     refuse_mixtures(model)
-    return exporter(model, Path(destination), source=folder, force=force, networks=networks, **options)
+    title = (folder or path.with_suffix("")).resolve().name
+    planned = PlannedModel(model, folder=folder, networks=networks, title=title)
+    files = TARGETS[name].lay_out(planned)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        reading_or_writing(folder or path, path),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work,
+    ):
+        FileSink(files, path, Path(work), force=force, check=check).finish()
+    return written_report(files, Path(destination), name)
+
+
+def written_report(files: Files, destination: Path, target: str) -> ExportReport:
+    """Make the report of files that were written."""
+    adapter = None
+    if files.ranks:
+        adapter = adapter_file(destination) if TARGETS[target].suffix else destination / ADAPTER
+    adapter_bytes = 0 if adapter is None else weight_bytes(adapter)
+    every = weight_bytes(destination)
+    return ExportReport(
+        destination, dict(files.packed), dict(files.dense), every, adapter, dict(files.ranks), adapter_bytes
+    )
