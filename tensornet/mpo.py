@@ -655,8 +655,12 @@ class MPO:
     # --- other libraries -------------------------------------------------------------------------
 
     def to_quimb(self) -> Any:
-        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.interop`."""
-        return interop.to_quimb(self.cores)
+        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.interop`.
+
+        quimb knows no padding. The result has the shape of the leg sizes, and its padding is zero, so that
+        norms and traces agree. Bonds can be larger than those of a padded operator.
+        """
+        return interop.to_quimb(self._exported)
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
@@ -664,8 +668,8 @@ class MPO:
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:
-        """Convert the operator to a TensorLy `TTMatrix`."""
-        return interop.to_tensorly(self.cores)
+        """Convert the operator to a TensorLy `TTMatrix`; padding is treated as in `to_quimb`."""
+        return interop.to_tensorly(self._exported)
 
     @classmethod
     def from_tensorly(cls, operator: Any) -> "MPO":
@@ -678,6 +682,14 @@ class MPO:
     def _masked(self) -> tuple[Tensor, ...]:
         """Return the cores of the operator with its padding set to zero, for example to compute its norm."""
         return algebra.mask_padding(self.cores, *self.shape)
+
+    @property
+    def _exported(self) -> tuple[Tensor, ...]:
+        """Return the cores for a library that knows no padding: it is zero, without redundant bonds."""
+        if self.shape == (math.prod(self.out_dims), math.prod(self.in_dims)):
+            return self.cores
+        eps = torch.finfo(algebra.result_dtype(self.dtype)).eps
+        return algebra.round_chain(self._masked, rel_error=eps)[0]
 
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
