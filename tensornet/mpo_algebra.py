@@ -25,11 +25,15 @@ Cores = tuple[Tensor, ...]
 
 #: Double-precision tensors are rescaled if their largest element is outside `2^-100 ... 2^100`.
 _TAME = 100
+#: Cores are rescaled if the exponent of their largest element exceeds this fraction of the largest exponent
+#: of their dtype; products of two cores are then inside the range of the dtype.
+_EVEN = 1 / 5
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Add two chains with equal dims; their bond sizes add up."""
-    left, right = _same_dtype(left, right)
+    # If the cores of one chain differ much in size, one chain would underflow beside the other.
+    left, right = (_evened(cores) for cores in _same_dtype(left, right))
     last = len(left) - 1
     if last == 0:
         return (left[0] + right[0],)
@@ -47,15 +51,18 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
-    """Multiply a chain by a number by scaling its last core."""
-    last = cores[-1]
+    """Multiply a chain by a number by scaling its last core.
+
+    If this core could overflow or underflow, a power of two is distributed over all cores.
+    """
+    (*first, last), exponent = _split_extremes(cores)
     if not isinstance(factor, Tensor | int | float | complex):  # a Fraction or a NumPy number
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
         factor = plain(factor)
     if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
         last = last.to(torch.promote_types(last.dtype, torch.complex64))  # torch cannot multiply complex32
     scaled = last * factor
-    return (*(core.to(scaled.dtype) for core in cores[:-1]), scaled)
+    return _evened([*(core.to(scaled.dtype) for core in first), scaled], exponent)
 
 
 @outside_autocast
@@ -72,9 +79,10 @@ def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 def _site_by_site(equation: str, left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Contract the two cores of each site to one core, and fuse each pair of bonds to one bond."""
-    pairs = zip(*_same_dtype(left, right), strict=True)
-    products = (torch.einsum(equation, a, b) for a, b in pairs)
-    return tuple(core.flatten(4).flatten(0, 1) for core in products)
+    left, right = _same_dtype(left, right)
+    (left, of_left), (right, of_right) = _split_extremes(left), _split_extremes(right)
+    products = (torch.einsum(equation, a, b) for a, b in zip(left, right, strict=True))
+    return _evened([core.flatten(4).flatten(0, 1) for core in products], of_left + of_right)
 
 
 def kron(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
@@ -92,7 +100,8 @@ def transpose(cores: Sequence[Tensor]) -> Cores:
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Compute the Frobenius inner product `sum conj(left) * right` as a differentiable 0-dimensional tensor.
 
-    16-bit cores are contracted in single precision. Intermediate results cannot overflow; the result can.
+    16-bit cores are contracted in single precision. Intermediate results cannot overflow. The result is
+    infinite only if it is outside the range of the dtype.
     """
     left, right = _same_dtype(left, right)
     dtype = result_dtype(left[0].dtype)  # float32 for 16-bit cores: 256^2 overflows in float16
@@ -254,9 +263,7 @@ def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype:
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
         scaled = [times_power_of_two(c, exponent) if k == center else c for k, c in enumerate(work)]
     else:
-        each = torch.floor(exponent / len(work))
-        rest = exponent - each * len(work)
-        scaled = [times_power_of_two(c, each + (k < rest).to(each)) for k, c in enumerate(work)]
+        scaled = list(_distributed(work, exponent))
     result = tuple(core.to(dtype) for core in scaled)
     for core in result:
         check_finite(core, f"The result in {dtype}")
@@ -599,15 +606,50 @@ def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
     The exponent is 0 if the tensor is zero or contains NaN or infinity. Autograd treats the exponent as a
     constant.
     """
+    exponent = _exponent(tensor)
+    return times_power_of_two(tensor, -exponent), exponent
+
+
+def _exponent(tensor: Tensor) -> Tensor:
     size = tensor.detach().abs().amax().double()
     exponent = torch.frexp(size).exponent.double()
-    exponent = torch.where(torch.isfinite(size) & (size > 0), exponent, torch.zeros_like(exponent))
-    return times_power_of_two(tensor, -exponent), exponent
+    return torch.where(torch.isfinite(size) & (size > 0), exponent, torch.zeros_like(exponent))
+
+
+def _split_extremes(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Split a power of two off each core with a very large or very small largest element.
+
+    Returns:
+        The cores, all of moderate size, and the sum of the exponents, usually 0. There is no branch that
+        depends on values, so that `torch.func.vmap` and `torch.compile` can be used.
+    """
+    limit = _EVEN * math.log2(torch.finfo(cores[0].dtype).max)
+    total = torch.zeros((), dtype=torch.float64, device=cores[0].device)
+    result = []
+    for core in cores:
+        exponent = _exponent(core)
+        exponent = torch.where(exponent.abs() > limit, exponent, torch.zeros_like(exponent))
+        result.append(times_power_of_two(core, -exponent))
+        total = total + exponent
+    return result, total
+
+
+def _distributed(cores: Sequence[Tensor], exponent: Tensor) -> Cores:
+    """Multiply a chain by `2^exponent`, where the exponent is an integer, by scaling all cores about equally."""
+    each = torch.floor(exponent / len(cores))
+    rest = exponent - each * len(cores)
+    return tuple(times_power_of_two(core, each + (k < rest).to(each)) for k, core in enumerate(cores))
+
+
+def _evened(cores: Sequence[Tensor], exponent: Tensor | float = 0.0) -> Cores:
+    """Multiply a chain by `2^exponent`, and distribute the size of very large or small cores over all."""
+    moderate, extreme = _split_extremes(cores)
+    return _distributed(moderate, extreme + exponent)
 
 
 def times_power_of_two(tensor: Tensor, exponent: Tensor) -> Tensor:
     """Compute `tensor * 2^exponent`; intermediate results neither overflow nor underflow."""
-    limit = 1000 if tensor.dtype in (torch.float64, torch.complex128) else 120
+    limit = int(math.log2(torch.finfo(tensor.dtype).max)) - 2  # `2^-limit` must not be subnormal either
     first = exponent.clamp(-limit, limit)
     second = (exponent - first).clamp(-limit, limit)  # outside these limits the result is 0 or infinite
     dtype = tensor.real.dtype
