@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tensornet._util import outside_autocast
 from tensornet.budget import caps_of_bonds
@@ -229,6 +230,12 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
     """Compute the canonical form in double precision: a chain and the exponent of a power of two."""
+    if any(map(_is_batched, cores)):
+        raise RuntimeError(
+            "canonicalize, round, norm, log_norm, bond_spectrum and bond_entropy do not support "
+            "torch.func.vmap: they check values and choose ranks. Loop over the operators; `inner`, sums, "
+            "products and `apply` can be vectorized, and inner(self, self).real.sqrt() is the norm."
+        )
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
         check_finite(core, "The operator")
@@ -302,7 +309,7 @@ def round_chain(
     """
     caps = caps_of_bonds(max_bond, len(cores) - 1)
     with torch.no_grad():
-        canonical, exponent = _canonical(cores, 0)
+        canonical, exponent = _canonical(_frozen(cores), 0)
         work = list(canonical)
         total = float(torch.linalg.vector_norm(work[0])) ** 2
         spent = 0.0
@@ -344,7 +351,7 @@ def _rounded_with_gradient(
     for (core, of_core), value, end in zip(live[:-1], rounded[:-1], reversed(ends[1:]), strict=True):
         site = torch.einsum("xa,aoib->xoib", before, core)
         block = torch.tensordot(site, end, dims=1).flatten(0, 2)
-        U = _LeadingVectors.apply(block, value.shape[3])
+        U, *_ = _LeadingVectors.apply(block, value.shape[3])
         pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # give `U` the phases of `value`
         phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
         result.append((U * phase.conj()).reshape(value.shape))
@@ -355,8 +362,16 @@ def _rounded_with_gradient(
     return result
 
 
+_NO_FORWARD_MODE = (
+    "round, norm, log_norm, bond_spectrum and bond_entropy have no forward-mode derivatives and no second "
+    "derivatives: use torch.func.grad, vjp or jacrev once; inner(self, self).real.sqrt() is a norm with both."
+)
+
+
 class _LeadingVectors(torch.autograd.Function):
     """Autograd function that returns the first `rank` left singular vectors of a matrix, shape `(m, rank)`.
+
+    It also returns the factors of the whole SVD, as constants for `backward`.
 
     Let `M = U S V^H`. The derivative of the vector `u_i` has the component `u_j^H du_i = (s_i u_j^H dM v_i +
     s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)` along another singular vector `u_j`, and the component
@@ -365,12 +380,22 @@ class _LeadingVectors(torch.autograd.Function):
     is correct for functions that do not depend on the basis of the space that these vectors span.
     """
 
+    generate_vmap_rule = True  # for `torch.func.jacrev`
+
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, rank: int) -> Tensor:
+    def forward(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        ctx.rank = rank
-        ctx.save_for_backward(matrix, U, S, Vh)
-        return U[:, :rank].clone()
+        return U[:, :rank].clone(), U, S, Vh
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:
+        matrix, ctx.rank = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(matrix, *output[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(_NO_FORWARD_MODE)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -382,8 +407,7 @@ class _LeadingVectors(torch.autograd.Function):
         gaps = kept.square() - S.square()[:, None]
         factors = torch.where(gaps.abs() > floor * S[0], 1 / gaps, 0).to(along.dtype)
         inverse = torch.where(kept > floor, 1 / kept, 0)
-        pairs = U.new_zeros(len(S), len(S))
-        pairs[:, :rank] = factors * along
+        pairs = torch.nn.functional.pad(factors * along, (0, len(S) - rank))
         inner = pairs * S + (pairs * S[:, None]).mH
         outside = (gradient - U @ along) * inverse
         found = U @ inner @ Vh + outside @ Vh[:rank]
@@ -435,7 +459,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute the Frobenius norm in double precision: a mantissa and the exponent of a power of two."""
     last = len(cores) - 1
     with torch.no_grad():
-        frozen, exponent = _canonical(cores, last)
+        frozen, exponent = _canonical(_frozen(cores), last)
         size = torch.linalg.vector_norm(frozen[last])
     if not _needs_gradient(cores):
         return size, exponent
@@ -500,7 +524,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
         raise ShapeError(f"Bond {bond} does not exist; {there}.")
     bond = index(bond)
     with torch.no_grad():
-        frozen, exponent = _canonical(cores, bond)
+        frozen, exponent = _canonical(_frozen(cores), bond)
         left, out, in_, right = frozen[bond].shape
         U, S, Vh = torch.linalg.svd(frozen[bond].reshape(-1, right), full_matrices=False)
     if not _needs_gradient(cores):
@@ -526,20 +550,27 @@ class _Projected(torch.autograd.Function):
     silently make them zero if the incoming gradient is a constant.
     """
 
+    generate_vmap_rule = True  # for `torch.func.jacrev`
+
     @staticmethod
-    def forward(
-        ctx: Any, project: Callable[[Sequence[Tensor]], Tensor], value: Tensor, *cores: Tensor
-    ) -> Tensor:
-        ctx.project = project
-        ctx.save_for_backward(*cores)
+    def forward(project: Callable[[Sequence[Tensor]], Tensor], value: Tensor, *cores: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.project, _, *cores = inputs
+        ctx.save_for_backward(*cores)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(_NO_FORWARD_MODE)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cores = [core.detach() for core in ctx.saved_tensors]
         with torch.enable_grad():
-            cores = [core.detach().requires_grad_() for core in ctx.saved_tensors]
-            projected = ctx.project(cores)
-        gradients = torch.autograd.grad(projected, cores, gradient.detach())
+            _, pull = torch.func.vjp(lambda *live: ctx.project(live), *cores)
+            gradients = tuple(x.detach() for x in pull(gradient.detach()))
         if torch.is_grad_enabled():  # only with create_graph=True
             gradients = tuple(map(_NoSecondDerivative.apply, ctx.saved_tensors, gradients))
         return None, None, *gradients
@@ -548,9 +579,19 @@ class _Projected(torch.autograd.Function):
 class _NoSecondDerivative(torch.autograd.Function):
     """Autograd function that returns a gradient and raises an error if it is differentiated again."""
 
+    generate_vmap_rule = True  # for `torch.func.jacrev`
+
     @staticmethod
-    def forward(ctx: Any, core: Tensor, gradient: Tensor) -> Tensor:
+    def forward(core: Tensor, gradient: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(_NO_FORWARD_MODE)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
@@ -560,7 +601,24 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
+def _frozen(cores: Sequence[Tensor]) -> list[Tensor]:
+    """Detach cores; unlike `torch.no_grad`, this also removes the tangents of forward-mode derivatives."""
+    return [core.detach() for core in cores]
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Return True for a tensor that `torch.func.vmap` batches; PyTorch has no public function for this."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _needs_gradient(cores: Sequence[Tensor]) -> bool:
+    if forward_ad._current_level >= 0:  # public only as the context manager `dual_level`
+        return True
     return torch.is_grad_enabled() and any(core.requires_grad for core in cores)
 
 
@@ -635,7 +693,7 @@ def _split_extremes(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 
 def _distributed(cores: Sequence[Tensor], exponent: Tensor) -> Cores:
-    """Multiply a chain by `2^exponent`, where the exponent is an integer, by scaling all cores about equally."""
+    """Multiply a chain by `2^exponent`, an integer power, by scaling all cores about equally."""
     each = torch.floor(exponent / len(cores))
     rest = exponent - each * len(cores)
     return tuple(times_power_of_two(core, each + (k < rest).to(each)) for k, core in enumerate(cores))
