@@ -6,6 +6,7 @@ matrix.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from numbers import Number
 from operator import index
 from typing import Any, overload
@@ -90,8 +91,9 @@ class MPO:
     ) -> "MPO":
         """Decompose a matrix into an MPO by TT-SVD (not differentiable).
 
-        If no limit is given, the relative error is at most `eps^(3/4)`: 1.8e-12 in double and 6.4e-6 in
-        single precision. The bonds are then the numerical ranks; an exponential, for example, has bond 1.
+        If no limit is given, or none that truncates anything, the relative error is at most `eps^(3/4)`:
+        1.8e-12 in double and 6.4e-6 in single precision. The bonds are then the numerical ranks; an
+        exponential, for example, has bond 1. A limit that truncates a bond keeps no numerical zeros there.
         (In every precision, quimb's `from_dense` truncates at 1e-10 of the largest singular value of each
         bond, and torchTT's `TT` at a relative error of 1e-10.) If no bond can be truncated, the result is
         exact and some cores are identities.
@@ -175,10 +177,15 @@ class MPO:
         rows, columns = choose_dims(shape, out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         check_finite(stacked, "The matrix")
+        cores, errors, bound_by = tt_svd_stack(stacked, rows, columns, budget, method=method)
         tolerance = default_tolerance(stacked.dtype)
-        if budget.unlimited and not has_full_bonds(stacked, rows, columns, tolerance):
-            budget = Budget(rel_error=tolerance)
-        cores, errors, _ = tt_svd_stack(stacked, rows, columns, budget, method=method)
+        if (
+            rel_error is None
+            and bound_by == "exact"
+            and not has_full_bonds(stacked, rows, columns, tolerance)
+        ):
+            budget = replace(budget, rel_error=tolerance)
+            cores, errors, _ = tt_svd_stack(stacked, rows, columns, budget, method=method)
         found = []
         for item, error in enumerate(errors):
             limits = {"max_bond": max_bond, "param_ratio": param_ratio}

@@ -176,6 +176,14 @@ def check_rel_error(
     )
 
 
+def rounding_error(dtype: torch.dtype) -> float:
+    """Return the relative error `16 eps` below which singular values cannot be told from zero.
+
+    `eps` is that of the dtype of the result. Without `rel_error`, decompositions do not store such values.
+    """
+    return 16 * torch.finfo(result_dtype(dtype)).eps
+
+
 def is_single(dtype: torch.dtype) -> bool:
     """Return True if the dtype has single or half precision."""
     return dtype not in (torch.float64, torch.complex128)
