@@ -68,6 +68,9 @@ class MPO:
     ) -> None:
         self.cores = _check_chain([_from_numpy(core) for core in cores])
         self.error = error
+        #: Relative Frobenius error of the truncation that made this operator, by `from_matrix` or `round`,
+        #: with respect to what was truncated; 0 if nothing was truncated.
+        self.truncation_error = 0.0
         #: Logarithm of a bound on the absolute error; None if `error` gives the tightest known bound.
         self._log_distance: float | None = None
         self._features = (
@@ -192,6 +195,7 @@ class MPO:
             check_rel_error(error, rel_error, limits, stacked.dtype)
             chosen = [core[item] for core in cores]
             found.append(cls(chosen, out_features=shape[0], in_features=shape[1], error=error))
+            found[-1].truncation_error = error
             if error > 0:
                 found[-1]._log_distance = math.log(error) + math.log(frobenius(stacked[item]))
         return found
@@ -347,17 +351,19 @@ class MPO:
     def apply(self, x: Tensor | Array) -> Tensor | Array:
         """Apply the operator to `x: (..., in_features)`; the result has the shape `(..., out_features)`.
 
-        `x` and the result are tensors, or both are NumPy arrays.
+        `x` and the result are tensors, or both are NumPy arrays. If the dtypes of the operator and `x`
+        differ, the result has the dtype to which torch promotes both.
 
         Example:
             >>> tn.MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
             torch.Size([5, 4])
         """
-        if not isinstance(x, np.ndarray):
+        if isinstance(x, np.ndarray):
+            return _to_numpy(self.apply(_from_numpy(x).to(self.device)))
+        if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
             return self.network.apply(x)
-        tensor = _from_numpy(x)
-        dtype = torch.promote_types(self.dtype, tensor.dtype)
-        return _to_numpy(self.to(dtype).network.apply(tensor.to(self.device, dtype)))
+        dtype = torch.promote_types(self.dtype, x.dtype)
+        return self.to(dtype).network.apply(x.to(dtype))
 
     # --- algebra ---------------------------------------------------------------------------------
 
@@ -391,6 +397,7 @@ class MPO:
             )
         factor = factor.reshape(()) if isinstance(factor, Tensor) else factor
         scaled = self._like(algebra.scale(self.cores, factor), error=self.error)
+        scaled.truncation_error = self.truncation_error
         if self._log_distance is not None:
             size = abs(complex(factor.detach() if isinstance(factor, Tensor) else factor))
             scaled._log_distance = self._log_distance + math.log(size) if size > 0 else -math.inf
@@ -561,7 +568,7 @@ class MPO:
             in_features=self.shape[0],
             error=self.error,
         )
-        transposed._log_distance = self._log_distance
+        transposed._log_distance, transposed.truncation_error = self._log_distance, self.truncation_error
         return transposed
 
     def conj(self) -> "MPO":
@@ -597,8 +604,10 @@ class MPO:
                 of each bond, torchTT's `round` at a relative error of 1e-12.)
 
         Returns:
-            A left-canonical MPO. Its `error` is `e + d (1 + e)`, where `e` is the `error` of this MPO and `d`
-            the error of the truncation. Both values refer to the matrix that this MPO approximates.
+            A left-canonical MPO. Its `truncation_error` is the error `d` of this truncation alone, relative
+            to this MPO; other libraries report this number. Its `error` is `e + d (1 + e)`, where `e` is the
+            `error` of this MPO: a bound relative to the matrix that this MPO approximates. The bound is
+            infinite if `e` is, for example for a product of two inaccurate operators.
 
         Raises:
             BudgetError: a limit is out of range, or `max_bond` does not allow an error of `rel_error`.
@@ -615,6 +624,7 @@ class MPO:
         cores, cut = algebra.round_chain(self._masked, max_bond=budget.max_bond, rel_error=rel_error)
         check_rel_error(cut, budget.rel_error, {"max_bond": max_bond}, self.dtype)
         rounded = self._like(cores, error=_plus(self.error, cut, self.error * cut if cut else 0.0))
+        rounded.truncation_error = cut
         if rounded.error:
             own = math.log(cut) + self._log_norm() if cut else -math.inf
             rounded._log_distance = _log_add(self._log_bound(), own)
@@ -704,7 +714,7 @@ class MPO:
     def _copy(self, cores: Sequence[Tensor]) -> "MPO":
         """Build an MPO from other cores, with the same shape and certificate."""
         same = self._like(cores, error=self.error)
-        same._log_distance = self._log_distance
+        same._log_distance, same.truncation_error = self._log_distance, self.truncation_error
         return same
 
     def _identity_like(self) -> "MPO":

@@ -24,6 +24,10 @@ from tensornet.linalg.svd import capped_svd, check_finite, largest_element, resu
 
 Cores = tuple[Tensor, ...]
 
+_OVERFLOW = (
+    "an operation on operators may have left the range of their dtype: rescale the operators before it, or "
+    "convert them with .to(torch.float64)"
+)
 #: Double-precision tensors are rescaled if their largest element is outside `2^-100 ... 2^100`.
 _TAME = 100
 #: Cores are rescaled if the exponent of their largest element exceeds this fraction of the largest exponent
@@ -238,7 +242,7 @@ def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tens
         )
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
-        check_finite(core, "The operator")
+        check_finite(core, "The operator", _OVERFLOW)
         tamed, exponent = _tamed(core.to(working_dtype(core.dtype)))
         work.append(tamed)
         total = total + exponent
@@ -273,7 +277,7 @@ def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype:
         scaled = list(_distributed(work, exponent))
     result = tuple(core.to(dtype) for core in scaled)
     for core in result:
-        check_finite(core, f"The result in {dtype}")
+        check_finite(core, f"The result in {dtype}", _OVERFLOW)
     return result
 
 

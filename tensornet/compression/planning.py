@@ -23,7 +23,7 @@ from tensornet.compression.prices import PriceList
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
-from tensornet.linalg.svd import check_finite, singular_values
+from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
@@ -140,7 +140,7 @@ def _select(
     never = [] if objective == "weight" or stats is None else [x for x in targets if not is_known(x, stats)]
     targets, unseen = without_unseen(targets, never, config)
     for target in targets:
-        check_finite(target.matrix, f"Layer {target.name!r}")
+        check_finite(target.matrix, f"Layer {target.name!r}", OF_LAYER)
     counts = {} if stats is None or objective == "weight" else stats.counts
     unrouted = tuple(x.name for x in targets if all(counts.get(name) == 0 for name in x.names))
     template = CompressionPlan(

@@ -189,14 +189,21 @@ def is_single(dtype: torch.dtype) -> bool:
     return dtype not in (torch.float64, torch.complex128)
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise NonFiniteError if a tensor contains NaN or infinity; the message begins with `name`."""
+def check_finite(tensor: Tensor, name: str, advice: str = "only finite numbers can be decomposed") -> None:
+    """Raise NonFiniteError if a tensor contains NaN or infinity.
+
+    The message begins with `name` and ends with `advice`, which says what the owner of the tensor can do.
+    """
     if not math.isfinite(largest_element(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{name} contains {bad} NaN or infinite value{'s' if bad > 1 else ''} among {tensor.numel()} "
-            "elements; only finite numbers can be decomposed. Check the checkpoint or exclude this layer."
+            f"elements; {advice}."
         )
+
+
+#: Advice of `check_finite` for the weight of a layer.
+OF_LAYER = "check the checkpoint, or leave this layer out with exclude_modules"
 
 
 def largest_element(tensor: Tensor) -> float:

@@ -31,7 +31,7 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
-from tensornet.linalg.svd import check_finite
+from tensornet.linalg.svd import OF_LAYER, check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target, find_targets
@@ -398,7 +398,7 @@ def price_by_inputs(
     for target in targets:
         with loaded(list(target.modules), dtype=None):
             matrix = target.matrix
-            check_finite(matrix, f"Layer {target.name!r}")
+            check_finite(matrix, f"Layer {target.name!r}", OF_LAYER)
             known = inputs.get(target.name)
             count = EXPERT_ROWS if target.kinds[0].name == "part" else PRICED_ROWS
             losses = price_types(matrix, (Weighting(None, known),), known, count)
