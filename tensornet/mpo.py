@@ -339,7 +339,11 @@ class MPO:
         return TensorNetwork(self.topology, self.cores)
 
     def to_matrix(self) -> Tensor:
-        """Contract the chain to the dense matrix, shape `(out_features, in_features)`."""
+        """Contract the chain to the dense matrix, shape `(out_features, in_features)`.
+
+        Raises:
+            MemoryLimitError: the matrix does not fit in memory.
+        """
         return self.network.to_matrix()
 
     @overload

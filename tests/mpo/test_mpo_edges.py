@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tensornet as tn
-from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.errors import MemoryLimitError, NonFiniteError, ShapeError
 from tensornet.testing import reference
 from tensornet.topologies import Budget
 
@@ -53,6 +53,17 @@ def test_error_of_one_truncation_is_told_beside_the_bound() -> None:
     true = reference.relative_error(square.to_matrix(), cut.to_matrix())
     for same in (cut, cut * 2, cut.to(torch.float64), cut.canonicalize(center=0), cut.adjoint()):
         assert same.truncation_error == pytest.approx(true, rel=1e-4)
+
+
+def test_results_larger_than_the_memory_are_refused_with_both_numbers() -> None:
+    chain = tn.MPO.identity((2,) * 24)
+    with pytest.raises(MemoryLimitError, match=r"needs 1,125,899\.9 GB, but only [\d,.]+ GB"):
+        chain.to_matrix()
+    with pytest.raises(MemoryError):
+        np.asarray(chain)
+    state = tn.MPO([torch.ones(1, 2, 1, 1)] * 45)  # a vector of 2^45 elements
+    with pytest.raises(MemoryLimitError, match=r"Applying .* needs 140,737\.5 GB"):
+        state.apply(torch.ones(1))
 
 
 def test_overflow_is_not_blamed_on_a_checkpoint() -> None:
