@@ -204,6 +204,12 @@ def unfit_formats(targets: Sequence[Target], config: CompressionConfig) -> dict[
     found = {x: [y.name for y in targets if not format_fits(x, y.matrix, config)] for x in formats}
     if formats and all(len(names) == len(targets) for names in found.values()):
         first = targets[0]
+        if first.matrix.is_complex():
+            raise FormatError(
+                f"No layer can be stored in {', '.join(x.name for x in formats)}: weights in "
+                f"{first.matrix.dtype}, such as {first.name!r}, have no number formats. Plan networks "
+                "instead, with param_ratio or rel_error and without formats."
+            )
         raise FormatError(
             f"No layer can be stored in {', '.join(x.name for x in formats)}: the number of inputs must be a "
             f"multiple of {' or '.join(str(s) for s in dict.fromkeys(x.span for x in formats))}, but "

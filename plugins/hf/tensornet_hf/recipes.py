@@ -193,7 +193,10 @@ class Recipe:
 
 
 def choose_types(tensors: Sequence[PricedTensor], num_bytes: float) -> dict[str, str]:
-    """Choose a type for each tensor, so that all tensors fit into `num_bytes` at the least sum of costs.
+    """Choose a type for each tensor, so that all tensors fit into `num_bytes` at a small sum of costs.
+
+    This is a heuristic: types on the lower convex hull of cost over size, by a Lagrange multiplier, and the
+    remaining bytes greedily. For few tensors the sum can be larger than the least possible one.
 
     Raises:
         BudgetError: the smallest types need more bytes.
