@@ -573,7 +573,7 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cores = [core.detach() for core in ctx.saved_tensors]
         with torch.enable_grad():
-            _, pull = torch.func.vjp(lambda *live: ctx.project(live), *cores)
+            pull = torch.func.vjp(lambda *live: ctx.project(live), *cores)[1]
             gradients = tuple(x.detach() for x in pull(gradient.detach()))
         if torch.is_grad_enabled():  # only with create_graph=True
             gradients = tuple(map(_NoSecondDerivative.apply, ctx.saved_tensors, gradients))

@@ -343,7 +343,7 @@ def content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     checksum = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         checksum.update(name.encode())
-        checksum.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        checksum.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return checksum.hexdigest()
 
 
