@@ -206,8 +206,8 @@ def unfit_formats(targets: Sequence[Target], config: CompressionConfig) -> dict[
         first = targets[0]
         if first.matrix.is_complex():
             raise FormatError(
-                f"No layer can be stored in {', '.join(x.name for x in formats)}: weights in "
-                f"{first.matrix.dtype}, such as {first.name!r}, have no number formats. Plan networks "
+                f"No layer can be stored in {', '.join(x.name for x in formats)}: {first.name!r} is in "
+                f"{first.matrix.dtype}, and complex weights have no number formats. Plan networks "
                 "instead, with param_ratio or rel_error and without formats."
             )
         raise FormatError(

@@ -96,14 +96,6 @@ def test_a_calibrated_plan_needs_its_statistics_again() -> None:
         tn.apply_plan(model, plan)
 
 
-@pytest.mark.parametrize("name", ["int4", "bf16"])
-def test_complex_weights_are_refused_for_their_dtype(name: str) -> None:
-    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.complex64))
-    with pytest.raises(FormatError, match="complex64") as caught:
-        tn.plan(model, tn.CompressionConfig(formats=(name,), objective="weight"))
-    assert "multiple" not in str(caught.value)
-
-
 @pytest.mark.parametrize("objective", ["weight", "activation"])
 def test_formats_that_fit_no_layer(objective: str) -> None:
     """A format with super-blocks of 256 weights fits one layer of two, or none."""
