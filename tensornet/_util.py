@@ -10,13 +10,20 @@ from importlib import import_module
 from importlib.util import find_spec
 from numbers import Real
 from operator import index
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.errors import BudgetError, MissingDependencyError, ShapeError, TopologyError
+from tensornet.errors import (
+    BudgetError,
+    MemoryLimitError,
+    MissingDependencyError,
+    ShapeError,
+    TopologyError,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -283,6 +290,43 @@ def memory_held() -> str:
     except ImportError:
         return ""
     return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB"
+
+
+#: Results of fewer bytes are computed without asking for the available memory.
+_SMALL_RESULT = 2**28
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on a device; None if the system does not tell.
+
+    On the CPU this is the smaller of the free memory of the machine and the rest of a container's limit.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))  # ValueError if the limit is "max"
+    except (OSError, ValueError):
+        pass  # another operating system, or no limit
+    return min(found, default=None)
+
+
+def check_memory(elements: int, like: Tensor, what: str, advice: str) -> None:
+    """Raise MemoryLimitError if this many elements like those of a tensor do not fit in memory."""
+    needed = elements * like.element_size()
+    if needed < _SMALL_RESULT or (available := available_memory(like.device)) is None or needed <= available:
+        return
+    raise MemoryLimitError(
+        f"{what} needs {needed / 1e9:,.1f} GB, but only {available / 1e9:,.1f} GB are available on "
+        f"{like.device}; {advice}."
+    )
 
 
 def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

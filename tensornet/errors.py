@@ -61,6 +61,17 @@ class ShapeError(TensorNetError, ValueError):
     """
 
 
+class MemoryLimitError(TensorNetError, MemoryError):
+    """A result does not fit in the memory that is available.
+
+    Example:
+        >>> tn.MPO.identity([2] * 24).to_matrix()
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.MemoryLimitError: The dense matrix of shape (16777216, 16777216) needs ...
+    """
+
+
 class TargetError(TensorNetError, ValueError):
     """A module pattern matches nothing, or a module cannot be compressed.
 

@@ -1,7 +1,7 @@
 """Convert matrix product operators to and from quimb and TensorLy.
 
 Both libraries store the same cores; quimb orders the indices differently and omits the end bonds. Neither
-supports padding, so padding becomes a part of the converted operator.
+supports padding, so padding becomes a part of the converted operator; `MPO` sets it to zero first.
 """
 
 from collections.abc import Sequence
@@ -37,6 +37,8 @@ def to_quimb(cores: Sequence[Tensor]) -> Any:
 def from_quimb(operator: Any) -> tuple[Tensor, ...]:
     """Extract the cores of a quimb `MatrixProductOperator` with open ends; NumPy arrays are copied.
 
+    quimb can keep a power of ten apart from its tensors, in `exponent`. It is distributed over all cores.
+
     Raises:
         ShapeError: the operator is not a `MatrixProductOperator`, is cyclic, or has sites without a tensor.
     """
@@ -61,7 +63,8 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
         data = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))  # copies read-only data
         data = data if site > 0 else data.unsqueeze(0)
         cores.append(data if site < operator.L - 1 else data.unsqueeze(-1))
-    return tuple(cores)
+    exponent = float(operator.exponent)
+    return tuple(core * 10 ** (exponent / len(cores)) for core in cores) if exponent else tuple(cores)
 
 
 def to_tensorly(cores: Sequence[Tensor]) -> Any:

@@ -6,6 +6,7 @@ matrix.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from numbers import Number
 from operator import index
 from typing import Any, overload
@@ -67,6 +68,9 @@ class MPO:
     ) -> None:
         self.cores = _check_chain([_from_numpy(core) for core in cores])
         self.error = error
+        #: Relative Frobenius error of the truncation that made this operator, by `from_matrix` or `round`,
+        #: with respect to what was truncated; 0 if nothing was truncated.
+        self.truncation_error = 0.0
         #: Logarithm of a bound on the absolute error; None if `error` gives the tightest known bound.
         self._log_distance: float | None = None
         self._features = (
@@ -90,8 +94,9 @@ class MPO:
     ) -> "MPO":
         """Decompose a matrix into an MPO by TT-SVD (not differentiable).
 
-        If no limit is given, the relative error is at most `eps^(3/4)`: 1.8e-12 in double and 6.4e-6 in
-        single precision. The bonds are then the numerical ranks; an exponential, for example, has bond 1.
+        If no limit is given, or none that truncates anything, the relative error is at most `eps^(3/4)`:
+        1.8e-12 in double and 6.4e-6 in single precision. The bonds are then the numerical ranks; an
+        exponential, for example, has bond 1. A limit that truncates a bond keeps no numerical zeros there.
         (In every precision, quimb's `from_dense` truncates at 1e-10 of the largest singular value of each
         bond, and torchTT's `TT` at a relative error of 1e-10.) If no bond can be truncated, the result is
         exact and some cores are identities.
@@ -175,16 +180,22 @@ class MPO:
         rows, columns = choose_dims(shape, out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         check_finite(stacked, "The matrix")
+        cores, errors, bound_by = tt_svd_stack(stacked, rows, columns, budget, method=method)
         tolerance = default_tolerance(stacked.dtype)
-        if budget.unlimited and not has_full_bonds(stacked, rows, columns, tolerance):
-            budget = Budget(rel_error=tolerance)
-        cores, errors, _ = tt_svd_stack(stacked, rows, columns, budget, method=method)
+        if (
+            rel_error is None
+            and bound_by == "exact"
+            and not has_full_bonds(stacked, rows, columns, tolerance)
+        ):
+            budget = replace(budget, rel_error=tolerance)
+            cores, errors, _ = tt_svd_stack(stacked, rows, columns, budget, method=method)
         found = []
         for item, error in enumerate(errors):
             limits = {"max_bond": max_bond, "param_ratio": param_ratio}
             check_rel_error(error, rel_error, limits, stacked.dtype)
             chosen = [core[item] for core in cores]
             found.append(cls(chosen, out_features=shape[0], in_features=shape[1], error=error))
+            found[-1].truncation_error = error
             if error > 0:
                 found[-1]._log_distance = math.log(error) + math.log(frobenius(stacked[item]))
         return found
@@ -328,7 +339,11 @@ class MPO:
         return TensorNetwork(self.topology, self.cores)
 
     def to_matrix(self) -> Tensor:
-        """Contract the chain to the dense matrix, shape `(out_features, in_features)`."""
+        """Contract the chain to the dense matrix, shape `(out_features, in_features)`.
+
+        Raises:
+            MemoryLimitError: the matrix does not fit in memory.
+        """
         return self.network.to_matrix()
 
     @overload
@@ -340,17 +355,19 @@ class MPO:
     def apply(self, x: Tensor | Array) -> Tensor | Array:
         """Apply the operator to `x: (..., in_features)`; the result has the shape `(..., out_features)`.
 
-        `x` and the result are tensors, or both are NumPy arrays.
+        `x` and the result are tensors, or both are NumPy arrays. If the dtypes of the operator and `x`
+        differ, the result has the dtype to which torch promotes both.
 
         Example:
             >>> tn.MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
             torch.Size([5, 4])
         """
-        if not isinstance(x, np.ndarray):
+        if isinstance(x, np.ndarray):
+            return _to_numpy(self.apply(_from_numpy(x).to(self.device)))
+        if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
             return self.network.apply(x)
-        tensor = _from_numpy(x)
-        dtype = torch.promote_types(self.dtype, tensor.dtype)
-        return _to_numpy(self.to(dtype).network.apply(tensor.to(self.device, dtype)))
+        dtype = torch.promote_types(self.dtype, x.dtype)
+        return self.to(dtype).network.apply(x.to(dtype))
 
     # --- algebra ---------------------------------------------------------------------------------
 
@@ -384,6 +401,7 @@ class MPO:
             )
         factor = factor.reshape(()) if isinstance(factor, Tensor) else factor
         scaled = self._like(algebra.scale(self.cores, factor), error=self.error)
+        scaled.truncation_error = self.truncation_error
         if self._log_distance is not None:
             size = abs(complex(factor.detach() if isinstance(factor, Tensor) else factor))
             scaled._log_distance = self._log_distance + math.log(size) if size > 0 else -math.inf
@@ -554,7 +572,7 @@ class MPO:
             in_features=self.shape[0],
             error=self.error,
         )
-        transposed._log_distance = self._log_distance
+        transposed._log_distance, transposed.truncation_error = self._log_distance, self.truncation_error
         return transposed
 
     def conj(self) -> "MPO":
@@ -590,8 +608,10 @@ class MPO:
                 of each bond, torchTT's `round` at a relative error of 1e-12.)
 
         Returns:
-            A left-canonical MPO. Its `error` is `e + d (1 + e)`, where `e` is the `error` of this MPO and `d`
-            the error of the truncation. Both values refer to the matrix that this MPO approximates.
+            A left-canonical MPO. Its `truncation_error` is the error `d` of this truncation alone, relative
+            to this MPO; other libraries report this number. Its `error` is `e + d (1 + e)`, where `e` is the
+            `error` of this MPO: a bound relative to the matrix that this MPO approximates. The bound is
+            infinite if `e` is, for example for a product of two inaccurate operators.
 
         Raises:
             BudgetError: a limit is out of range, or `max_bond` does not allow an error of `rel_error`.
@@ -608,6 +628,7 @@ class MPO:
         cores, cut = algebra.round_chain(self._masked, max_bond=budget.max_bond, rel_error=rel_error)
         check_rel_error(cut, budget.rel_error, {"max_bond": max_bond}, self.dtype)
         rounded = self._like(cores, error=_plus(self.error, cut, self.error * cut if cut else 0.0))
+        rounded.truncation_error = cut
         if rounded.error:
             own = math.log(cut) + self._log_norm() if cut else -math.inf
             rounded._log_distance = _log_add(self._log_bound(), own)
@@ -655,8 +676,12 @@ class MPO:
     # --- other libraries -------------------------------------------------------------------------
 
     def to_quimb(self) -> Any:
-        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.interop`."""
-        return interop.to_quimb(self.cores)
+        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.interop`.
+
+        quimb knows no padding. The result has the shape of the leg sizes, and its padding is zero, so that
+        norms and traces agree. Bonds can be larger than those of a padded operator.
+        """
+        return interop.to_quimb(self._exported)
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
@@ -664,8 +689,8 @@ class MPO:
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:
-        """Convert the operator to a TensorLy `TTMatrix`."""
-        return interop.to_tensorly(self.cores)
+        """Convert the operator to a TensorLy `TTMatrix`; padding is treated as in `to_quimb`."""
+        return interop.to_tensorly(self._exported)
 
     @classmethod
     def from_tensorly(cls, operator: Any) -> "MPO":
@@ -679,13 +704,21 @@ class MPO:
         """Return the cores of the operator with its padding set to zero, for example to compute its norm."""
         return algebra.mask_padding(self.cores, *self.shape)
 
+    @property
+    def _exported(self) -> tuple[Tensor, ...]:
+        """Return the cores for a library that knows no padding: it is zero, without redundant bonds."""
+        if self.shape == (math.prod(self.out_dims), math.prod(self.in_dims)):
+            return self.cores
+        eps = torch.finfo(algebra.result_dtype(self.dtype)).eps
+        return algebra.round_chain(self._masked, rel_error=eps)[0]
+
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
 
     def _copy(self, cores: Sequence[Tensor]) -> "MPO":
         """Build an MPO from other cores, with the same shape and certificate."""
         same = self._like(cores, error=self.error)
-        same._log_distance = self._log_distance
+        same._log_distance, same.truncation_error = self._log_distance, self.truncation_error
         return same
 
     def _identity_like(self) -> "MPO":

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tensornet._util import outside_autocast
 from tensornet.budget import caps_of_bonds
@@ -23,13 +24,21 @@ from tensornet.linalg.svd import capped_svd, check_finite, largest_element, resu
 
 Cores = tuple[Tensor, ...]
 
+_OVERFLOW = (
+    "an operation on operators may have left the range of their dtype: rescale the operators before it, or "
+    "convert them with .to(torch.float64)"
+)
 #: Double-precision tensors are rescaled if their largest element is outside `2^-100 ... 2^100`.
 _TAME = 100
+#: Cores are rescaled if the exponent of their largest element exceeds this fraction of the largest exponent
+#: of their dtype; products of two cores are then inside the range of the dtype.
+_EVEN = 1 / 5
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Add two chains with equal dims; their bond sizes add up."""
-    left, right = _same_dtype(left, right)
+    # If the cores of one chain differ much in size, one chain would underflow beside the other.
+    left, right = (_evened(cores) for cores in _same_dtype(left, right))
     last = len(left) - 1
     if last == 0:
         return (left[0] + right[0],)
@@ -47,15 +56,18 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
-    """Multiply a chain by a number by scaling its last core."""
-    last = cores[-1]
+    """Multiply a chain by a number by scaling its last core.
+
+    If this core could overflow or underflow, a power of two is distributed over all cores.
+    """
+    (*first, last), exponent = _split_extremes(cores)
     if not isinstance(factor, Tensor | int | float | complex):  # a Fraction or a NumPy number
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
         factor = plain(factor)
     if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
         last = last.to(torch.promote_types(last.dtype, torch.complex64))  # torch cannot multiply complex32
     scaled = last * factor
-    return (*(core.to(scaled.dtype) for core in cores[:-1]), scaled)
+    return _evened([*(core.to(scaled.dtype) for core in first), scaled], exponent)
 
 
 @outside_autocast
@@ -72,9 +84,10 @@ def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 def _site_by_site(equation: str, left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Contract the two cores of each site to one core, and fuse each pair of bonds to one bond."""
-    pairs = zip(*_same_dtype(left, right), strict=True)
-    products = (torch.einsum(equation, a, b) for a, b in pairs)
-    return tuple(core.flatten(4).flatten(0, 1) for core in products)
+    left, right = _same_dtype(left, right)
+    (left, of_left), (right, of_right) = _split_extremes(left), _split_extremes(right)
+    products = (torch.einsum(equation, a, b) for a, b in zip(left, right, strict=True))
+    return _evened([core.flatten(4).flatten(0, 1) for core in products], of_left + of_right)
 
 
 def kron(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
@@ -92,7 +105,8 @@ def transpose(cores: Sequence[Tensor]) -> Cores:
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Compute the Frobenius inner product `sum conj(left) * right` as a differentiable 0-dimensional tensor.
 
-    16-bit cores are contracted in single precision. Intermediate results cannot overflow; the result can.
+    16-bit cores are contracted in single precision. Intermediate results cannot overflow. The result is
+    infinite only if it is outside the range of the dtype.
     """
     left, right = _same_dtype(left, right)
     dtype = result_dtype(left[0].dtype)  # float32 for 16-bit cores: 256^2 overflows in float16
@@ -220,9 +234,15 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
     """Compute the canonical form in double precision: a chain and the exponent of a power of two."""
+    if any(map(_is_batched, cores)):
+        raise RuntimeError(
+            "canonicalize, round, norm, log_norm, bond_spectrum and bond_entropy do not support "
+            "torch.func.vmap: they check values and choose ranks. Loop over the operators; `inner`, sums, "
+            "products and `apply` can be vectorized, and inner(self, self).real.sqrt() is the norm."
+        )
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
-        check_finite(core, "The operator")
+        check_finite(core, "The operator", _OVERFLOW)
         tamed, exponent = _tamed(core.to(working_dtype(core.dtype)))
         work.append(tamed)
         total = total + exponent
@@ -254,12 +274,10 @@ def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype:
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
         scaled = [times_power_of_two(c, exponent) if k == center else c for k, c in enumerate(work)]
     else:
-        each = torch.floor(exponent / len(work))
-        rest = exponent - each * len(work)
-        scaled = [times_power_of_two(c, each + (k < rest).to(each)) for k, c in enumerate(work)]
+        scaled = list(_distributed(work, exponent))
     result = tuple(core.to(dtype) for core in scaled)
     for core in result:
-        check_finite(core, f"The result in {dtype}")
+        check_finite(core, f"The result in {dtype}", _OVERFLOW)
     return result
 
 
@@ -295,7 +313,7 @@ def round_chain(
     """
     caps = caps_of_bonds(max_bond, len(cores) - 1)
     with torch.no_grad():
-        canonical, exponent = _canonical(cores, 0)
+        canonical, exponent = _canonical(_frozen(cores), 0)
         work = list(canonical)
         total = float(torch.linalg.vector_norm(work[0])) ** 2
         spent = 0.0
@@ -337,7 +355,7 @@ def _rounded_with_gradient(
     for (core, of_core), value, end in zip(live[:-1], rounded[:-1], reversed(ends[1:]), strict=True):
         site = torch.einsum("xa,aoib->xoib", before, core)
         block = torch.tensordot(site, end, dims=1).flatten(0, 2)
-        U = _LeadingVectors.apply(block, value.shape[3])
+        U, *_ = _LeadingVectors.apply(block, value.shape[3])
         pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # give `U` the phases of `value`
         phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
         result.append((U * phase.conj()).reshape(value.shape))
@@ -348,8 +366,16 @@ def _rounded_with_gradient(
     return result
 
 
+_NO_FORWARD_MODE = (
+    "round, norm, log_norm, bond_spectrum and bond_entropy have no forward-mode derivatives and no second "
+    "derivatives: use torch.func.grad, vjp or jacrev once; inner(self, self).real.sqrt() is a norm with both."
+)
+
+
 class _LeadingVectors(torch.autograd.Function):
     """Autograd function that returns the first `rank` left singular vectors of a matrix, shape `(m, rank)`.
+
+    It also returns the factors of the whole SVD, as constants for `backward`.
 
     Let `M = U S V^H`. The derivative of the vector `u_i` has the component `u_j^H du_i = (s_i u_j^H dM v_i +
     s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)` along another singular vector `u_j`, and the component
@@ -358,12 +384,22 @@ class _LeadingVectors(torch.autograd.Function):
     is correct for functions that do not depend on the basis of the space that these vectors span.
     """
 
+    generate_vmap_rule = True  # for `torch.func.jacrev`
+
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, rank: int) -> Tensor:
+    def forward(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        ctx.rank = rank
-        ctx.save_for_backward(matrix, U, S, Vh)
-        return U[:, :rank].clone()
+        return U[:, :rank].clone(), U, S, Vh
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:
+        matrix, ctx.rank = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(matrix, *output[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(_NO_FORWARD_MODE)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -375,8 +411,7 @@ class _LeadingVectors(torch.autograd.Function):
         gaps = kept.square() - S.square()[:, None]
         factors = torch.where(gaps.abs() > floor * S[0], 1 / gaps, 0).to(along.dtype)
         inverse = torch.where(kept > floor, 1 / kept, 0)
-        pairs = U.new_zeros(len(S), len(S))
-        pairs[:, :rank] = factors * along
+        pairs = torch.nn.functional.pad(factors * along, (0, len(S) - rank))
         inner = pairs * S + (pairs * S[:, None]).mH
         outside = (gradient - U @ along) * inverse
         found = U @ inner @ Vh + outside @ Vh[:rank]
@@ -428,7 +463,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute the Frobenius norm in double precision: a mantissa and the exponent of a power of two."""
     last = len(cores) - 1
     with torch.no_grad():
-        frozen, exponent = _canonical(cores, last)
+        frozen, exponent = _canonical(_frozen(cores), last)
         size = torch.linalg.vector_norm(frozen[last])
     if not _needs_gradient(cores):
         return size, exponent
@@ -493,7 +528,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
         raise ShapeError(f"Bond {bond} does not exist; {there}.")
     bond = index(bond)
     with torch.no_grad():
-        frozen, exponent = _canonical(cores, bond)
+        frozen, exponent = _canonical(_frozen(cores), bond)
         left, out, in_, right = frozen[bond].shape
         U, S, Vh = torch.linalg.svd(frozen[bond].reshape(-1, right), full_matrices=False)
     if not _needs_gradient(cores):
@@ -519,20 +554,27 @@ class _Projected(torch.autograd.Function):
     silently make them zero if the incoming gradient is a constant.
     """
 
+    generate_vmap_rule = True  # for `torch.func.jacrev`
+
     @staticmethod
-    def forward(
-        ctx: Any, project: Callable[[Sequence[Tensor]], Tensor], value: Tensor, *cores: Tensor
-    ) -> Tensor:
-        ctx.project = project
-        ctx.save_for_backward(*cores)
+    def forward(project: Callable[[Sequence[Tensor]], Tensor], value: Tensor, *cores: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.project, _, *cores = inputs
+        ctx.save_for_backward(*cores)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(_NO_FORWARD_MODE)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cores = [core.detach() for core in ctx.saved_tensors]
         with torch.enable_grad():
-            cores = [core.detach().requires_grad_() for core in ctx.saved_tensors]
-            projected = ctx.project(cores)
-        gradients = torch.autograd.grad(projected, cores, gradient.detach())
+            pull = torch.func.vjp(lambda *live: ctx.project(live), *cores)[1]
+            gradients = tuple(x.detach() for x in pull(gradient.detach()))
         if torch.is_grad_enabled():  # only with create_graph=True
             gradients = tuple(map(_NoSecondDerivative.apply, ctx.saved_tensors, gradients))
         return None, None, *gradients
@@ -541,9 +583,19 @@ class _Projected(torch.autograd.Function):
 class _NoSecondDerivative(torch.autograd.Function):
     """Autograd function that returns a gradient and raises an error if it is differentiated again."""
 
+    generate_vmap_rule = True  # for `torch.func.jacrev`
+
     @staticmethod
-    def forward(ctx: Any, core: Tensor, gradient: Tensor) -> Tensor:
+    def forward(core: Tensor, gradient: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(_NO_FORWARD_MODE)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
@@ -553,7 +605,24 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
+def _frozen(cores: Sequence[Tensor]) -> list[Tensor]:
+    """Detach cores; unlike `torch.no_grad`, this also removes the tangents of forward-mode derivatives."""
+    return [core.detach() for core in cores]
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Return True for a tensor that `torch.func.vmap` batches; PyTorch has no public function for this."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _needs_gradient(cores: Sequence[Tensor]) -> bool:
+    if forward_ad._current_level >= 0:  # public only as the context manager `dual_level`
+        return True
     return torch.is_grad_enabled() and any(core.requires_grad for core in cores)
 
 
@@ -599,15 +668,50 @@ def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
     The exponent is 0 if the tensor is zero or contains NaN or infinity. Autograd treats the exponent as a
     constant.
     """
+    exponent = _exponent(tensor)
+    return times_power_of_two(tensor, -exponent), exponent
+
+
+def _exponent(tensor: Tensor) -> Tensor:
     size = tensor.detach().abs().amax().double()
     exponent = torch.frexp(size).exponent.double()
-    exponent = torch.where(torch.isfinite(size) & (size > 0), exponent, torch.zeros_like(exponent))
-    return times_power_of_two(tensor, -exponent), exponent
+    return torch.where(torch.isfinite(size) & (size > 0), exponent, torch.zeros_like(exponent))
+
+
+def _split_extremes(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Split a power of two off each core with a very large or very small largest element.
+
+    Returns:
+        The cores, all of moderate size, and the sum of the exponents, usually 0. There is no branch that
+        depends on values, so that `torch.func.vmap` and `torch.compile` can be used.
+    """
+    limit = _EVEN * math.log2(torch.finfo(cores[0].dtype).max)
+    total = torch.zeros((), dtype=torch.float64, device=cores[0].device)
+    result = []
+    for core in cores:
+        exponent = _exponent(core)
+        exponent = torch.where(exponent.abs() > limit, exponent, torch.zeros_like(exponent))
+        result.append(times_power_of_two(core, -exponent))
+        total = total + exponent
+    return result, total
+
+
+def _distributed(cores: Sequence[Tensor], exponent: Tensor) -> Cores:
+    """Multiply a chain by `2^exponent`, an integer power, by scaling all cores about equally."""
+    each = torch.floor(exponent / len(cores))
+    rest = exponent - each * len(cores)
+    return tuple(times_power_of_two(core, each + (k < rest).to(each)) for k, core in enumerate(cores))
+
+
+def _evened(cores: Sequence[Tensor], exponent: Tensor | float = 0.0) -> Cores:
+    """Multiply a chain by `2^exponent`, and distribute the size of very large or small cores over all."""
+    moderate, extreme = _split_extremes(cores)
+    return _distributed(moderate, extreme + exponent)
 
 
 def times_power_of_two(tensor: Tensor, exponent: Tensor) -> Tensor:
     """Compute `tensor * 2^exponent`; intermediate results neither overflow nor underflow."""
-    limit = 1000 if tensor.dtype in (torch.float64, torch.complex128) else 120
+    limit = int(math.log2(torch.finfo(tensor.dtype).max)) - 2  # `2^-limit` must not be subnormal either
     first = exponent.clamp(-limit, limit)
     second = (exponent - first).clamp(-limit, limit)  # outside these limits the result is 0 or infinite
     dtype = tensor.real.dtype

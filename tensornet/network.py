@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tensornet._util import check_size, html_table, import_optional
+from tensornet._util import check_memory, check_size, html_table, import_optional
 from tensornet.contraction.cost import default_machine
 from tensornet.contraction.plan import contract_with_input, plan_matrix, plan_operator, run
 from tensornet.errors import ShapeError, TopologyError
@@ -72,8 +72,16 @@ class TensorNetwork:
         return self.topology.num_params
 
     def to_matrix(self) -> Tensor:
-        """Contract the cores to the dense matrix, shape `(out_features, in_features)`."""
-        dense = run(plan_matrix(self.topology), self.cores)
+        """Contract the cores to the dense matrix, shape `(out_features, in_features)`.
+
+        Raises:
+            MemoryLimitError: the matrix and the intermediate results do not fit in memory.
+        """
+        plan = plan_matrix(self.topology)
+        size = max(plan.largest_intermediate(1), math.prod(self.topology.padded_shape))
+        what = f"The dense matrix of shape {self.shape}"
+        check_memory(size, self.cores[0], what, "use `apply` to multiply by vectors without the matrix")
+        dense = run(plan, self.cores)
         return dense[: self.shape[0], : self.shape[1]]
 
     def apply(self, x: Tensor) -> Tensor:
@@ -85,6 +93,7 @@ class TensorNetwork:
         Raises:
             ShapeError: `x` is not a tensor, its last dimension is not `in_features`, or its dtype (except
                 under autocast) or device differs from that of the cores.
+            MemoryLimitError: the output and the intermediate results do not fit in memory.
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__
@@ -105,6 +114,9 @@ class TensorNetwork:
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
         machine = default_machine(core.device)
         route = plan.fastest(tokens, machine, core.element_size(), rebuild=False)
+        size = max(plan.applies[route].largest_intermediate(tokens), tokens * plan.padded_shape[0])
+        what = f"Applying the operator of shape {self.shape} to {tokens} vector{'s' if tokens > 1 else ''}"
+        check_memory(size, core, what, "apply it to fewer vectors at once, or round the operator")
         return contract_with_input(plan, self.cores, x, route=route)
 
     def flops(self, tokens: int) -> int:

@@ -25,6 +25,8 @@ from tensornet.topology import Topology
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Predicted losses and errors may be negative by rounding.
+_ROUNDING = 1e-6
 PLAN_VERSION = 1
 #: What a plan says if nearly every layer has its smallest number format.
 NO_CHOICE = (
@@ -526,15 +528,15 @@ class CompressionPlan:
                 raise TypeError(f"topology_options must be a mapping, got {options!r}")
             known = {field.name: data[field.name] for field in fields(cls)}
             known |= {
-                "unseen": tuple(data["unseen"]),
-                "unrouted": tuple(data["unrouted"]),
-                "unfit": {name: tuple(layers) for name, layers in data["unfit"].items()},
+                "unseen": _names(data["unseen"]),
+                "unrouted": _names(data["unrouted"]),
+                "unfit": {name: _names(layers) for name, layers in data["unfit"].items()},
                 "layers": tuple(LayerPlan.from_dict(layer) for layer in data["layers"]),
             }
             made = cls(**known)
             _check(made, complete=complete)
             return made
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise FormatError(f"Bad compression plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -575,6 +577,22 @@ def _check_topology(layer: LayerPlan, topology: Topology) -> None:
         )
 
 
+def _check_finite(name: str, value: Any, *, least: float = -math.inf) -> None:
+    """Raise ValueError unless a value is a finite number that float32 can hold, and is at least `least`."""
+    check_number(name, value)
+    if not least <= value or not abs(value) < torch.finfo(torch.float32).max:  # `not` is for NaN
+        raise ValueError(f"{name} must be a finite number{' of at least 0' * (least > -1)}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be a number of 64 bits, got {value!r}")
+
+
+def _names(values: Any) -> tuple[Any, ...]:
+    """Convert a list of names of layers to a tuple; a text would become a tuple of letters."""
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"expected a list of names of layers, got {values!r:.60}")
+    return tuple(values)
+
+
 def _check(plan: CompressionPlan, *, complete: bool) -> None:
     """Check that a plan read from a file is consistent.
 
@@ -587,13 +605,15 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
         raise ValueError(f"unknown rounding {plan.rounding!r}, choose one of {', '.join(ROUNDINGS)}")
     if plan.effort not in EFFORTS:
         raise ValueError(f"unknown effort {plan.effort!r}, choose one of {', '.join(EFFORTS)}")
-    check_number("damping", plan.damping)
+    _check_finite("damping", plan.damping, least=0)
     if plan.dense_loss is not None:
-        check_number("dense_loss", plan.dense_loss)
+        _check_finite("dense_loss", plan.dense_loss)
+    named = {"unseen": plan.unseen, "unrouted": plan.unrouted, **plan.unfit}
+    for name, layers in named.items():
+        if not isinstance(name, str) or any(not isinstance(layer, str) for layer in layers):
+            raise TypeError(f"{name} must be a list of names of layers, got {layers!r:.60}")
     if not isinstance(plan.of_tokens, bool) or not isinstance(plan.calibration, str | None):
         raise TypeError(f"got of_tokens={plan.of_tokens!r} and calibration={plan.calibration!r}")
-    if not 0 <= plan.damping < math.inf:
-        raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
     if not plan.layers and complete:
         raise ValueError("the plan has no layer")
     for name, count in Counter(layer.name for layer in plan).items():
@@ -607,9 +627,9 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
             check_size(f"shape {where}", size)
         for name in ("error", "baseline_error", "loss_increase"):
             if (value := getattr(layer, name)) is not None:
-                check_number(f"{name} {where}", value)
+                _check_finite(f"{name} {where}", value, least=-_ROUNDING)
         for value in (*layer.sample, *(loss for _, loss in layer.curve)):
-            check_number(f"sample and curve {where}", value)
+            _check_finite(f"sample and curve {where}", value)
         if layer.target is not None:
             _ = MENUS[layer.target]  # raises an error that lists the targets
         if layer.topology is not None:

@@ -22,7 +22,7 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.prices import PriceList, untargeted_sizes
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
-from tensornet.linalg.svd import check_finite, singular_values
+from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
@@ -139,7 +139,7 @@ def _select(
     never = [] if objective == "weight" or stats is None else [x for x in targets if not is_known(x, stats)]
     targets, unseen = without_unseen(targets, never, config)
     for target in targets:
-        check_finite(target.matrix, f"Layer {target.name!r}")
+        check_finite(target.matrix, f"Layer {target.name!r}", OF_LAYER)
     counts = {} if stats is None or objective == "weight" else stats.counts
     unrouted = tuple(x.name for x in targets if all(counts.get(name) == 0 for name in x.names))
     template = CompressionPlan(
@@ -176,6 +176,12 @@ def unfit_formats(targets: Sequence[Target], config: CompressionConfig) -> dict[
     found = {x: [y.name for y in targets if not format_fits(x, y.matrix, config)] for x in formats}
     if formats and all(len(names) == len(targets) for names in found.values()):
         first = targets[0]
+        if first.matrix.is_complex():
+            raise FormatError(
+                f"No layer can be stored in {', '.join(x.name for x in formats)}: {first.name!r} is in "
+                f"{first.matrix.dtype}, and complex weights have no number formats. Plan networks "
+                "instead, with param_ratio or rel_error and without formats."
+            )
         raise FormatError(
             f"No layer can be stored in {', '.join(x.name for x in formats)}: the number of inputs must be a "
             f"multiple of {' or '.join(str(s) for s in dict.fromkeys(x.span for x in formats))}, but "

@@ -3,7 +3,9 @@
 A price list contains no weights, so it is a small file. A plan for any budget is computed from it in seconds.
 """
 
+import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -236,7 +238,9 @@ class PriceList:
         tensors = {f"factor.{name}": x.contiguous() for name, x in self.factors.items()}
         tensors |= {f"inputs.{name}": x.contiguous() for name, (x, _) in self.inputs.items()}
         tensors |= {f"head.{name}": x.contiguous() for name, x in self.heads.items()}
-        write_tensors(Path(path), tensors, {"prices": json.dumps(data)}, what="The price list")
+        text = json.dumps(data)
+        metadata = {"prices": text, "sha256": content_digest(text, tensors)}
+        write_tensors(Path(path), tensors, metadata, what="The price list")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PriceList":
@@ -247,8 +251,11 @@ class PriceList:
         """
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
-                data = json.loads((file.metadata() or {})["prices"])
+                metadata = file.metadata() or {}
+                data = json.loads(metadata["prices"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata["sha256"] != content_digest(metadata["prices"], tensors):
+                raise ValueError("its checksum does not match, so the file is damaged")
             if data["version"] != PRICES_VERSION:
                 raise ValueError(f"it has version {data['version']}, expected {PRICES_VERSION}")
             schemes = {
@@ -297,6 +304,7 @@ class PriceList:
             IndexError,
             AttributeError,
             RecursionError,
+            OverflowError,
         ) as error:
             raise FormatError(
                 f"Cannot read a price list from {path}: {error}. Give a file of PriceList.save, or of "
@@ -335,7 +343,7 @@ def _check(prices: PriceList) -> None:
     for layer in prices.layers:
         if not layer.names or not layer.candidates or not isinstance(layer.dtype, torch.dtype):
             raise ValueError(f"layer {layer.names!r:.60} lacks names, candidates or a dtype")
-        if len(layer.shape) != 2 or min(layer.shape) < 1:
+        if len(layer.shape) != 2 or min(layer.shape) < 1 or math.prod(layer.shape) >= 2**63:
             raise ValueError(f"layer {layer.name!r} must have two sizes, got {layer.shape}")
         for candidate in layer.candidates:
             for name in ("num_bytes", "params", "tensors"):
@@ -357,6 +365,15 @@ def _check(prices: PriceList) -> None:
     for name, (squares, _) in prices.inputs.items():
         if tuple(squares.shape) != inputs.get(name) or not bool(squares.isfinite().all()):
             raise ValueError(f"the inputs of layer {name!r} do not fit, or are not finite")
+
+
+def content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Compute the SHA-256 checksum of the content of a file: its text, and the bytes of its tensors."""
+    checksum = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        checksum.update(name.encode())
+        checksum.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
 def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:

@@ -44,7 +44,7 @@ from tensornet.compression.planning import unfit_formats, without_unseen
 from tensornet.compression.prices import PriceList, untargeted_sizes
 from tensornet.compression.sensitivity import is_known
 from tensornet.errors import BudgetError
-from tensornet.linalg.svd import check_finite, singular_values
+from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
 from tensornet.nn.unfuse import unfused
@@ -191,7 +191,7 @@ def survey(
                 known = [x for x in here if is_known(x, stats)]
                 with loaded([module for x in known for module in x.modules], dtype=None):
                     for target in known:
-                        check_finite(target.matrix, f"Layer {target.name!r}")
+                        check_finite(target.matrix, f"Layer {target.name!r}", OF_LAYER)
                     found = price(known, config, stats=stats)
                     spectra = [singular_values(x.matrix).tolist() if families else [] for x in known]
                     for target, *facts_of in zip(known, found, spectra, strict=True):

@@ -176,19 +176,34 @@ def check_rel_error(
     )
 
 
+def rounding_error(dtype: torch.dtype) -> float:
+    """Return the relative error `16 eps` below which singular values cannot be told from zero.
+
+    `eps` is that of the dtype of the result. Without `rel_error`, decompositions do not store such values.
+    """
+    return 16 * torch.finfo(result_dtype(dtype)).eps
+
+
 def is_single(dtype: torch.dtype) -> bool:
     """Return True if the dtype has single or half precision."""
     return dtype not in (torch.float64, torch.complex128)
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise NonFiniteError if a tensor contains NaN or infinity; the message begins with `name`."""
+def check_finite(tensor: Tensor, name: str, advice: str = "only finite numbers can be decomposed") -> None:
+    """Raise NonFiniteError if a tensor contains NaN or infinity.
+
+    The message begins with `name` and ends with `advice`, which says what the owner of the tensor can do.
+    """
     if not math.isfinite(largest_element(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{name} contains {bad} NaN or infinite value{'s' if bad > 1 else ''} among {tensor.numel()} "
-            "elements; only finite numbers can be decomposed. Check the checkpoint or exclude this layer."
+            f"elements; {advice}."
         )
+
+
+#: Advice of `check_finite` for the weight of a layer.
+OF_LAYER = "check the checkpoint, or leave this layer out with exclude_modules"
 
 
 def largest_element(tensor: Tensor) -> float:

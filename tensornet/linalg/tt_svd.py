@@ -8,6 +8,7 @@ Reference: Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 and theorem
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ from tensornet.linalg.svd import (
     fix_signs,
     is_single,
     iterated_basis,
+    keep_rank,
     result_dtype,
+    rounding_error,
     safe_scale,
     safe_scales,
     scaled_back,
@@ -71,6 +74,7 @@ def split_block(
     method: Method = "auto",
     last: bool = False,
     ordered: bool = False,
+    zero: Tensor | None = None,
 ) -> Split:
     """Factorize matrices approximately with a common rank, the smallest that keeps enough energy.
 
@@ -85,6 +89,8 @@ def split_block(
             orthonormal factor instead of `left`.
         ordered: True if the columns of `left` must be singular vectors in descending order; otherwise they
             may be any basis.
+        zero: if `allowed` is None, energy of the smallest singular values that are discarded in addition,
+            shape `(*batch)`: what cannot be told from zero. None keeps a rank of `cap`.
     """
     rows, columns = block.shape[-2:]
     if not ordered and allowed is None:
@@ -94,7 +100,12 @@ def split_block(
             return fast
     found = factorize(block.to(working_dtype(block.dtype)), cap, allowed, method=method, single=single)
     U, Vh = fix_signs(found.U, found.Vh)
-    return Split(U, found.S[..., None] * Vh, found.S.square().sum(-1), found.discarded)
+    energies = found.S.square()
+    # `_fast` never keeps numerical zeros, because the energy that it discards is far above rounding errors.
+    rank = energies.shape[-1] if allowed is not None else keep_rank(energies, energies.shape[-1], zero)
+    kept, lost = energies[..., :rank].sum(-1), energies[..., rank:].sum(-1)
+    rest = found.S[..., :rank, None] * Vh[..., :rank, :]
+    return Split(U[..., :rank], rest, kept, found.discarded + lost)
 
 
 def _whole(block: Tensor, total: Tensor, last: bool) -> Split:
@@ -234,8 +245,9 @@ def tt_svd_stack(
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
         budget: limits on bonds, error and number of parameters. `rel_error` limits the error of every item;
-            the part of it that one bond does not use is available to the next bonds.
-        bonds: largest size of each bond, in addition to the budget.
+            the part of it that one bond does not use is available to the next bonds. Without `rel_error`,
+            bonds that the other limits truncate get no singular values below rounding errors.
+        bonds: size of each bond, in addition to the budget; then singular values of zero are kept, too.
         method: see `truncated_svd`. With `"auto"`, single-precision input is processed in single precision if
             the discarded energy is far above the rounding errors.
 
@@ -302,9 +314,16 @@ def tt_svd_stack(
         block = rest.reshape(len(rest), left * sizes[k], -1)
         allowed = allowed_energy(budget.rel_error, total, spent, sites - 1 - k)
         split = split_block(
-            block, inside, caps[k], allowed, method=method, single=is_single(dtype), last=k == last - 1
+            block,
+            inside,
+            caps[k],
+            allowed,
+            method=method,
+            single=is_single(dtype),
+            last=k == last - 1,
+            zero=rounding_error(dtype) ** 2 * total if bonds is None else None,
         )
-        if split.left.shape[-1] < min(caps[k], *block.shape[1:]):
+        if allowed is not None and split.left.shape[-1] < min(caps[k], *block.shape[1:]):
             bound_by = "rel_error"
         spent, inside = spent + split.discarded, split.kept
         cores.append(split.left.reshape(len(rest), left, *dims[k], -1))
@@ -313,11 +332,19 @@ def tt_svd_stack(
     for k in range(last + 1, sites):
         cores.append(identity(math.prod(sizes[k:]), (-1, *dims[k], math.prod(sizes[k + 1 :]))))
 
-    # 5. Multiply the only core that is not orthonormal by the scale, and restore the order of the cores.
+    errors = torch.where(total > 0, (spent / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt(), 0)
+
+    # 5. If the limits truncate nothing but rounding errors, reduce the bonds that they do not truncate, too.
+    if bonds is None and budget.rel_error is None and bound_by != "exact":
+        nothing = rounding_error(dtype)
+        if bool((errors <= nothing).all()):
+            whole = replace(budget, rel_error=nothing)
+            return *tt_svd_stack(matrices, out_dims, in_dims, whole, method=method)[:2], "exact"
+
+    # 6. Multiply the only core that is not orthonormal by the scale, and restore the order of the cores.
     cores = [core.to(dtype).contiguous() for core in cores]
     if scale is not None:
         cores[center] = scaled_back(cores[center], scale.view(-1, 1, 1, 1, 1), dtype)
     if backwards:
         cores = [core.permute(0, 4, 2, 3, 1).contiguous() for core in cores[::-1]]
-    errors = torch.where(total > 0, (spent / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt(), 0)
     return cores, errors.tolist(), bound_by

@@ -43,7 +43,8 @@ class Outcome:
     Args:
         matrix: dense matrix of the result, of the same shape as the input.
         error: certified upper bound of the relative Frobenius error.
-        params: number of stored elements; None if `param_ratio` is not supported.
+        params: number of stored elements; None if `param_ratio` is not supported. It must be the number of
+            elements of `tensors`, if these are given, and the number of parameters of `topology`.
         bonds: bond sizes.
         tensors: stored tensors, whose dtype and device are checked.
         topology: topology of the result, for `check_quality`. If absent, a result with one bond is compared
@@ -80,6 +81,8 @@ class Outcome:
 
 Decompose = Callable[[Tensor, Budget], Outcome]
 
+#: Largest ratio of a certificate to the true error that `check_tight` allows.
+LOOSEST = 2.0
 #: Number of examples for `check_name_does_not_matter`; few, since this law is slow to check.
 _RENAMED = 3
 
@@ -117,7 +120,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
     """Check that the certified error is at least the true error and at most `rel_error`.
 
     If the other limits of the budget do not allow an error of `rel_error`, a decomposition must raise
-    `BudgetError`. A certified error above 1, even infinity, is useless but allowed.
+    `BudgetError`. See `check_tight` for certificates that are larger than necessary.
 
     Example:
         >>> from tensornet.testing import laws
@@ -138,8 +141,35 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
     )
 
 
+def check_tight(decompose: Decompose, matrix: Tensor, budget: Budget, factor: float = LOOSEST) -> None:
+    """Check that the certified error is at most `factor` times the true error, up to rounding errors.
+
+    Errors in the padding of `Outcome.topology` count as true errors, since certificates include them.
+
+    Example:
+        >>> from tensornet.testing import laws
+        >>> def decompose(matrix, budget):
+        ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
+        >>> laws.check_tight(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
+    """
+    outcome, budget = _within(decompose, matrix, budget)
+    error, topology = _true_error(matrix, outcome), outcome.topology
+    if topology is not None and not topology.terms and topology.padded_shape != topology.shape:
+        rows, columns = topology.padded_shape
+        padded = np.zeros((rows, columns), dtype=reference.to_numpy(matrix).dtype)
+        padded[: matrix.shape[0], : matrix.shape[1]] = reference.to_numpy(matrix)
+        whole = replace(topology, out_features=rows, in_features=columns)
+        error = reference.relative_error(padded, reference.network_matrix(whole, outcome.tensors))
+    assert outcome.error <= factor * error + tolerance(matrix.dtype), (
+        f"the certificate {outcome.error:.6g} is more than {factor:g} times the true error {error:.6g} "
+        f"under {budget}; a looser bound is useless, but legal: set test_tight = None"
+    )
+
+
 def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
     """Check that bonds are at most `max_bond`, and that parameters are within `param_ratio`.
+
+    The number of parameters must also be that of the stored tensors and of the topology, if these are given.
 
     Example:
         >>> from tensornet.testing import laws
@@ -156,6 +186,11 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         each = caps if isinstance(caps, Sequence) else [caps] * len(bonds)
         over = [bond for bond, cap in zip(bonds, each, strict=True) if bond > cap]
         assert not over, f"bonds {outcome.bonds} under {budget}"
+    stored = sum(tensor.numel() for tensor in outcome.tensors)
+    for true, what in ((stored, "tensors"), (outcome.topology and outcome.topology.num_params, "topology")):
+        assert outcome.params is None or not true or outcome.params == true, (
+            f"{outcome.params} parameters are stated, but the {what} of the result have {true}"
+        )
     if budget.param_ratio is not None and outcome.params is not None:
         allowed = budget.param_ratio * matrix.numel()
         assert outcome.params <= allowed, f"{outcome.params} parameters, {allowed:.1f} allowed by {budget}"
@@ -676,6 +711,7 @@ class DecompositionLaws(_Laws):
         return {
             "test_exact": Law(check_exact, matrix),
             "test_certificate": Law(check_certificate, both),
+            "test_tight": Law(check_tight, both),
             "test_caps": Law(check_caps, both),
             "test_monotone": Law(check_monotone, {**matrix, "caps": caps}),
             "test_quality": Law(check_quality, both),

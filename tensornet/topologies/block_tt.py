@@ -16,6 +16,7 @@ from tensornet.linalg.svd import (
     is_single,
     keep_rank,
     result_dtype,
+    rounding_error,
     safe_scale,
     scaled_back,
     working_dtype,
@@ -115,10 +116,14 @@ class BlockTTFamily(FactoredFamily):
             f"a block tensor train {shape}",
         )
         caps = _ranks(out_dims, in_dims, wanted)
-        cores, error = _block_svd(matrix, out_dims, in_dims, caps, budget.rel_error)
+        nothing = rounding_error(matrix.dtype)
+        within = nothing if budget.rel_error is None and bound_by != "exact" else budget.rel_error
+        cores, error = _block_svd(matrix, out_dims, in_dims, caps, within)
         bonds = [core.shape[0] for core in cores[1:]]
         network = fitted_network(at(bonds), cores)
-        return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
+        if bonds != caps:
+            bound_by = "rel_error" if budget.rel_error is not None else bound_by
+        return Decomposition(network, error, bound_by if error > nothing or budget.rel_error else "exact")
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose a matrix into a block tensor train with the bonds of `topology`."""

@@ -16,6 +16,7 @@ from tensornet.linalg.svd import (
     TruncatedSVD,
     capped_svd,
     result_dtype,
+    rounding_error,
     truncated_svd,
 )
 from tensornet.linalg.weighted_svd import (
@@ -98,6 +99,12 @@ class LowRankFamily(TopologyFamily):
         rank = result.S.numel()
         if rank < caps[0]:
             bound_by = "rel_error"
+        elif budget.rel_error is None and result.error <= (nothing := rounding_error(matrix.dtype)):
+            # The limits truncate nothing but rounding errors, so the rank can be the numerical one.
+            result = (
+                capped_svd(matrix, max_rank=caps[0], rel_error=nothing) if bound_by != "exact" else result
+            )
+            bound_by = "exact"
         return Decomposition(self._balanced(result, rows, columns), result.error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:

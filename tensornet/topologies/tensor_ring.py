@@ -18,6 +18,7 @@ from tensornet.linalg.svd import (
     frobenius,
     is_single,
     result_dtype,
+    rounding_error,
     safe_scale,
     scaled_back,
     working_dtype,
@@ -165,7 +166,8 @@ class TensorRingFamily(FactoredFamily):
             assert refused is not None
             raise refused
         kept = [x for x in found if budget.rel_error is not None and x.error <= budget.rel_error]
-        best = min(kept, key=lambda x: x.network.num_params) if kept else min(found, key=lambda x: x.error)
+        nothing = rounding_error(matrix.dtype)
+        best = min(kept or found, key=lambda x: (0 if kept else max(x.error, nothing), x.network.num_params))
         topology = replace(best.network.topology, family=self.name)
         return replace(best, network=fitted_network(topology, best.network.cores))
 
@@ -204,7 +206,11 @@ def _decompose(
         budget, max_bond=budget.max_bond[:-1] if isinstance(budget.max_bond, tuple) else budget.max_bond
     )
     caps, bound_by = uniform_caps(open_bonds, shape, exact, params, f"a ring closed by a bond of {closing}")
-    made = _tr_svd(matrix, rows, columns, closing, caps, budget.rel_error)
+    made = _tr_svd(matrix, rows, columns, closing, caps, budget.rel_error, zeros=False)
+    nothing = rounding_error(matrix.dtype)
+    if budget.rel_error is None and bound_by != "exact" and made.error <= nothing:
+        # The limits truncate nothing but rounding errors: reduce the bonds that they do not truncate, too.
+        return replace(_tr_svd(matrix, rows, columns, closing, caps, nothing), bound_by="exact")
     return made if made.bound_by == "rel_error" else replace(made, bound_by=bound_by)
 
 
@@ -216,8 +222,13 @@ def _tr_svd(
     closing: int,
     caps: Sequence[int],
     rel_error: float | None = None,
+    *,
+    zeros: bool = True,
 ) -> Decomposition:
-    """Decompose a matrix by sequential SVD with limits on the bonds; the last core carries the norm."""
+    """Decompose a matrix by sequential SVD with limits on the bonds; the last core carries the norm.
+
+    `zeros=False` discards singular values below rounding errors.
+    """
     check_finite(matrix, "The matrix")
     sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
     rest = pad_matrix(matrix.detach().to(dtype) / scale, math.prod(out_dims), math.prod(in_dims))
@@ -233,8 +244,9 @@ def _tr_svd(
         # The order of the columns in the closing bond affects later truncations. With descending singular
         # values, the columns for a smaller limit are the first columns for a larger limit.
         ordered = k == 0 and closing > 1
-        split = split_block(block, inside, cap, allowed, single=is_single(dtype), ordered=ordered)
-        bound_by = "rel_error" if split.left.shape[1] < cap else bound_by
+        zero = None if zeros else rounding_error(dtype) ** 2 * total
+        split = split_block(block, inside, cap, allowed, single=is_single(dtype), ordered=ordered, zero=zero)
+        bound_by = "rel_error" if allowed is not None and split.left.shape[1] < cap else bound_by
         spent, inside = spent + split.discarded, split.kept
         U, rest = split.left, split.rest
         if k == 0:

@@ -13,6 +13,7 @@ from tensornet.linalg.svd import (
     energy,
     is_single,
     result_dtype,
+    rounding_error,
     safe_scale,
     scaled_back,
 )
@@ -113,8 +114,12 @@ class TuckerFamily(FactoredFamily):
             budget, shape, legs, lambda ranks: at(ranks).num_params, f"a Tucker network {shape}"
         )
         core, factors, error = st_hosvd(matrix, out_dims, in_dims, caps, budget.rel_error)
+        if budget.rel_error is None and bound_by != "exact" and error <= rounding_error(matrix.dtype):
+            # The limits truncate nothing but rounding errors, so the ranks can be the numerical ones.
+            bound_by = "exact"
+            core, factors, error = st_hosvd(matrix, out_dims, in_dims, caps, rounding_error(matrix.dtype))
         ranks = [factor.shape[1] for factor in factors]
-        if ranks != caps:
+        if ranks != caps and budget.rel_error is not None:
             bound_by = "rel_error"
         # A factor can have more parameters than its lower rank saves in the core. In that case, only legs
         # with a rank limit keep their factors; all others are not truncated.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -186,6 +187,22 @@ def test_nothing_is_replaced_when_a_layer_fails() -> None:
         lambda data: data["layers"][0].update(dtype="uint8"),
         lambda data: data.update(dense_loss="low"),
         lambda data: data.update(damping=True),
+        *(
+            lambda data, key=key, value=value: data.update({key: value})
+            for key in ("dense_loss", "damping")
+            for value in (math.nan, math.inf, 10**30, 10**400)
+        ),
+        *(
+            lambda data, key=key, value=value: data["layers"][0].update({key: value})
+            for key in ("error", "baseline_error", "loss_increase")
+            for value in (math.nan, math.inf, -1, 10**30, 10**400)
+        ),
+        lambda data: data.update(unseen="abc"),
+        lambda data: data.update(unrouted=[[1]]),
+        lambda data: data.update(unfit={"int4": "abc"}),
+        lambda data: data.update(unfit={"int4": [1]}),
+        lambda data: data["layers"][0].update(sample=[10**30]),
+        lambda data: data["layers"][0].update(curve=[[1, math.nan]]),
         lambda data: data.update(of_tokens="yes"),
         lambda data: data.update(calibration=5),
         lambda data: data.update(unseen=5),

@@ -27,6 +27,7 @@ from tensornet.calibration.calibrate import MomentRecorder, observed
 from tensornet.calibration.losses import default_losses
 from tensornet.compression import PriceList, price
 from tensornet.compression.candidates import find_candidates
+from tensornet.compression.prices import content_digest
 from tensornet.compression.write import moment_of
 from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError
 from tensornet.nn.targets import list_weights
@@ -258,6 +259,20 @@ def test_a_file_of_prices_is_as_good_as_they_are(tmp_path: Path) -> None:
     loaded.check_model(model)
 
 
+def test_damaged_file_of_prices_is_refused(tmp_path: Path) -> None:
+    _, prices = surveyed()
+    path = tmp_path / "prices.safetensors"
+    prices.save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-100] + bytes(100))  # as a crash of the file system leaves it
+    with pytest.raises(FormatError, match="checksum"):
+        PriceList.load(path)
+    wide = replace(prices, layers=(replace(prices.layers[0], shape=(10**30, 1)), *prices.layers[1:]))
+    wide.save(path)
+    with pytest.raises(FormatError, match="two sizes"):
+        PriceList.load(path)
+
+
 @cache
 def price_of_networks() -> PriceList:
     with torch.random.fork_rng():
@@ -353,7 +368,8 @@ def as_data() -> Any:
 
 
 def with_text(text: str, factors: dict[str, Tensor] | None = None) -> bytes:
-    return safetensors.torch.save(factors or load_bytes(saved()), {"prices": text})
+    tensors = factors or load_bytes(saved())
+    return safetensors.torch.save(tensors, {"prices": text, "sha256": content_digest(text, tensors)})
 
 
 def changed(data: Any, path: list[Any], value: Any) -> str:

@@ -56,6 +56,39 @@ def test_quimb_operators_of_its_own() -> None:
     assert torch.equal(identity.cores[1], tn.MPO.from_quimb(quimb.MPO_identity(4)).cores[1])
 
 
+def test_exponent_of_quimb_is_part_of_the_operator() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    theirs = quimb.MPO_rand(5, 4, seed=1) * 3.7
+    before = theirs.to_dense()
+    theirs.equalize_norms_(1.0)
+    assert theirs.exponent != 0
+    same(tn.MPO.from_quimb(theirs), before)
+    theirs.exponent += 400  # no single core can hold this power of ten
+    assert float(tn.MPO.from_quimb(theirs).log_norm()) == pytest.approx(np.log(3.7) + 400 * np.log(10))
+
+
+def padded() -> tuple[tn.MPO, np.ndarray]:
+    """An operator whose padding is not zero, and its matrix with zeros instead."""
+    cores = [torch.randn(1, 4, 4, 3), torch.randn(3, 4, 4, 3), torch.randn(3, 4, 4, 1)]
+    operator = tn.MPO([core.double() for core in cores], out_features=61, in_features=59)
+    matrix = np.pad(reference.chain_matrix(operator.cores)[:61, :59], ((0, 3), (0, 5)))
+    return operator, matrix
+
+
+def test_quimb_gets_padding_of_zeros() -> None:
+    pytest.importorskip("quimb.tensor")
+    operator, matrix = padded()
+    theirs = operator.to_quimb().to_dense()
+    np.testing.assert_allclose(theirs, matrix, rtol=0, atol=1e-12 * np.linalg.norm(matrix))
+
+
+def test_padding_of_zeros_does_not_enlarge_exported_bonds() -> None:
+    pytest.importorskip("quimb.tensor")
+    matrix = torch.exp(torch.linspace(0, 1, 61, dtype=torch.float64))[:, None] * torch.ones(61).double()
+    operator = tn.MPO.from_matrix(matrix, out_dims=(4, 4, 4), in_dims=(4, 4, 4))
+    assert [core.shape for core in tn.MPO.from_quimb(operator.to_quimb())] == [x.shape for x in operator]
+
+
 @pytest.fixture
 def tensorly_on_torch() -> Iterator[None]:
     tensorly = pytest.importorskip("tensorly")
@@ -70,6 +103,13 @@ def test_tensorly(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> None:
     theirs = ours.to_tensorly()
     same(ours, theirs.to_matrix().numpy())
     same(tn.MPO.from_tensorly(theirs), theirs.to_matrix().numpy())
+
+
+@pytest.mark.usefixtures("tensorly_on_torch")
+def test_tensorly_gets_padding_of_zeros() -> None:
+    operator, matrix = padded()
+    theirs = operator.to_tensorly().to_matrix().numpy()
+    np.testing.assert_allclose(theirs, matrix, rtol=0, atol=1e-12 * np.linalg.norm(matrix))
 
 
 @pytest.mark.usefixtures("tensorly_on_torch")

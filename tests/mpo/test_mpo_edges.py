@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tensornet as tn
-from tensornet.errors import NonFiniteError, ShapeError
+from tensornet.errors import MemoryLimitError, NonFiniteError, ShapeError
 from tensornet.testing import reference
 from tensornet.topologies import Budget
 
@@ -29,6 +29,48 @@ def test_numbers_of_any_kind_are_factors(factor: float) -> None:
     chain = operator()
     for made in (chain * factor, factor * chain, chain / (1 / factor)):
         torch.testing.assert_close(made.to_matrix(), 2 * chain.to_matrix())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64, torch.float16, torch.int64])
+def test_vectors_of_another_dtype_are_promoted(dtype: torch.dtype) -> None:
+    chain = operator(8, 8)
+    x = torch.arange(8).to(dtype)
+    wide = torch.promote_types(torch.float32, dtype)
+    for one in (chain, chain * 1j):
+        expected = one.to_matrix().to(torch.promote_types(one.dtype, wide))
+        found = one @ x
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected @ x.to(expected.dtype))
+        torch.testing.assert_close(x @ one, x.to(expected.dtype) @ expected)
+
+
+def test_error_of_one_truncation_is_told_beside_the_bound() -> None:
+    chain = operator(64, 64, max_bond=8)
+    assert chain.truncation_error == chain.error > 0.5
+    square = chain @ chain
+    cut = square.round(max_bond=8)
+    assert (square.truncation_error, cut.error) == (0, math.inf)
+    true = reference.relative_error(square.to_matrix(), cut.to_matrix())
+    for same in (cut, cut * 2, cut.to(torch.float64), cut.canonicalize(center=0), cut.adjoint()):
+        assert same.truncation_error == pytest.approx(true, rel=1e-4)
+
+
+def test_results_larger_than_the_memory_are_refused_with_both_numbers() -> None:
+    chain = tn.MPO.identity((2,) * 24)
+    with pytest.raises(MemoryLimitError, match=r"needs 1,125,899\.9 GB, but only [\d,.]+ GB"):
+        chain.to_matrix()
+    with pytest.raises(MemoryError):
+        np.asarray(chain)
+    state = tn.MPO([torch.ones(1, 2, 1, 1)] * 45)  # a vector of 2^45 elements
+    with pytest.raises(MemoryLimitError, match=r"Applying .* needs 140,737\.5 GB"):
+        state.apply(torch.ones(1))
+
+
+def test_overflow_is_not_blamed_on_a_checkpoint() -> None:
+    single = tn.MPO([torch.full((1, 2, 2, 1), 1e30)])
+    with pytest.raises(NonFiniteError, match=r"rescale the operators") as caught:
+        (single @ single).round()
+    assert "layer" not in str(caught.value)
 
 
 @pytest.mark.parametrize("factor", [2 + 1j, torch.tensor(2 + 1j), np.complex64(2 + 1j)])

@@ -114,6 +114,50 @@ def test_second_derivatives_are_refused_not_wrong(name: str) -> None:
         torch.autograd.grad(first[0].sum(), cores, allow_unused=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("reading", READINGS)
+def test_transforms_give_the_gradients_of_autograd(reading: str, dtype: torch.dtype) -> None:
+    cores = chain_cores(dtype)
+
+    def value(*cores: Tensor) -> Tensor:
+        result = READINGS[reading](tn.MPO(cores))
+        return torch.view_as_real(result + 0j).sin().sum()
+
+    places = tuple(range(len(cores)))
+    expected = torch.autograd.grad(value(*cores), cores)
+    constants = [core.detach() for core in cores]
+    torch.testing.assert_close(torch.func.grad(value, places)(*constants), expected)
+    if not dtype.is_complex:
+        torch.testing.assert_close(torch.func.jacrev(value, places)(*constants), expected)
+
+
+@pytest.mark.parametrize("reading", [name for name in READINGS if not name.startswith("canonical")])
+def test_transforms_that_would_be_wrong_are_refused(reading: str) -> None:
+    cores = tuple(core.detach() for core in chain_cores())
+    batches = [core.expand(2, *core.shape) for core in cores]
+
+    def value(*cores: Tensor) -> Tensor:
+        return READINGS[reading](tn.MPO(cores)).sum()
+
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(value, cores, cores)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.hessian(value)(*cores)
+    with pytest.raises(RuntimeError, match=r"do not support torch\.func\.vmap"):
+        torch.func.vmap(value)(*batches)
+
+
+def test_algebra_can_be_vectorized() -> None:
+    batches = [torch.stack([core, 1e70 * core]).detach() for core in chain_cores()]
+
+    def value(*cores: Tensor) -> Tensor:
+        operator = tn.MPO(cores)
+        return (2 * operator - operator.hadamard(operator)).inner(operator)
+
+    expected = torch.stack([value(*(batch[k] for batch in batches)) for k in range(2)])
+    torch.testing.assert_close(torch.func.vmap(value)(*batches), expected)
+
+
 def test_gradients_know_no_scale() -> None:
     cores = chain_cores()
     plain = torch.autograd.grad(tn.MPO(cores).log_norm(), cores)

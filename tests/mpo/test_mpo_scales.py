@@ -32,6 +32,53 @@ def test_norms_beyond_every_number_have_a_logarithm(factor: float, dtype: torch.
     assert float(operator.inner(operator)) == (math.inf if 2 * factor > 1 else 0.0)
 
 
+def random_operator(dtype: torch.dtype = torch.float64) -> tn.MPO:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 2, 2, 3), (3, 2, 2, 3), (3, 2, 2, 1)]
+    cores = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return tn.MPO(cores).to(dtype)
+
+
+def test_products_overflow_only_where_cores_must() -> None:
+    operator = random_operator()
+    true = operator.to_matrix().matrix_power(3)
+    for factor in (1e150, 1e-150):  # the product has elements of about 1e450
+        power = (operator * factor) ** 3
+        assert all(bool(core.isfinite().all()) for core in power)
+        assert float(power.log_norm()) == pytest.approx(math.log(float(true.norm())) + 3 * math.log(factor))
+        square = (operator * factor).hadamard(operator * factor) * (1 / factor) * (1 / factor)
+        torch.testing.assert_close(square.to_matrix(), operator.to_matrix().square())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float64, 1e200), (torch.float64, 1e-200), (torch.float32, 1e30), (torch.float16, 2e3)],
+)
+def test_multiples_lose_nothing_on_the_way(dtype: torch.dtype, factor: float) -> None:
+    operator = random_operator(dtype)
+    there = operator * factor * factor
+    back = there * (1 / factor) * (1 / factor)
+    truth = operator.to(torch.float64).to_matrix()
+    assert reference.relative_error(truth, back.to(torch.float64).to_matrix()) < 4e-3
+    expected = float(truth.norm().log()) + 2 * math.log(factor)
+    assert float(there.log_norm()) == pytest.approx(expected, abs=1e-2)
+
+
+def test_sum_of_chains_scaled_in_opposite_ways_has_both_terms() -> None:
+    one, other = random_operator(), random_operator().transpose()
+    first = tn.MPO([one[0] * 1e200, one[1], one[2] * 1e-200])
+    second = tn.MPO([other[0] * 1e-200, other[1], other[2] * 1e200])
+    total, truth = first + second, one.to_matrix() + other.to_matrix()
+    assert float(total.norm()) == pytest.approx(float(truth.norm()))
+    torch.testing.assert_close(total.round().to_matrix(), truth)
+
+
+def test_inner_products_are_finite_where_they_can_be() -> None:
+    large, small = random_operator() * 1e200, random_operator() * 1e-200
+    assert float(large.inner(small)) == pytest.approx(float(random_operator().norm()) ** 2)
+    assert float(large.inner(large)) == math.inf
+
+
 @pytest.mark.parametrize("factor", [0.5, 1e4, 1e-4])
 def test_rounding_finds_the_rank_of_what_has_no_norm(factor: float) -> None:
     operator = uniform(factor, bond=2)

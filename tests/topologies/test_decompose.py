@@ -111,3 +111,55 @@ def test_law_of_caps_reads_one_cap_for_each_bond() -> None:
     laws.check_caps(too_large, matrix, Budget(max_bond=(2, 3)))
     with pytest.raises(AssertionError, match="bonds"):
         laws.check_caps(too_large, matrix, Budget(max_bond=(3, 2)))
+
+
+def laplacian(size: int) -> torch.Tensor:
+    """The second difference: every bond of a chain has the rank 3."""
+    one = torch.ones(size - 1, dtype=torch.float64)
+    return 2 * torch.eye(size, dtype=torch.float64) - one.diag(1) - one.diag(-1)
+
+
+def of_rank_two(size: int) -> torch.Tensor:
+    rows = torch.arange(size, dtype=torch.float64)
+    return 1 + rows[:, None] * (rows + 1)
+
+
+EXACT_BONDS = {
+    "mpo": (laplacian(64), [3, 3]),
+    "tensor_ring": (laplacian(64), [3, 3]),
+    "kronecker": (laplacian(64), [3]),
+    "block_tt": (laplacian(64), [2]),
+    "low_rank": (of_rank_two(64), [2]),
+    "tucker": (torch.kron(of_rank_two(8), of_rank_two(8)), [2, 2, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("budget", [{"max_bond": 7}, {"param_ratio": 0.9}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("family", EXACT_BONDS)
+def test_limit_alone_keeps_no_numerical_zeros(
+    family: str, dtype: torch.dtype, budget: dict[str, float]
+) -> None:
+    matrix, bonds = EXACT_BONDS[family]
+    found = tn.decompose(matrix.to(dtype), family, **budget)
+    assert [size for size in found.network.topology.bond_dims.values() if size > 1] == bonds
+    assert found.bound_by == "exact"
+    true = reference.relative_error(matrix, found.network.to_matrix())
+    assert max(true, found.error) <= 100 * torch.finfo(dtype).eps
+
+
+def test_bond_of_low_rank_is_small_beside_bonds_that_are_cut() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(64, 3).double(), torch.randn(3, 4096).double()  # the first bond has rank 3
+    matrix = (left @ right).reshape(8, 8, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(512, 512)
+    operator = tn.MPO.from_matrix(matrix, out_dims=(8, 8, 8), in_dims=(8, 8, 8), max_bond=20)
+    assert operator.bond_dims == (3, 20)
+    true = reference.relative_error(matrix, operator.to_matrix())
+    assert operator.error * (1 - 1e-6) <= true <= operator.error * (1 + 1e-6)
+
+
+def test_limits_that_cut_nothing_give_the_ranks_of_no_limit() -> None:
+    for limits in ({}, {"max_bond": 7}, {"max_bond": 1000}, {"param_ratio": 100.0}):
+        assert tn.MPO.from_matrix(laplacian(64), out_dims=(2,) * 6, in_dims=(2,) * 6, **limits).bond_dims == (
+            (3,) * 5
+        )

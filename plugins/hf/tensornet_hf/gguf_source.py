@@ -74,7 +74,15 @@ def read_gguf(folder: Path, file: Path) -> Checkpoint:
                 f"{file} stores {info.name} as {info.tensor_type.name}. Quantizing it again would add the "
                 "errors; give the file that was converted with F16, BF16 or F32."
             )
-        if int(info.data_offset) + int(info.n_bytes) > file.stat().st_size:
+
+    # Offsets are 64-bit integers that the parser adds without a check, so that large ones wrap around.
+    end = int(reader.data_offset)
+    for info in sorted(reader.tensors, key=lambda x: int(x.data_offset)):
+        start = int(info.data_offset)
+        if start < end:
+            raise FormatError(f"{file} is damaged: {info.name} overlaps what is stored before it.")
+        end = start + int(info.n_bytes)
+        if end > file.stat().st_size:
             raise FormatError(f"{file} is truncated: {info.name} ends after the file.")
 
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}

@@ -121,6 +121,8 @@ def _read_legacy(data: bytes) -> Iterator[tuple[str, Importance]]:
         name = data[place : place + length].decode()
         place += length
         calls, size = number(), number()
+        if size < 1 or calls < 0:
+            raise ValueError(f"{name} has {size} numbers of {calls} chunks")
         values = np.frombuffer(data, "<f4", size, place).astype(np.float32)
         place += 4 * size
         squares = torch.from_numpy(values / max(calls, 1))[None]

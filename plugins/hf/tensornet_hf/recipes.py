@@ -33,7 +33,7 @@ from tensornet.compression.road import Candidates, make_plan
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
-from tensornet.linalg.svd import check_finite
+from tensornet.linalg.svd import OF_LAYER, check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target, find_targets
@@ -189,7 +189,10 @@ class Recipe:
 
 
 def choose_types(tensors: Sequence[PricedTensor], num_bytes: float) -> dict[str, str]:
-    """Choose a type for each tensor, so that all tensors fit into `num_bytes` at the least sum of costs.
+    """Choose a type for each tensor, so that all tensors fit into `num_bytes` at a small sum of costs.
+
+    This is a heuristic: types on the lower convex hull of cost over size, by a Lagrange multiplier, and the
+    remaining bytes greedily. For few tensors the sum can be larger than the least possible one.
 
     Raises:
         BudgetError: the smallest types need more bytes.
@@ -394,7 +397,7 @@ def price_by_inputs(
     for target in targets:
         with loaded(list(target.modules), dtype=None):
             matrix = target.matrix
-            check_finite(matrix, f"Layer {target.name!r}")
+            check_finite(matrix, f"Layer {target.name!r}", OF_LAYER)
             known = inputs.get(target.name)
             count = EXPERT_ROWS if target.kinds[0].name == "part" else PRICED_ROWS
             losses = price_types(matrix, (Weighting(None, known),), known, count)

@@ -72,6 +72,11 @@ def test_bad_files(tmp_path: Path) -> None:
         bad.write_bytes(data)
         with pytest.raises(FormatError, match="bad is not an importance matrix"):
             read_imatrix(bad)
+    name = b"blk.0.attn_q.weight"
+    for size in (-5, -1, 0):  # the last integers are the number of chunks and the length of the text's name
+        bad.write_bytes(struct.pack("<ii", 1, len(name)) + name + struct.pack("<iiii", 8, size, 8, 0))
+        with pytest.raises(FormatError, match=f"has {size} numbers"):
+            read_imatrix(bad)
     with pytest.raises(FormatError, match="Cannot read"):
         read_imatrix(tmp_path / "absent.gguf")
     worse = {"blk.0.attn_q.weight": Importance(torch.tensor([[1.0, -1.0]]), torch.tensor([2]))}

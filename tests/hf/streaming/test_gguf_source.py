@@ -121,6 +121,14 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     (bare / "config.json").write_text(json.dumps(config))
     (whole := tmp_path / "short.gguf").write_bytes(file.read_bytes()[:-100])
     refused("truncated|damaged", weights=whole)
+    reader = gguf.GGUFReader(file)
+    for offset in (2**64 - 64, 32):  # wraps around to the header; overlaps the first tensor
+        offsets = reader.tensors[-1].field.parts[-1]
+        place = offsets.ctypes.data - reader.data.ctypes.data
+        data = bytearray(file.read_bytes())
+        data[place : place + 8] = offset.to_bytes(8, "little")
+        whole.write_bytes(data)
+        refused("damaged", weights=whole)
     whole.write_bytes(b"GGUF and nothing else")
     refused("damaged", weights=whole)
     refused("not a GGUF file", weights=tmp_path / "absent.gguf")
