@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from tensornet.errors import DestinationError
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet_hf.checkpoint import check_free, load, resolve_folder
+from tensornet_hf.exporters.adapters import export_mlx_adapter, export_peft_adapter
 from tensornet_hf.exporters.base import GGUF, ExportReport, Networks, refuse_mixtures
 from tensornet_hf.exporters.compressed_tensors import (
     COMPRESSED_TENSORS_MENU,
@@ -23,6 +24,7 @@ from tensornet_hf.exporters.gguf import (
     GGUF_MENU,
     check_files,
     export_gguf,
+    export_gguf_adapter,
     file_constraints,
 )
 from tensornet_hf.exporters.mlx import MLX_MENU, export_mlx, packed_kinds
@@ -38,11 +40,14 @@ class Target(NamedTuple):
             that the files need in addition to the weights, and the names of layers that the target stores
             dense.
         menu: the number formats of plans for this target.
+        adapter: function that writes low-rank changes of the layers of a model as a LoRA adapter, with the
+            arguments of `export_peft_adapter`; None if the target has no adapters.
     """
 
     export: Callable[..., ExportReport]
     constraints: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
     menu: Menu
+    adapter: Callable[..., None] | None = None
 
 
 #: Maps names to export targets (see `register_target`).
@@ -59,7 +64,7 @@ def register_target(name: str, target: Target) -> None:
     TARGETS[name] = target
 
 
-register_target("gguf", Target(export_gguf, file_constraints, GGUF_MENU))
+register_target("gguf", Target(export_gguf, file_constraints, GGUF_MENU, export_gguf_adapter))
 MENUS.add("gguf-fast", GGUF_FAST_MENU)
 register_target(
     "compressed-tensors",
@@ -67,10 +72,17 @@ register_target(
         export_compressed_tensors,
         lambda model, _: folder_constraints(model, KINDS),
         COMPRESSED_TENSORS_MENU,
+        export_peft_adapter,
     ),
 )
 register_target(
-    "mlx", Target(export_mlx, lambda model, _: folder_constraints(model, packed_kinds(model)), MLX_MENU)
+    "mlx",
+    Target(
+        export_mlx,
+        lambda model, _: folder_constraints(model, packed_kinds(model)),
+        MLX_MENU,
+        export_mlx_adapter,
+    ),
 )
 
 
