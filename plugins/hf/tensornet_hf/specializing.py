@@ -45,6 +45,9 @@ RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 _FIRST_RATE = 5e-3
 #: A trial takes this part of the steps, but at least a few steps of each domain.
 _TRIAL, _LEAST_TRIAL = 0.125, 8
+#: Short trials favor high rates, at which longer training may diverge. So a higher rate must add this part to
+#: what was gained over the trunk.
+_CLEARLY = 0.1
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,8 @@ def specialize(
         trials: dict[float, float] = {}
         if lr is None:
             trial = max(math.ceil(_TRIAL * steps), min(_LEAST_TRIAL, steps))
-            lr = _best_rate(s, list(domains), work, trials, steps=trial * len(domains), **examples)
+            trunk = sum(x["trunk"] for x in losses.values()) / len(losses)
+            lr = _best_rate(s, list(domains), work, trials, trunk, steps=trial * len(domains), **examples)
         trainer = _trainer(s, list(domains), work / "run", lr=lr, steps=steps * len(domains), **examples)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work / "run")))
         for name, windows in held_out.items():
@@ -310,9 +314,22 @@ def specialize(
 
 
 def _best_rate(
-    s: PretrainedSpecialists, names: Sequence[str], work: Path, found: dict[float, float], **options: Any
+    s: PretrainedSpecialists,
+    names: Sequence[str],
+    work: Path,
+    found: dict[float, float],
+    trunk: float,
+    **options: Any,
 ) -> float:
-    """Return the learning rate with the least held-out loss after a short run; `found` gets the losses."""
+    """Return the best learning rate of short runs.
+
+    Args:
+        s, names: the specialists, and the names of those that are trained.
+        work: the staging folder.
+        found: the held-out loss of each rate that was tried is put here.
+        trunk: the held-out loss of the trunk alone.
+        options: as for `_trainer`.
+    """
     start, file = s.snapshot(), work / "rates.json"
     if file.is_file():  # of an interrupted run
         found |= {float(rate): loss for rate, loss in read_json(file).items()}
@@ -329,8 +346,11 @@ def _best_rate(
         return found[rate]
 
     best = RATES.index(_FIRST_RATE)
-    for step in (1, -1):
-        while 0 <= best + step < len(RATES) and loss(RATES[best + step]) < loss(RATES[best]):
+    for step, margin in ((1, _CLEARLY), (-1, 0.0)):
+        while 0 <= best + step < len(RATES):
+            least = loss(RATES[best])
+            if loss(RATES[best + step]) >= least - margin * max(trunk - least, 0.0):
+                break
             best += step
     return RATES[best]
 
