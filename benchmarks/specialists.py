@@ -12,14 +12,14 @@ documentation for 1,500 steps. Eight domains are learned, then a ninth. Each row
 `fortunes` and `linux-doc-6.12` (see `subjects.py`). Python, Perl and C come from the machine. Each rate is
 chosen on three domains, after a third of the steps. The loss of a domain is the mean cross entropy on 48
 windows from its last tenth, in nats per token. All rows train equally many steps for each domain. SmolLM2
-(`CACHE/smollm2`) runs under autocast to bfloat16, on half of the judged windows, and gets no router.
+(`CACHE/smollm2`) runs under autocast to bfloat16, on half of the judged windows, and no specialist is chosen
+by the text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import sysconfig
 import time
@@ -194,13 +194,11 @@ class Trial:
         model.eval()
 
     @torch.no_grad()
-    def loss(
-        self, model: nn.Module, name: str, s: th.Specialists | None = None, by: Any = "likelihood"
-    ) -> float:
+    def loss(self, model: nn.Module, name: str, s: th.PretrainedSpecialists | None = None) -> float:
         """Return the loss of a domain; with specialists, one is chosen for each window."""
         ids, total = self.texts[name][1], 0.0
         for x in ids.split(16):
-            with nullcontext() if s is None else s.use(s.route(input_ids=x, by=by)), self.precision():
+            with nullcontext() if s is None else s.use(s.choose(input_ids=x)), self.precision():
                 total += float(model(input_ids=x, labels=x).loss) * len(x)
         return total / len(ids)
 
@@ -229,8 +227,9 @@ def mean(losses: dict[str, float]) -> float:
 
 
 #: What a row measures: `losses` by domain; `lost`, by how much the ninth domain raised the mean of the
-#: others; `bytes`, shared and of each specialist; `router` and `likelihood`, the mean loss if a specialist is
-#: chosen for each window by its first 64 tokens.
+#: others; `bytes`, shared and of each specialist; `likelihood`, the mean loss if a specialist, or none, is
+#: chosen for each window by its first 64 tokens. Older rows have `router`, the same with a router that was
+#: removed, and chose between specialists only.
 Result = dict[str, Any]
 
 
@@ -348,7 +347,7 @@ def run_shared(
         with torch.no_grad(), s.use(list(domains)):
             before = model(input_ids=rows).logits
         if trial.form.routed:
-            result |= routed_losses(trial, s, domains)
+            result["likelihood"] = mean({x: trial.loss(s.model, x, s) for x in domains})
         s.add(NINTH)
         trial.train(model, s.parameters(NINTH), in_turn([NINTH], steps), rate, s)
         with torch.no_grad(), s.use(list(domains)):
@@ -357,13 +356,6 @@ def run_shared(
         result |= {"lost": mean(after) - mean(losses)}
         losses[NINTH] = after[NINTH]
     return {"losses": losses, "bytes": s.bytes(), **result}
-
-
-def routed_losses(trial: Trial, s: th.Specialists, domains: Sequence[str]) -> Result:
-    """Fit a router, and return the mean loss if it, or the likelihood, chooses the specialists."""
-    drawn = {x: trial.texts[x][0][:: math.ceil(len(trial.texts[x][0]) / 1000)] for x in domains}
-    s.fit_router({x: [{"input_ids": ids} for ids in w.split(50)] for x, w in drawn.items()})
-    return {by: mean({x: trial.loss(s.model, x, s, by) for x in domains}) for by in ("router", "likelihood")}
 
 
 @torch.no_grad()
@@ -434,13 +426,13 @@ def step_times(trial: Trial, repeats: int) -> list[dict[str, Any]]:
             s.add(name)
         s.freeze()
 
-        def train(which: Any, s: th.Specialists = s) -> None:
+        def train(which: Any, s: th.PretrainedSpecialists = s) -> None:
             with s.use(which):
                 s.model(input_ids=ids, labels=ids).loss.backward()
             for p in s.parameters():
                 p.grad = None
 
-        def read(which: Any, tokens: int | None, s: th.Specialists = s) -> None:
+        def read(which: Any, tokens: int | None, s: th.PretrainedSpecialists = s) -> None:
             with torch.no_grad(), s.use(which):
                 s.model(input_ids=ids[:, :tokens])
 

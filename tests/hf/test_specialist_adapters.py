@@ -24,7 +24,7 @@ def trunk() -> PreTrainedModel:
 
 
 def randomize(model: peft.PeftModel, name: str) -> None:
-    for core in th.Specialists(model.get_base_model()).tensors(name).values():
+    for core in th.PretrainedSpecialists(model.get_base_model()).tensors(name).values():
         torch.nn.init.normal_(core, std=0.2)
 
 
@@ -60,7 +60,7 @@ def test_adapters_are_added_chosen_mixed_and_deleted(adapted: peft.PeftModel) ->
     adapted.set_adapter("law")
     adapted.delete_adapter("code")
     assert torch.equal(logits(adapted), law)
-    s = th.Specialists(adapted.get_base_model())
+    s = th.PretrainedSpecialists(adapted.get_base_model())
     assert s.names == ["law"]
     with s.use("law"):
         assert torch.equal(logits(adapted.get_base_model()), law)
@@ -93,14 +93,14 @@ def test_adapters_are_saved_and_loaded_by_peft(adapted: peft.PeftModel, tmp_path
     assert torch.equal(logits(back), law)
     back.set_adapter("code")
     assert torch.equal(logits(back), code)
-    folder = th.Specialists(back.get_base_model()).save(tmp_path / "folder")
+    folder = th.PretrainedSpecialists(back.get_base_model()).save(tmp_path / "folder")
     s = th.load_specialists(folder)
     for name, expected in (("law", law), ("code", code)):
         with s.use(name):
             assert torch.equal(logits(s.model), expected)
 
     other = peft.get_peft_model(trunk(), SpecialistsConfig(r=4, pool="shape"), adapter_name="other")
-    th.Specialists(other.get_base_model()).shared_parameters()[0].data += 1
+    th.PretrainedSpecialists(other.get_base_model()).shared_parameters()[0].data += 1
     other.save_pretrained(str(tmp_path / "others"))
     with pytest.raises(TargetError, match="other shared cores"):
         back.load_adapter(str(tmp_path / "others" / "other"), "other")
@@ -116,7 +116,7 @@ def test_specialists_of_a_compressed_trunk_are_adapters() -> None:
     assert torch.equal(logits(adapted), before)
     randomize(adapted, "default")
     assert not torch.equal(logits(adapted), before)
-    assert len(th.Specialists(adapted.get_base_model()).layers) == 4
+    assert len(th.PretrainedSpecialists(adapted.get_base_model()).layers) == 4
 
 
 def test_bad_adapters_are_refused(adapted: peft.PeftModel) -> None:

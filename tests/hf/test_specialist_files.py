@@ -15,6 +15,8 @@ import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import DestinationError, FormatError, TargetError
+from tensornet_hf.inspect import inspect_specialists
+from tensornet_hf.specialist_files import weight_digests
 
 RANK = 4
 IDS = torch.arange(30).reshape(3, 10)
@@ -140,18 +142,100 @@ def test_other_trunks_and_damaged_folders_are_refused(
     with pytest.raises(TargetError, match="of another trunk"):
         th.load_specialists(folder, small)
 
+
+def damaged(folder: Path, **entries: Any) -> Path:
+    """Replace entries of the description of a folder."""
+    file = folder / "specialists.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    return folder
+
+
+def test_a_file_that_changed_is_refused(trunk: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    s = th.specialists(trunk(), rank=RANK)
+    randomized(s, "law", "code")
+    folder = s.save(tmp_path / "s")
+    for name in ("code", "shared"):
+        file = folder / f"{name}.safetensors"
+        kept = file.read_bytes()
+        for content in (kept[:-64] + bytes(64), kept[:-64], b"x"):
+            file.write_bytes(content)
+            with pytest.raises(FormatError, match=f"{name}.safetensors"):
+                th.load_specialists(folder, trunk())
+        file.write_bytes(kept)
+    # Files of specialists with other shared cores do not fit either.
     s.shared_parameters()[0].data += 1
+    s.tensors("code")["transformer.h.0.mlp.c_fc.core_1"].data += 1
     newer = s.save(tmp_path / "newer")
-    (folder / "code.safetensors").write_bytes((newer / "code.safetensors").read_bytes())
-    with pytest.raises(FormatError, match="trained with other shared cores"):
-        th.load_specialists(folder, trunk())
-    (folder / "shared.safetensors").write_bytes((newer / "shared.safetensors").read_bytes())
-    with pytest.raises(FormatError, match="somebody trained the"):
-        th.load_specialists(folder, trunk())
-    (newer / "law.safetensors").write_bytes(b"x")
-    with pytest.raises(FormatError, match="missing or damaged"):
-        th.load_specialists(newer, trunk())
-    description = json.loads((newer / "specialists.json").read_text())
-    (newer / "specialists.json").write_text(json.dumps({**description, "format_version": 99}))
-    with pytest.raises(FormatError, match="another version"):
-        th.load_specialists(newer, trunk())
+    for name in ("code", "shared"):
+        (folder / f"{name}.safetensors").write_bytes((newer / f"{name}.safetensors").read_bytes())
+        with pytest.raises(FormatError, match="was changed since"):
+            th.load_specialists(folder, trunk())
+
+
+def test_every_weight_of_the_trunk_is_compared(trunk: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    s = th.specialists(trunk(), rank=RANK, target_modules="*.mlp.*")
+    randomized(s, "law")
+    folder = s.save(tmp_path / "s")
+    for name in (
+        "transformer.wte",
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.1.mlp.c_fc",
+        "transformer.ln_f",
+    ):
+        other = trunk()
+        weight = other.get_submodule(name).weight.data
+        weight.flatten()[-8:] *= 1.1  # the last numbers, not the first ones
+        with pytest.raises(TargetError, match=f"of another trunk.*{name}"):
+            th.load_specialists(folder, other)
+    attached = th.load_specialists(folder, trunk())
+    assert weight_digests(attached.model) == weight_digests(trunk())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"format_version": 99},
+        {"format_version": "1"},
+        *(
+            {key: value}
+            for key in ("weights", "layers", "specialists")
+            for value in (1, "x", [], ["a"], None)
+        ),
+        *({key: value} for key in ("shared", "trunk") for value in (1, [], {})),
+        {"layers": {"transformer.h.0.mlp.c_fc": 1}},
+        {"layers": {"transformer.h.0.mlp.c_fc": {"topology": [], "shared": ["0"]}}},
+        {"weights": {"x": 1}},
+        {"specialists": {"law": {"file": "law.safetensors"}}},
+        {"specialists": {"../law": "0"}},
+        {"specialists": {}},
+    ],
+    ids=str,
+)
+def test_a_wrong_description_is_one_error(
+    wrong: dict[str, Any], trunk: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    s = th.specialists(trunk(), rank=RANK, target_modules="*.mlp.c_fc")
+    randomized(s, "law")
+    folder = damaged(s.save(tmp_path / "s"), **wrong)
+    for read in (th.load_specialists, inspect_specialists):
+        with pytest.raises(FormatError, match="damaged, or of another version"):
+            read(folder)
+
+
+def test_entries_of_a_layer_are_checked(trunk: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    s = th.specialists(trunk(), rank=RANK, target_modules="*.mlp.c_fc")
+    randomized(s, "law")
+    folder = s.save(tmp_path / "s")
+    layers = json.loads((folder / "specialists.json").read_text())["layers"]
+    name = next(iter(layers))
+    for changed in (
+        {"shared": ["9"]},
+        {"shared": "02"},
+        {"shared": [0, 2]},
+        {"owner": "x"},
+        {"owner": 1},
+        {"topology": None},
+    ):
+        damaged(folder, layers={**layers, name: {**layers[name], **changed}})
+        with pytest.raises(FormatError, match="damaged"):
+            th.load_specialists(folder, trunk())

@@ -2,10 +2,13 @@
 
 import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tensornet as tn
 import tensornet_moe as tm
@@ -216,6 +219,67 @@ def test_shared_cores_have_lower_rates_and_can_be_masked() -> None:
         assert (movement["b"] > 0) == (movement["c"] > 0) == moved
 
 
+def test_threads_use_their_own_specialists() -> None:
+    model, s = prepared()
+    x = torch.randn(3, 5, SIZE)
+    expected = {which: outputs(model, s, x, which) for which in (None, "a", "b", "c")}
+    together = threading.Barrier(4)
+
+    def run(which: str | None) -> bool:
+        same = True
+        for _ in range(20):
+            with torch.no_grad(), s.use(which):
+                together.wait()  # all blocks are open
+                same &= torch.equal(model(x), expected[which])
+                together.wait()
+        return same
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, expected))
+    assert torch.equal(model(x), expected[None])
+
+
+def test_blocks_of_several_models_nest() -> None:
+    (first, s), (second, t) = prepared(), prepared()
+    x = torch.randn(3, 5, SIZE)
+    expected = outputs(first, s, x, "a"), outputs(second, t, x, "b"), outputs(first, s, x, "c")
+    with torch.no_grad(), s.use("a"), t.use("b"):
+        assert torch.equal(first(x), expected[0])
+        assert torch.equal(second(x), expected[1])
+        with s.use("c"):
+            assert torch.equal(first(x), expected[2])
+        assert torch.equal(first(x), expected[0])
+
+
+def test_specialists_that_are_unknown_where_a_layer_runs_are_refused() -> None:
+    model, s = prepared()
+    x = torch.randn(3, 5, SIZE, requires_grad=True)
+    for reentrant in (True, False):
+        with s.use("a"):
+            y = checkpoint(model, x, use_reentrant=reentrant)
+        with pytest.raises(TargetError, match="inside of the function"):
+            y.sum().backward()
+
+    def inside(x: Tensor) -> Tensor:
+        with s.use("a"):
+            return model(x)
+
+    checkpoint(inside, x, use_reentrant=True).sum().backward()
+    assert all(p.grad is not None for p in s.tensors("a").values())
+    # `nn.DataParallel` runs copies of the layers in other threads.
+    replica = next(iter(s.layers.values()))._replicate_for_data_parallel()
+    with pytest.raises(TargetError, match="DistributedDataParallel"):
+        replica(x)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_follows_the_specialists_in_use() -> None:
+    model, s = prepared()
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 5, SIZE)
+    for which in (None, "a", "b", ["a", None, "c"], {"a": 0.5}, "a"):
+        torch.testing.assert_close(outputs(compiled, s, x, which), outputs(model, s, x, which))
+
+
 def test_movement_is_the_relative_change_of_the_matrices() -> None:
     _, s = prepared("ends", names="ab")
     snapshot = s.snapshot()
@@ -282,7 +346,7 @@ def test_bad_input_raises_and_changes_nothing() -> None:
     model, s = prepared()
     x = torch.randn(3, 5, SIZE)
     before = outputs(model, s, x, "a")
-    for name in ("a", "a.b", "", "keys", "shared", 3):
+    for name in ("a", "A", "a.b", "", "keys", "shared", "trunk", 3, "x" * 300):
         with pytest.raises(ValueError, match="named"):
             s.add(name)
     with pytest.raises(TargetError, match="already has specialists"):

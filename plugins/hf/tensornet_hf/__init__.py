@@ -16,7 +16,7 @@ from tensornet_hf.maps import plan_map
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.recipes import Recipe, plan_recipe
 from tensornet_hf.rotation import rotate
-from tensornet_hf.specialist_files import Specialists, load_specialists, specialists
+from tensornet_hf.specialist_files import PretrainedSpecialists, load_specialists, specialists
 from tensornet_hf.specializing import SpecializeReport, specialize
 from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
@@ -28,10 +28,10 @@ __all__ = [
     "FolderReport",
     "GradientMaskCallback",
     "MoEConfig",
+    "PretrainedSpecialists",
     "Recipe",
     "RouterBiasCallback",
     "RouterStatsCallback",
-    "Specialists",
     "SpecializeReport",
     "TensorNetworkConfig",
     "UpcycleOptions",

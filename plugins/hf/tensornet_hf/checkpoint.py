@@ -604,8 +604,8 @@ def save(
     if adapter_names(whole) or getattr(whole, "peft_config", None):
         raise TargetError(
             f"Adapters are attached to this {type(whole).__name__}, but a folder contains either the model "
-            "or the adapters. Save specialists by tensornet_hf.Specialists(model).save(folder). Save other "
-            "adapters separately: model.save_pretrained(adapters) in PEFT, then "
+            "or the adapters. Save specialists by tensornet_hf.PretrainedSpecialists(model).save(folder). "
+            "Save other adapters separately: model.save_pretrained(adapters) in PEFT, then "
             "tensornet_hf.save(model.unload(), folder); load them with "
             "tensornet_hf.peft.load_adapters(load(folder), adapters). Or save what "
             "tensornet_hf.peft.merge_adapters(model) returns."

@@ -412,7 +412,7 @@ class _Job(NamedTuple):
         names = ("refine", "heal", "share_experts", "dtype", "networks", "max_shard_bytes")
         survey = [batches, str(options.device), options.calibration_tokens, options.rotate]
         rest = [self.config.to_dict(), self.text, self.target, {x: getattr(options, x) for x in names}]
-        reusable = {PRICES: survey, ROTATED: options.rotate}
+        reusable = {PRICES: survey, ROTATED: options.rotate, PLAN: rest}
         begin(work, marks, [survey, rest], resume=options.resume, reusable=reusable)
 
 

@@ -11,7 +11,7 @@ from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import read_checkpoint, weight_bytes
 from tensornet_hf.quantizer import DTYPES, promised_tensors
-from tensornet_hf.specialist_files import SHARED, read_description
+from tensornet_hf.specialist_files import read_description
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
@@ -82,26 +82,23 @@ def inspect_specialists(folder: str | Path) -> dict[str, Any]:
         - `layers`, the number of layers that have specialists
         - `shared`, the bytes of the shared cores
         - `specialists`, the bytes of each specialist by name, and `next`, those of a new one
-        - `router`, the names between which the router chooses, None without a router
 
     Raises:
         FormatError: a file is missing or damaged.
     """
     path = Path(folder).expanduser()
     description = read_description(path)
-    files = {"shared": SHARED, **description["specialists"]}
     sizes = {
-        name: sum(tensor.nbytes for tensor in read_header(path / file).values())
-        for name, file in files.items()
+        name: sum(tensor.nbytes for tensor in read_header(path / f"{name}.safetensors").values())
+        for name in ("shared", *description.specialists)
     }
     shared = sizes.pop("shared")
     return {
-        "trunk": description["trunk"],
-        "layers": len(description["layers"]),
+        "trunk": description.trunk,
+        "layers": len(description.layers),
         "shared": shared,
         "specialists": sizes,
         "next": next(iter(sizes.values())),  # all specialists of a folder have cores of the same shapes
-        "router": (description.get("router") or {}).get("names"),
     }
 
 

@@ -9,8 +9,8 @@ Importing this module registers the method `"SPECIALISTS"`. Typical use:
     model(input_ids=ids, adapter_names=["law", "code", "__base__"])
     model.save_pretrained(folder)
 
-Each folder of PEFT contains one adapter with its shared cores. `tensornet_hf.Specialists(model).save(folder)`
-writes one folder with the shared cores once.
+Each folder of PEFT contains one adapter with its shared cores.
+`tensornet_hf.PretrainedSpecialists(model).save(folder)` writes one folder with the shared cores once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,7 +68,7 @@ class SpecialistsConfig(PeftConfig):
         >>> trunk = th.load(th.embedded.gpt2_path())
         >>> model = peft.get_peft_model(trunk, SpecialistsConfig(r=8), adapter_name="law")
         >>> model.add_adapter("code", SpecialistsConfig(r=8))
-        >>> th.Specialists(model.get_base_model()).names
+        >>> th.PretrainedSpecialists(model.get_base_model()).names
         ['law', 'code']
     """
 
@@ -116,7 +116,7 @@ class SpecialistAdapterLinear(SpecialistLinear, BaseTunerLayer):  # type: ignore
         """
         raise TargetError(
             "Merging would lose the other specialists. Export one as a LoRA adapter, by "
-            "tensornet_hf.Specialists(model).export(name, folder), and merge that."
+            "tensornet_hf.PretrainedSpecialists(model).export(name, folder), and merge that."
         )
 
     def unmerge(self) -> None:
@@ -177,7 +177,7 @@ class SpecialistsModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep the dtype of the trunk, so that all cores of a layer have the same dtype."""
+        """Do nothing: cores have float32 already, unless the whole model was cast."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,28 +1,29 @@
 """Take specialists elsewhere: one as a LoRA adapter for another runtime, or all as a mixture of experts."""
 
 import copy
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from tensornet.compression.apply import set_submodule
-from tensornet.errors import DestinationError, TargetError
-from tensornet.io import new_folder
-from tensornet.nn.layer_kinds import kind_of
-from tensornet_hf.exporters.base import LowRank
-from tensornet_hf.exporters.compressed_tensors import peft_adapter
-from tensornet_hf.exporters.gguf import export_gguf_adapter
-from tensornet_hf.exporters.mlx import mlx_adapter
+from tensornet.errors import TargetError
+from tensornet_hf.exporters.adapters import export_peft_adapter
+from tensornet_hf.exporters.base import GGUF, LowRank
+from tensornet_hf.exporters.export import TARGETS
 from tensornet_hf.upcycling import UpcycleReport, find_feed_forwards, upcycle
 from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
 
-#: Formats of LoRA adapters, and who reads them.
-TARGETS: Mapping[str, str] = {"peft": "PEFT and vLLM", "gguf": "llama.cpp", "mlx": "mlx-lm"}
+#: Target of adapters that is no target of whole models.
+PEFT = "peft"
+
+
+def adapter_targets() -> dict[str, Callable[..., None]]:
+    """Return the function of each target that writes LoRA adapters: PEFT, and the export targets that can."""
+    found = {name: target.adapter for name, target in TARGETS.items() if target.adapter is not None}
+    return {PEFT: export_peft_adapter, **found}
 
 
 @torch.no_grad()
@@ -35,41 +36,18 @@ def export_specialist(
     source: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write one specialist as a LoRA adapter; see `Specialists.export`."""
+    """Write one specialist as a LoRA adapter; see `PretrainedSpecialists.export`."""
     path = Path(destination).expanduser().absolute()
-    target = target or ("gguf" if path.suffix == ".gguf" else "peft")
-    if target not in TARGETS:
-        raise ValueError(f"Unknown target={target!r}; choose one of {', '.join(TARGETS)}.")
+    name_of_target = target or ("gguf" if path.suffix == GGUF else PEFT)
+    write = adapter_targets().get(name_of_target)
+    if write is None:
+        known = ", ".join(adapter_targets())
+        raise ValueError(f"Unknown target={target!r} of adapters; choose one of {known}.")
     low_ranks = _low_ranks(specialists, [name])[name]
-    if target != "gguf" and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not (path / "adapter_config.json").is_file():
-            raise DestinationError(f"{path} is not the folder of an adapter. Choose another name.")
-        if not force:
-            raise DestinationError(f"{path} exists already. Choose another name, or use force=True.")
     trunk: Any = specialists.model
-    if target == "gguf":
-        plain = copy.deepcopy(trunk, {id(x): x for x in (*trunk.parameters(), *trunk.buffers())})
-        Specialists(plain).detach()
-        folder = None if source is None else Path(source)
-        export_gguf_adapter(plain, low_ranks, path, source=folder, force=force)
-        return path
-    layers = {layer: specialists.layers[layer] for layer in low_ranks}
-    transposed = {x: getattr(kind_of(y.base_layer), "name", "") == "conv1d" for x, y in layers.items()}
-    if target == "mlx":
-        if any(transposed.values()):
-            raise TargetError(
-                f"mlx-lm has no adapters for layers of the type Conv1D, such as {next(iter(transposed))}. "
-                "Export to peft or gguf."
-            )
-        file, (tensors, config) = "adapters.safetensors", mlx_adapter(low_ranks)
-    else:
-        dtypes = {layer: module.weight.dtype for layer, module in layers.items()}
-        file, (tensors, config) = "adapter_model.safetensors", peft_adapter(low_ranks, dtypes)
-        origin = getattr(getattr(trunk, "config", None), "_name_or_path", None) or None
-        config |= {"base_model_name_or_path": origin, "fan_in_fan_out": any(transposed.values())}
-    with new_folder(path, force=force) as made:
-        save_file({key: x.contiguous() for key, x in tensors.items()}, made / file, {"format": "pt"})
-        (made / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    plain = copy.deepcopy(trunk, {id(x): x for x in (*trunk.parameters(), *trunk.buffers())})
+    Specialists(plain).detach()
+    write(plain, low_ranks, path, source=None if source is None else Path(source), force=force)
     return path
 
 
@@ -93,13 +71,14 @@ def _low_ranks(specialists: Specialists, names: Sequence[str]) -> dict[str, dict
 def merge_specialists(
     specialists: Specialists, names: Sequence[str] | None = None, **options: Any
 ) -> UpcycleReport:
-    """Make specialists the experts of mixtures; see `Specialists.merge`."""
+    """Make specialists the experts of mixtures; see `PretrainedSpecialists.merge`."""
     model, chosen, layers = specialists.model, list(names or specialists.names), dict(specialists.layers)
     low_ranks = _low_ranks(specialists, chosen)
     if len(chosen) < 2:
         raise TargetError(f"A mixture needs at least two specialists; there are {chosen or 'none'}.")
     rank = max(low_rank.rank for each in low_ranks.values() for low_rank in each.values())
-    Specialists.detach(specialists)  # the router stays until the mixture is complete
+    for name, layer in layers.items():
+        set_submodule(model, name, layer.base_layer)
     try:
         networks = find_feed_forwards(model)
         places = {f"{x.names[0]}.{path}": (x, k) for x in networks for k, path in enumerate(x.paths)}
@@ -115,7 +94,6 @@ def merge_specialists(
     except Exception:
         for name, layer in layers.items():
             set_submodule(model, name, layer)
-        specialists.layers = layers
         raise
     for network_name, network in touched.items():
         path = network_name if network.inside is None else f"{network_name}.{network.inside[0]}"

@@ -1,55 +1,44 @@
-"""Folders of specialists: the shared cores once, a file for each specialist, and what the trunk was.
+"""Folders of specialists: the shared cores once, a file for each specialist, and checksums of all weights.
 
 A folder contains
 
-- `specialists.json`: the trunk, the topology of each layer, and the specialists;
+- `specialists.json`: the trunk, the topology of each layer, and the specialists, with checksums;
 - `shared.safetensors`: the shared cores, once, each keyed by `layer.core_k`;
-- `NAME.safetensors`: the private cores of the specialist NAME;
-- `router.safetensors`: the router, if there is one.
+- `NAME.safetensors`: the private cores of the specialist NAME.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tensornet_moe as tm
-from tensornet._util import check_size, in_eval_mode
+from tensornet._util import in_eval_mode
 from tensornet.compression.survey import digest
-from tensornet.errors import DestinationError, FormatError, TargetError
+from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import new_folder, restore
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import load, read_json
 from tensornet_hf.specialist_exports import export_specialist, merge_specialists
 from tensornet_hf.text import require_causal
 from tensornet_hf.upcycling import UpcycleReport
-from tensornet_moe.specialist_layers import attach, layer_shape
-from tensornet_moe.specialist_routers import Scope
+from tensornet_moe.specialist_layers import attach, is_name
 
 FORMAT_VERSION = 1
 DESCRIPTION, SHARED = "specialists.json", "shared.safetensors"
-ROUTER_FILE = "router.safetensors"
-#: Attribute of the model that contains the router.
-ROUTER = "specialist_router"
-#: Number of outputs of each trunk layer, for a fixed input, by which a folder recognizes its trunk.
-_PROBED = 8
 #: Number of tokens at the beginning of a text by which its specialist is chosen.
 _PREFIX = 64
-#: Number of hidden states, evenly spaced, that a router reads.
-_STATES = 5
-#: Largest relative difference of these outputs; rounding the trunk to bfloat16 changes them by about 0.004.
-_SAME_TRUNK = 0.02
 
 
-class Specialists(tm.Specialists):
+class PretrainedSpecialists(tm.Specialists):
     """The specialists of a transformers model: `tensornet_moe.Specialists`, with files and exports.
 
     Args:
@@ -70,162 +59,45 @@ class Specialists(tm.Specialists):
 
     model: PreTrainedModel
 
-    @property
-    def router(self) -> tm.SpecialistRouter | None:
-        """The router, which the model owns; None before `fit_router`."""
-        return getattr(self.model, ROUTER, None)
-
-    def remove(self, name: str) -> None:
-        """Remove a specialist; no other one changes, and the router no longer chooses it."""
-        super().remove(name)
-        if self.router is not None:
-            setattr(self.model, ROUTER, self.router.without(name))
-
     @torch.no_grad()
-    def fit_router(
-        self,
-        loaders: Mapping[str, Iterable[Mapping[str, Tensor]]],
-        *,
-        scope: Scope = "sequence",
-        top_k: int = 1,
-        prefix: int = _PREFIX,
-        **options: Any,
-    ) -> dict[str, float]:
-        """Fit a router that chooses specialists from hidden states of the trunk.
+    def choose(self, **batch: Tensor) -> list[str | None]:
+        """Choose a specialist for each text of a batch, for `use`: the one that finds the text most likely.
 
-        The router reads up to five hidden states, from the embeddings to the last one. `route` first runs the
-        trunk alone. The choice is then the same in all layers, so a router costs one more pass over what it
-        reads. A choice by likelihood (see `route`) costs one pass for each specialist, and is better.
+        Compared are the losses on the first 64 tokens, in one pass with each specialist and one of the trunk
+        alone. The choice is None if the trunk alone is at least as good. To generate text, choose for the
+        prompts: `with s.use(s.choose(**inputs)): model.generate(**inputs)`.
 
         Args:
-            loaders: batches of each domain, by the name of its specialist. Draw about a thousand texts from
-                all parts of a domain: a router that reads only its beginning chooses worse.
-            scope: `"sequence"`: one choice for a text, from its beginning; `"token"`: one for each token.
-            top_k: number of specialists for each choice.
-            prefix: number of tokens at the beginning of a text that `scope="sequence"` reads.
-            options: `steps`, `weight_decay` and `seed` of `tensornet_moe.SpecialistRouter.fit`.
-
-        Returns:
-            The share of correct choices for each domain, on a fifth of the examples that is held out.
-
-        Raises:
-            TargetError: an unknown specialist, fewer than two domains, or a domain with too little text; an
-                earlier router stays.
-            ValueError: an option is out of its range.
-        """
-        for name in loaders:
-            self.tensors(name)  # raises an error if the name is unknown
-        check_size("prefix", prefix, error=ValueError)
-        examples: dict[str, Tensor] = {}
-        router: tm.SpecialistRouter | None = None
-        for name, batches in loaders.items():
-            seen = []
-            for batch in batches:
-                features, mask = self._features(batch, prefix if scope == "sequence" else None)
-                if router is None:
-                    names, choice = list(loaders), {"scope": scope, "top_k": top_k, "prefix": prefix}
-                    router = tm.SpecialistRouter(names, features.shape[-1], **choice)  # type: ignore[arg-type]
-                    router.to(features.device)
-                found = router.pooled(features, mask)
-                seen.append(found if scope == "sequence" else found[mask.bool()])
-            if not seen:
-                raise TargetError(f"Too little text for {name!r}: its loader has no batch.")
-            examples[name] = torch.cat(seen)
-        if router is None:
-            raise TargetError("A router needs the texts of at least two specialists, got none.")
-        accuracy = router.fit(examples, **options)
-        setattr(self.model, ROUTER, router)
-        return accuracy
-
-    def _beginning(self, batch: Mapping[str, Tensor], prefix: int | None) -> tuple[Tensor, Tensor]:
-        """Return the first tokens of each text, with padding moved to the right, and their mask.
-
-        Without a prefix, all tokens stay where they are.
-        """
-        device = next(iter(self.layers.values())).weight.device
-        ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask.to(device)
-        if prefix is None:
-            return ids, mask
-        order = mask.argsort(dim=1, descending=True, stable=True)[:, :prefix]
-        return ids.gather(1, order), mask.gather(1, order)
-
-    def _features(self, batch: Mapping[str, Tensor], prefix: int | None) -> tuple[Tensor, Tensor]:
-        """Return hidden states of the trunk for each token of a batch, and the mask of the tokens."""
-        ids, mask = self._beginning(batch, prefix)
-        reader: Any = self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
-        with self.use(None), in_eval_mode(self.model):
-            states = reader(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        last = len(states) - 1
-        index = sorted({round(k * last / (_STATES - 1)) for k in range(_STATES)})
-        return torch.cat([states[k] for k in index], -1), mask
-
-    @torch.no_grad()
-    def route(
-        self, *, by: Literal["router", "likelihood"] | None = None, **batch: Tensor
-    ) -> dict[str, Tensor]:
-        """Choose specialists for a batch, as weights for `use`.
-
-        By likelihood, a text gets the specialist with the lowest loss on its first 64 tokens. All specialists
-        are compared, also those that were added after a router was fitted. A text of a domain that no
-        specialist knows goes to the most similar specialist. To generate text, route the prompts, with a
-        router of `scope="sequence"` or by likelihood:
-        `with s.use(s.route(**inputs)): model.generate(**inputs)`.
-
-        Args:
-            by: `"router"`: one pass of the trunk, then the router; `"likelihood"`: one pass with each
-                specialist. By default, the router if there is one.
             batch: `input_ids` and, with padding, `attention_mask`, each `(rows, tokens)`.
 
-        Returns:
-            Weights by name, each `(rows,)` or `(rows, tokens)`.
-
         Raises:
-            TargetError: `by="router"`, but no router was fitted; or a choice by likelihood, but there is no
-                specialist, the model is not a causal language model, or a text has fewer than two tokens.
-            ValueError: `by` is unknown.
+            TargetError: the model is not a causal language model, or a text has fewer than two tokens.
 
         Example:
             >>> s = th.specialists(th.load(th.embedded.gpt2_path()), rank=8)
             >>> s.add("python")
-            >>> s.route(input_ids=torch.tensor([[3, 1, 4]]))
-            {'python': tensor([1.])}
+            >>> s.choose(input_ids=torch.tensor([[3, 1, 4]]))  # not trained, so equal to the trunk
+            [None]
         """
-        if by not in (None, "router", "likelihood"):
-            raise ValueError(f"Unknown by={by!r}; choose 'router', 'likelihood' or None.")
-        router = None if by == "likelihood" else self.router
-        if router is not None:
-            features = self._features(batch, router.prefix if router.scope == "sequence" else None)
-            found: dict[str, Tensor] = router(*features)
-            return found
-        if by == "router":
-            raise TargetError(
-                "There is no router; call fit_router({name: batches of its domain}) first, or choose by "
-                "likelihood."
-            )
-        if not self.names:
-            raise TargetError("There is no specialist to choose; call add(name) first.")
         require_causal(self.model)
-        ids, mask = self._beginning(batch, _PREFIX)
+        device = next(iter(self.layers.values())).weight.device
+        ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask.to(device)
+        order = mask.argsort(dim=1, descending=True, stable=True)[:, :_PREFIX]  # moves padding to the right
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
         if ids.shape[1] < 2 or bool((mask.sum(1) < 2).any()):
             raise TargetError(
-                "A text of fewer than two tokens has no likelihood: give a longer text, fit a router, or "
-                "choose a specialist by name."
+                "A text of fewer than two tokens has no likelihood: give a longer text, or choose a "
+                "specialist by name."
             )
+        names: list[str | None] = [None, *self.names]
         losses = []
-        for name in self.names:
+        for name in names:
             with self.use(name), in_eval_mode(self.model):
                 logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
             each = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             losses.append((each * mask[:, 1:]).sum(1))
-        best = torch.stack(losses).argmin(0)
-        return {name: (best == k).float() for k, name in enumerate(self.names)}
-
-    def detach(self) -> None:
-        """Put the layers of the trunk back, and remove the router; the specialists are lost unless saved."""
-        super().detach()
-        if self.router is not None:
-            delattr(self.model, ROUTER)
+        return [names[k] for k in torch.stack(losses).argmin(0).tolist()]
 
     def save(self, folder: str | os.PathLike[str], *, trunk: str | None = None, force: bool = False) -> Path:
         """Write the shared cores once, and a file for each specialist.
@@ -248,29 +120,31 @@ class Specialists(tm.Specialists):
         target = Path(folder).expanduser().absolute()
         if not self.names:
             raise TargetError("There is no specialist to save; call add(name) first.")
-        shared = {key: core.detach().cpu() for key, core in self.tensors().items()}
-        state = digest([shared])
+        parts = {"shared": _stored(self.tensors()), **{x: _stored(self.tensors(x)) for x in self.names}}
+        digests = {name: digest([tensors]) for name, tensors in parts.items()}
         restore(target)
-        old: dict[str, Any] = {}
+        old: Description | None = None
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             if not (target / DESCRIPTION).is_file():
                 raise DestinationError(
                     f"{target} exists already, and is not a folder of specialists. Choose another name."
                 )
             old = read_description(target)
-            lost = sorted(set(old["specialists"]) - set(self.names))
+            lost = sorted(set(old.specialists) - set(self.names))
             if lost and not force:
                 raise DestinationError(
                     f"{target} also contains {', '.join(lost)}, which would be lost. Load all specialists "
                     "first, choose another folder, or remove them with force=True."
                 )
-            if old["shared"] != state and not force:
+            if old.shared != digests["shared"] and not force:
                 raise DestinationError(
                     f"The shared cores were trained since {target} was written, so that its specialists "
-                    f"{', '.join(old['specialists'])} would change. Choose another folder, or replace them "
+                    f"{', '.join(old.specialists)} would change. Choose another folder, or replace them "
                     "with force=True; Specialists.movement says how much they moved."
                 )
-        path = trunk or old.get("trunk") or getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        path = (
+            trunk or (old and old.trunk) or getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        )
         if path and Path(path).expanduser().is_dir():
             path = str(Path(path).expanduser().resolve())
         by_id = {id(layer): name for name, layer in self.layers.items()}
@@ -282,23 +156,16 @@ class Specialists(tm.Specialists):
         description = {
             "format_version": FORMAT_VERSION,
             "trunk": path or None,
-            "probe": probe(self),
-            "shared": state,
+            "weights": weight_digests(self.model),
+            "shared": digests.pop("shared"),
             "layers": layers,
-            "specialists": {name: f"{name}.safetensors" for name in self.names},
+            "specialists": digests,
         }
-        if (router := self.router) is not None:
-            options = {name: getattr(router, name) for name in ("names", "scope", "top_k", "prefix")}
-            description["router"] = {**options, "num_features": router.num_features}
         try:
-            with new_folder(target, force=bool(old)) as made:
-                save_file(_stored(shared), made / SHARED, {"format": "pt"})
-                for name in self.names:
-                    own = _stored(self.tensors(name))
-                    save_file(own, made / f"{name}.safetensors", {"shared": state})
-                if router is not None:
-                    save_file(_stored(router.state_dict()), made / ROUTER_FILE)
-                for file in () if not old else target.iterdir():
+            with new_folder(target, force=old is not None) as made:
+                for name, tensors in parts.items():
+                    save_file(tensors, made / f"{name}.safetensors", {"format": "pt"})
+                for file in () if old is None else target.iterdir():
                     if file.suffix != ".safetensors" and file.name != DESCRIPTION and file.is_file():
                         shutil.copyfile(file, made / file.name)
                 text = json.dumps(description, indent=1) + "\n"
@@ -324,13 +191,15 @@ class Specialists(tm.Specialists):
         | `"gguf"` | one file | llama.cpp, together with the GGUF file of the trunk |
         | `"mlx"` | a folder | `mlx-lm` |
 
+        Other export targets can be used too if they were registered with a function `adapter`.
+
         Factors that an adapter needs as one matrix, such as `A S_s`, are multiplied once; nothing else is
         rounded.
 
         Args:
             name: the specialist.
             destination: the new folder or file.
-            target: `"peft"`, `"gguf"` or `"mlx"`; by default `"gguf"` for a name that ends in `.gguf`, else
+            target: a target of the table; by default `"gguf"` for a name that ends in `.gguf`, else
                 `"peft"`.
             source: folder of the trunk's tokenizer, which some architectures need for `"gguf"`.
             force: replace an existing adapter.
@@ -367,7 +236,7 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def specialists(model: PreTrainedModel, **options: Any) -> Specialists:
+def specialists(model: PreTrainedModel, **options: Any) -> PretrainedSpecialists:
     """Freeze a transformers model, and prepare its linear layers for specialists, in place.
 
     Args:
@@ -388,7 +257,7 @@ def specialists(model: PreTrainedModel, **options: Any) -> Specialists:
         {'shared': 262144, 'python': 4096, 'next': 4096}
     """
     tm.specialists(model, **options)
-    return Specialists(model)
+    return PretrainedSpecialists(model)
 
 
 def load_specialists(
@@ -397,18 +266,19 @@ def load_specialists(
     *,
     names: Sequence[str] | None = None,
     check_trunk: bool = True,
-) -> Specialists:
+) -> PretrainedSpecialists:
     """Load specialists, and their trunk unless a model is given. The shared cores are frozen.
 
     Args:
-        folder: folder written by `Specialists.save`.
+        folder: folder written by `PretrainedSpecialists.save`.
         model: the trunk; None loads what the folder names.
         names: the specialists to load; all if absent.
-        check_trunk: refuse another trunk than that on which the specialists were trained. Set it to False to
-            use them with a trunk that was rounded to few bits since.
+        check_trunk: refuse another trunk than that on which the specialists were trained: all its weights are
+            compared, as rounded to bfloat16. Set it to False to use a trunk that was rounded to fewer bits
+            since.
 
     Raises:
-        FormatError: a file is missing or damaged, or a specialist was trained with other shared cores.
+        FormatError: a file is missing, damaged, or was changed since the folder was written.
         TargetError: the model is another trunk, already has specialists, or a name is unknown.
         ShapeError: the layers of the model have other shapes.
 
@@ -422,129 +292,157 @@ def load_specialists(
     """
     path = Path(folder).expanduser()
     description = read_description(path)
-    known = description["specialists"]
+    known = description.specialists
     wanted = list(known) if names is None else list(names)
     if unknown := sorted(set(wanted) - set(known)):
         raise TargetError(f"{path} has no specialist {', '.join(unknown)}; it has {', '.join(known)}.")
-    shared = _read(path / SHARED)
-    if digest([shared]) != description["shared"]:
-        raise FormatError(
-            f"{path / SHARED} was changed since {path / DESCRIPTION} was written: somebody trained the "
-            "shared cores, so that these specialists would compute something else. Restore the file."
-        )
-    own = {}
-    for name in wanted:
-        file = path / known[name]
-        own[name] = _read(file)
-        with safe_open(file, "pt") as opened:
-            trained_with = (opened.metadata() or {}).get("shared")
-        if trained_with != description["shared"]:
+    digests = {"shared": description.shared, **{name: known[name] for name in wanted}}
+    cores = {name: _read(path / f"{name}.safetensors", expected) for name, expected in digests.items()}
+    for name, tensors in cores.items():
+        if {key: tuple(x.shape) for key, x in tensors.items()} != description.shapes(shared=name == "shared"):
             raise FormatError(
-                f"{file} was trained with other shared cores than {path / SHARED}, so that it would compute "
-                "something else. Take both from one folder."
+                f"{path / name}.safetensors does not contain the cores that {path / DESCRIPTION} describes."
             )
-    forms = {
-        name: (Topology.from_dict(form["topology"]), tuple(form["shared"]), form.get("owner"))
-        for name, form in description["layers"].items()
-    }
-    router = None
-    if options := description.get("router"):
-        router = tm.SpecialistRouter(**options)
-        try:
-            router.load_state_dict(_read(path / ROUTER_FILE))
-        except RuntimeError as error:
-            raise FormatError(f"{path / ROUTER_FILE} is not the router of {path / DESCRIPTION}.") from error
-        router.requires_grad_(False)
     if model is None:
-        if not description["trunk"]:
+        if not description.trunk:
             raise TargetError(f"{path} does not say where its trunk is: pass the trunk as model=.")
-        model = load(description["trunk"])
-    shapes: dict[bool, dict[str, tuple[int, ...]]] = {True: {}, False: {}}  # by "is shared"
-    for layer, (topology, cores, owner) in forms.items():
-        for core, shape in topology.core_shapes.items():
-            if core not in cores or owner is None:
-                shapes[core in cores][f"{layer}.core_{core}"] = shape
-    for file_name, tensors in ((SHARED, shared), *((known[name], own[name]) for name in wanted)):
-        if {key: tuple(x.shape) for key, x in tensors.items()} != shapes[file_name == SHARED]:
-            raise FormatError(
-                f"{path / file_name} does not contain the cores that {path / DESCRIPTION} describes."
-            )
+        model = load(description.trunk)
     if check_trunk:
-        _check_trunk(model, description["probe"])
-    attach(model, forms)
-    found = Specialists(model)
+        _check_trunk(model, description.weights)
+    attach(model, description.layers)
+    found = PretrainedSpecialists(model)
     for name in wanted:
         found.add(name)
-    found.restore({"shared": shared, **own})
+    found.restore(cores)
     found.freeze()
-    if router is not None:
-        router.to(next(iter(found.layers.values())).weight.device)
-        for name in set(known) - set(wanted):
-            router = None if router is None else router.without(name)
-        setattr(model, ROUTER, router)
     return found
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """Read `specialists.json`, and check its version and entries.
+class Description(NamedTuple):
+    """Content of `specialists.json`.
+
+    Args:
+        trunk: folder or hub id of the trunk; None if it is unknown.
+        weights: checksum of each weight of the trunk, see `weight_digests`.
+        shared: checksum of the shared cores.
+        layers: the topology, the names of the shared cores, and the name of the layer that owns these (None
+            for the layer itself), by the name of the layer.
+        specialists: checksum of the private cores of each specialist, by name.
+    """
+
+    trunk: str | None
+    weights: dict[str, str]
+    shared: str
+    layers: dict[str, tuple[Topology, tuple[str, ...], str | None]]
+    specialists: dict[str, str]
+
+    def shapes(self, *, shared: bool) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the shared or the private cores, by the keys of their file."""
+        return {
+            f"{layer}.core_{core}": shape
+            for layer, (topology, cores, owner) in self.layers.items()
+            for core, shape in topology.core_shapes.items()
+            if (core in cores) == shared and not (shared and owner)
+        }
+
+
+def read_description(folder: Path) -> Description:
+    """Read and check `specialists.json`.
 
     Raises:
         FormatError: the folder has no such file, or the file is damaged or of another version.
     """
-    if not (folder / DESCRIPTION).is_file():
+    file = folder / DESCRIPTION
+    if not file.is_file():
         raise FormatError(
-            f"{folder} is not a folder of specialists: it has no {DESCRIPTION}. Specialists.save writes it."
+            f"{folder} is not a folder of specialists: it has no {DESCRIPTION}. PretrainedSpecialists.save "
+            "writes it."
         )
-    description = read_json(folder / DESCRIPTION)
-    entries = {"format_version", "trunk", "probe", "shared", "layers", "specialists"}
-    if not entries <= description.keys() or description["format_version"] != FORMAT_VERSION:
+    entries = read_json(file)
+    try:
+        if (version := entries["format_version"]) != FORMAT_VERSION:
+            raise ValueError(f"its version is {version!r}, and this library reads {FORMAT_VERSION}")
+        layers: dict[str, tuple[Topology, tuple[str, ...], str | None]] = {}
+        for name, form in entries["layers"].items():
+            topology, owner = Topology.from_dict(form["topology"]), form.get("owner")
+            shared = tuple(form["shared"])
+            if (
+                not isinstance(form["shared"], list)
+                or not set(shared) < set(topology.core_names)
+                or (owner is not None and owner not in layers)
+            ):
+                raise ValueError(f"the entry of the layer {name!r} is wrong")
+            layers[name] = topology, shared, owner
+        found = Description(
+            None if entries["trunk"] is None else _text(entries["trunk"]),
+            {name: _text(x) for name, x in entries["weights"].items()},
+            _text(entries["shared"]),
+            layers,
+            {name: _text(x) for name, x in entries["specialists"].items()},
+        )
+        if wrong := [name for name in found.specialists if not is_name(name)]:
+            raise ValueError(f"a specialist cannot be named {wrong[0]!r}")
+        if not layers or not found.specialists:
+            raise ValueError("it has no layers or no specialists")
+    except (AttributeError, KeyError, TypeError, ValueError, TensorNetError) as error:
         raise FormatError(
-            f"{folder / DESCRIPTION} is damaged, or of another version than {FORMAT_VERSION}: it has the "
-            f"entries {sorted(description)}."
-        )
-    return description
+            f"{file} is damaged, or of another version: {type(error).__name__}: {error}. Restore the file, "
+            "or save the specialists again."
+        ) from error
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {value!r}")
+    return value
 
 
 @torch.no_grad()
-def probe(specialists: tm.Specialists) -> dict[str, list[float]]:
-    """Return the first outputs of each trunk layer for a fixed input, by which its weights are recognized."""
-    return {name: _outputs(layer.base_layer) for name, layer in specialists.layers.items()}
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """Return a checksum of each weight of a trunk by name, whether specialists are attached to it or not.
+
+    Numbers are rounded to bfloat16 first, so that a trunk in this dtype is recognized too.
+    """
+    layers = {name for name, part in model.named_modules() if isinstance(part, tm.SpecialistLinear)}
+    found = {}
+    for key, value in model.state_dict().items():
+        outer, _, inner = key.rpartition(".base_layer.")
+        if outer in layers:
+            key = f"{outer}.{inner}"
+        elif not isinstance(value, Tensor) or any(key.startswith(f"{name}.") for name in layers):
+            continue  # a core of the specialists
+        tensor = value.bfloat16() if value.is_floating_point() else value
+        state = hashlib.sha256(repr(tuple(value.shape)).encode())
+        state.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        found[key] = state.hexdigest()[:16]
+    return found
 
 
-def _outputs(layer: nn.Module) -> list[float]:
-    drawn = torch.randn(1, layer_shape(layer)[1], generator=torch.Generator().manual_seed(0), device="cpu")
-    weight: Any = layer.weight
-    y = layer(drawn.to(weight.device, weight.dtype))
-    return [round(float(value), 6) for value in y[0, :_PROBED].float().cpu()]
-
-
-@torch.no_grad()
-def _check_trunk(model: nn.Module, expected: Mapping[str, list[float]]) -> None:
-    """Check that the layers of a model are those on which the specialists were trained.
+def _check_trunk(model: nn.Module, expected: Mapping[str, str]) -> None:
+    """Check that the weights of a model are those with which the specialists were saved.
 
     Raises:
-        TargetError: a layer is missing, or computes something else.
+        TargetError: a weight is missing, or has other values.
     """
-    for name, values in expected.items():
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            raise TargetError(
-                f"These specialists are of another trunk: {type(model).__name__} has no layer {name!r}."
-            ) from None
-        if isinstance(layer, tm.SpecialistLinear):
-            layer = layer.base_layer
-        old, new = torch.tensor(values), torch.tensor(_outputs(layer))
-        if not torch.linalg.vector_norm(new - old) <= _SAME_TRUNK * torch.linalg.vector_norm(old):
-            raise TargetError(
-                f"These specialists are of another trunk: {name!r} computes {_outputs(layer)[:3]} where the "
-                f"trunk of the specialists computed {values[:3]}. Load the trunk that they were trained on; "
-                "if it was only rounded to few bits since, pass check_trunk=False."
-            )
+    found = weight_digests(model)
+    if wrong := sorted(x for x in found.keys() | expected.keys() if found.get(x) != expected.get(x)):
+        raise TargetError(
+            f"These specialists are of another trunk: {len(wrong)} of its {len(expected)} weights differ or "
+            f"are missing, such as {', '.join(wrong[:3])}. Load the trunk that they were trained on; if it "
+            "was only rounded to few bits since, pass check_trunk=False."
+        )
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read(file: Path, expected: str) -> dict[str, Tensor]:
+    """Read the cores of a file with a known checksum."""
     try:
-        return load_file(file)
+        found = load_file(file)
     except Exception as error:  # safetensors raises its own class and OSError
         raise FormatError(f"{file} is missing or damaged: {error}.") from error
+    if digest([found]) != expected:
+        raise FormatError(
+            f"{file} was changed since {file.with_name(DESCRIPTION)} was written, so that it would "
+            "compute something else. Restore the file."
+        )
+    return found

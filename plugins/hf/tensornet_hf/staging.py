@@ -94,8 +94,8 @@ def begin(
         sources: what each file that the run reads is like, by path (see `file_marks`).
         depends_on: everything else that the result depends on, such as options and texts; JSON-ready.
         resume: whether to continue an interrupted run.
-        reusable: files that depend on less than the result does, and what they depend on. They are kept if
-            this is unchanged and the interrupted run has not begun to write the result.
+        reusable: files that depend on less than the result does, and what they depend on. As long as there is
+            nothing else, other options are no error: these files are kept if this is unchanged, or deleted.
 
     Raises:
         FormatError: `resume` is set, but the interrupted run read other files, or had other options or other
@@ -115,7 +115,7 @@ def begin(
         earlier = read_json(path)
         if all(earlier.get(key) == x for key, x in record.items()):
             return
-        if (work / OUT).is_dir():
+        if (work / OUT).is_dir() or {x.name for x in _kept(work)} - reusable.keys():
             if changed := _differing(earlier.get("sources") or {}, sources):
                 raise FormatError(
                     f"{', '.join(changed)} changed since the interrupted run, so what is in {work} belongs "

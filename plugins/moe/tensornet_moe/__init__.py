@@ -24,7 +24,6 @@ from tensornet_moe.routers import (
     register_router,
 )
 from tensornet_moe.specialist_layers import SpecialistLinear, Specialists, change_form, specialists
-from tensornet_moe.specialist_routers import SpecialistRouter
 
 __all__ = [
     "BytesRead",
@@ -43,7 +42,6 @@ __all__ = [
     "SharedCoreExperts",
     "SharedCoreMoE",
     "SpecialistLinear",
-    "SpecialistRouter",
     "Specialists",
     "SwitchRouter",
     "TopKRouter",

@@ -19,7 +19,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from contextvars import ContextVar
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn
 from zlib import crc32
 
 import torch
@@ -31,7 +34,7 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.nn import TensorNetworkLinear
 from tensornet.nn.extension import dense_layers
 from tensornet.nn.layer_kinds import kind_of, layer_bias
-from tensornet.nn.targets import LayerSelection, matches, output_head, shortened
+from tensornet.nn.targets import LayerSelection, adapter_names, matches, output_head, shortened
 from tensornet.topologies import low_rank, mpo
 from tensornet.topology import Topology
 from tensornet_moe.mixtures import end_leg
@@ -46,8 +49,15 @@ Use = str | None | Sequence[str | None] | Mapping[str, float | Tensor]
 Part = tuple[str, float | Tensor]
 
 #: Names of files and of entries in reports.
-_RESERVED = ("shared", "router", "next")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_RESERVED = ("shared", "next", "trunk")
+#: A name is also the name of a file, whose length systems limit.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+#: What the open `use` blocks of this thread or task have chosen: for each layer the specialists in use and,
+#: if each row of the batch has its own specialist, its index among them, shape `(rows,)`; the index is
+#: `len(parts)` for the trunk alone.
+_IN_USE: ContextVar[Mapping["SpecialistLinear", tuple[tuple[Part, ...], Tensor | None]]] = ContextVar(
+    "specialists in use", default=MappingProxyType({})
+)
 
 
 class SpecialistLinear(nn.Module):
@@ -99,15 +109,13 @@ class SpecialistLinear(nn.Module):
         #: The layer that owns the shared cores; empty if this layer owns them. A tuple is not registered as a
         #: submodule, so that these cores are trained and saved once.
         self.owners: tuple[SpecialistLinear, ...] = () if owner is None else (owner,)
-        #: The specialists in use; empty for the trunk alone.
+        #: The specialists in use outside of any `use` block; empty for the trunk alone.
         self.parts: tuple[Part, ...] = ()
-        #: If each row of the batch has its own specialist: its index in `parts`, shape `(rows,)`, and
-        #: `len(parts)` for the trunk alone.
-        self.rows: Tensor | None = None
         if owner is None:
-            seeds = {name: crc32(f"shared {name}".encode()) for name in shared}
-            for name, seed in seeds.items():
-                self.shared_cores[f"core_{name}"] = nn.Parameter(self._drawn(name, seed))
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            for name in shared:
+                drawn = self._drawn(name, crc32(f"shared {name}".encode()), dtype)
+                self.shared_cores[f"core_{name}"] = nn.Parameter(drawn)
 
     @property
     def weight(self) -> Tensor:
@@ -120,7 +128,23 @@ class SpecialistLinear(nn.Module):
         """Bias of the base layer."""
         return layer_bias(self.base_layer)
 
-    def _drawn(self, core: str, seed: int) -> Tensor:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; `weight` and `bias` become those of the base layer, as tied models expect."""
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the cores: at least float32, since 16 bits lose most of the small steps of training.
+
+        A model that was cast as a whole has cores of another dtype, which new cores then get too.
+        """
+        shared = next(iter(self.shared_parameters().values()), None)
+        return torch.promote_types(self.weight.dtype, torch.float32) if shared is None else shared.dtype
+
+    def _drawn(self, core: str, seed: int, dtype: torch.dtype) -> Tensor:
         """Draw a Gaussian core; a matrix of a low-rank chain preserves the variance of its inputs."""
         generator = torch.Generator().manual_seed(seed)
         shape = self.topology.core_shapes[core]
@@ -128,7 +152,7 @@ class SpecialistLinear(nn.Module):
             drawn = torch.randn(shape, generator=generator, device="cpu") / (shape[2] * shape[3]) ** 0.5
         else:
             drawn = random_cores(self.topology, generator=generator)[self.topology.core_names.index(core)]
-        return drawn.to(device=self.weight.device, dtype=self.weight.dtype)
+        return drawn.to(device=self.weight.device, dtype=dtype)
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the shared cores by the name of the core; other layers may own them."""
@@ -144,7 +168,7 @@ class SpecialistLinear(nn.Module):
         """
         cores = nn.ParameterDict()
         for k, core in enumerate(self.private):
-            value = self._drawn(core, seed + crc32(f"{name} {core}".encode()))
+            value = self._drawn(core, seed + crc32(f"{name} {core}".encode()), self.dtype)
             cores[f"core_{core}"] = nn.Parameter(value if k else torch.zeros_like(value))
         self.specialists[name] = cores
 
@@ -181,25 +205,27 @@ class SpecialistLinear(nn.Module):
 
         Raises:
             ShapeError: the batch has another number of rows or tokens than the specialists in use.
+            TargetError: the layer cannot know which specialists are in use (see `Specialists.use`).
         """
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if not self.parts:
+        parts, rows = _in_use(self)
+        if not parts:
             return y
-        if self.rows is not None and x.shape[0] != len(self.rows):
+        if rows is not None and x.shape[0] != len(rows):
             raise ShapeError(
-                f"There are names of specialists for {len(self.rows)} rows, but this layer gets "
+                f"There are names of specialists for {len(rows)} rows, but this layer gets "
                 f"{tuple(x.shape)}: (rows, ..., features). Give one name for each row of the batch, with "
                 "None for the trunk; repeat the names if generation repeats the rows. Layers that see the "
                 "tokens of several rows in one dimension can only use one name for the whole batch."
             )
-        return y + self._changes(x).to(y.dtype)
+        return y + self._changes(x, parts, rows).to(y.dtype)
 
-    def _changes(self, x: Tensor) -> Tensor:
+    def _changes(self, x: Tensor, parts: Sequence[Part], rows: Tensor | None) -> Tensor:
         """Compute `sum_s w_s Delta_s x` over the specialists in use; shared ends are applied only once."""
         shared = self.shared_parameters()
         names = list(self.topology.core_names)
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(next(iter(self.cores(self.parts[0][0]).values())).dtype)
+            x = x.to(next(iter(self.cores(parts[0][0]).values())).dtype)
         right: list[Tensor] = []
         left: list[Tensor] = []
         if self.low_rank:
@@ -209,11 +235,11 @@ class SpecialistLinear(nn.Module):
                 left.insert(0, _as_matrix(shared[names.pop(0)]))
         for core in right:
             x = nn.functional.linear(x, core)
-        if self.rows is not None:
-            total = self._changes_by_row(x, self.rows, names)
+        if rows is not None:
+            total = self._changes_by_row(x, [name for name, _ in parts], rows, names)
         else:
             changes = []
-            for name, weight in self.parts:
+            for name, weight in parts:
                 y = self._change_of(name, x, names)
                 if isinstance(weight, Tensor):
                     if y.shape[: weight.ndim] != weight.shape:
@@ -238,11 +264,13 @@ class SpecialistLinear(nn.Module):
             x = nn.functional.linear(x, _as_matrix(cores[core]))
         return x
 
-    def _changes_by_row(self, x: Tensor, rows: Tensor, names: Sequence[str]) -> Tensor:
+    def _changes_by_row(
+        self, x: Tensor, specialists: Sequence[str], rows: Tensor, names: Sequence[str]
+    ) -> Tensor:
         """Apply to each row of `x: (rows, ..., features)` the change of its own specialist."""
         if not self.low_rank:
-            index = [(rows == k).nonzero()[:, 0] for k in range(len(self.parts))]
-            found = [self._change_of(self.parts[k][0], x[i], names) for k, i in enumerate(index)]
+            index = [(rows == k).nonzero()[:, 0] for k in range(len(specialists))]
+            found = [self._change_of(specialists[k], x[i], names) for k, i in enumerate(index)]
             y = found[0].new_zeros(*x.shape[:-1], found[0].shape[-1])
             return y.index_copy(0, torch.cat(index), torch.cat(found))
         # One batched product for all rows takes less time than a small product for each specialist.
@@ -252,7 +280,7 @@ class SpecialistLinear(nn.Module):
             if core in shared:
                 y = nn.functional.linear(y, _as_matrix(shared[core]))
                 continue
-            own = [self.specialists[name][f"core_{core}"] for name, _ in self.parts]  # type: ignore[index]
+            own = [self.specialists[name][f"core_{core}"] for name in specialists]  # type: ignore[index]
             own.append(torch.zeros_like(own[0]))  # for rows of the trunk alone
             picked = torch.stack(own)[rows]
             y = torch.bmm(y, picked.reshape(len(rows), -1, y.shape[-1]).transpose(1, 2))
@@ -261,6 +289,50 @@ class SpecialistLinear(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
         return f"specialists={list(self.specialists)}, shared={list(self.shared)}"
+
+
+@torch.compiler.disable  # torch.compile cannot trace a ContextVar
+def _in_use(layer: SpecialistLinear) -> tuple[tuple[Part, ...], Tensor | None]:
+    """Return the specialists that a layer uses now, and the index of each row's specialist among them.
+
+    Raises:
+        TargetError: the layer runs where no `use` block can be known.
+    """
+    chosen = _IN_USE.get().get(layer)
+    if chosen is not None or layer.parts or not layer.specialists:
+        return chosen or (layer.parts, None)
+    # Both names are private; without them, the layer would silently compute the trunk alone.
+    if torch._C._current_graph_task_id() != -1:
+        raise TargetError(
+            "This layer is recomputed in the backward pass, where it is unknown which specialists were in "
+            "use. Use the checkpointing of a transformers model, or open `use` inside of the function that "
+            "is checkpointed."
+        )
+    if getattr(layer, "_is_replica", False):
+        raise TargetError(
+            "nn.DataParallel runs copies of a model in threads, for which no `use` block is open. Use "
+            "DistributedDataParallel (torchrun), or a single device."
+        )
+    return (), None
+
+
+def _checkpoint_in_use(
+    checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    """Checkpoint a function whose recomputation uses the same specialists as its forward pass.
+
+    The backward pass recomputes the function after the end of the `use` block, and often in another thread.
+    """
+    chosen = _IN_USE.get()
+
+    def run(*inner: Any, **keywords: Any) -> Any:
+        token = _IN_USE.set(chosen)
+        try:
+            return function(*inner, **keywords)
+        finally:
+            _IN_USE.reset(token)
+
+    return checkpoint(run, *args, **options)
 
 
 def _as_matrix(core: Tensor) -> Tensor:
@@ -465,10 +537,39 @@ def attach(
         made[name] = SpecialistLinear(layer, topology, shared, None if owner is None else made[owner])
     # Nothing is replaced before every layer could be built.
     model.requires_grad_(False)
+    head = output_head(model)
     for layer in made.values():
         for parent, key in places[id(layer.base_layer)]:
             setattr(parent, key, layer)
+    _refuse(
+        model,
+        "save_pretrained",
+        "Specialists are attached to this model, so that save_pretrained would write a folder that no model "
+        "can be loaded from. Save the specialists by tensornet_hf.PretrainedSpecialists(model).save(folder); "
+        "to save the trunk, remove them first by detach().",
+    )
+    if any(layer.base_layer is head for layer in made.values()):
+        _refuse(
+            model,
+            "resize_token_embeddings",
+            "The output head has specialists, whose cores have one row for each token. Resize the embeddings "
+            "first, or leave the head out (exclude_modules=).",
+        )
     return Specialists(model)
+
+
+#: Methods of transformers models that `attach` replaces by an error.
+_REFUSED = ("save_pretrained", "resize_token_embeddings")
+
+
+def _refuse(model: nn.Module, method: str, why: str) -> None:
+    """Let a method of a model raise TargetError until `Specialists.detach`."""
+    if callable(getattr(model, method, None)):
+        setattr(model, method, partial(_raise, why))
+
+
+def _raise(why: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise TargetError(why)
 
 
 def _refuse_prepared(model: nn.Module) -> None:
@@ -477,6 +578,17 @@ def _refuse_prepared(model: nn.Module) -> None:
             "The model already has specialists: use tensornet_moe.Specialists(model), or remove them by "
             "Specialists(model).detach()."
         )
+    if other := adapter_names(model):
+        raise TargetError(
+            f"Other adapters are attached to this model, such as {other[0]}. Merge or remove them first, in "
+            "PEFT by merge_and_unload() or unload()."
+        )
+
+
+def is_name(name: Any) -> bool:
+    """Return True if a specialist can have this name, which is also that of its file."""
+    reserved = isinstance(name, str) and (hasattr(nn.ModuleDict, name) or name in _RESERVED)
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and not reserved
 
 
 class Specialists:
@@ -531,17 +643,15 @@ class Specialists:
         """Add a specialist that does not change the outputs of the model yet.
 
         Raises:
-            ValueError: the name is taken, or is not a word of letters, digits, `_` and `-`.
+            ValueError: the name is taken, or is not a word of at most 100 letters, digits, `_` and `-`.
         """
-        taken = isinstance(name, str) and (
-            hasattr(nn.ModuleDict, name) or name in ("shared", "router", "next")
-        )
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or taken:
+        if not is_name(name):
             raise ValueError(
-                f"A specialist cannot be named {name!r}: use a word of letters, digits, _ and -, such as "
-                "'law', that is not the name of a method or file."
+                f"A specialist cannot be named {name!r}: use a word of at most 100 letters, digits, _ and -, "
+                "such as 'law', that is not the name of a method or file."
             )
-        if name in self.names:
+        # Some file systems do not distinguish upper and lower case.
+        if name.lower() in (x.lower() for x in self.names):
             raise ValueError(
                 f"There already is a specialist named {name!r}; choose another name, or remove({name!r})."
             )
@@ -593,12 +703,16 @@ class Specialists:
         new = 0
         for layer in self.layers.values():
             shapes = layer.topology.core_shapes
-            new += layer.weight.dtype.itemsize * sum(math.prod(shapes[core]) for core in layer.private)
+            new += layer.dtype.itemsize * sum(math.prod(shapes[core]) for core in layer.private)
         return {**counts, "next": new}
 
     @contextmanager
     def use(self, which: Use) -> Iterator[None]:
         """Use specialists inside a `with` block.
+
+        The block holds for the thread (or asyncio task) that opens it; a thread that is started inside opens
+        its own. A backward pass may follow after the block, also with the gradient checkpointing of
+        transformers.
 
         Args:
             which: a name, for the whole batch; a list with a name, or None for the trunk, for each row of the
@@ -620,20 +734,26 @@ class Specialists:
             weights = {name: 1.0 for name in rows if name is not None}
         for name in weights:
             self._check(name)
-        before = [(layer, layer.parts, layer.rows) for layer in self.layers.values()]
-        indices: dict[tuple[str, ...], Tensor] = {}  # of rows, by the specialists of a layer
+        for module in self.model.modules():
+            # transformers has no public place for this function, which `gradient_checkpointing_enable` sets.
+            name = "_gradient_checkpointing_func"
+            function = vars(module).get(name)
+            if function is not None and getattr(function, "func", None) is not _checkpoint_in_use:
+                setattr(module, name, partial(_checkpoint_in_use, function))
+        chosen: dict[SpecialistLinear, tuple[tuple[Part, ...], Tensor | None]] = {}
+        indices: dict[tuple[Any, ...], Tensor] = {}  # of rows, by the specialists and the device of a layer
+        for layer in self.layers.values():
+            known = tuple(name for name in weights if name in layer.specialists)
+            key = (layer.weight.device, *known)
+            if rows and key not in indices:
+                index = [known.index(x) if x in known else len(known) for x in rows]
+                indices[key] = torch.tensor(index, device=layer.weight.device)
+            chosen[layer] = tuple((name, weights[name]) for name in known), indices.get(key)
+        token = _IN_USE.set({**_IN_USE.get(), **chosen})
         try:
-            for layer in self.layers.values():
-                known = tuple(name for name in weights if name in layer.specialists)
-                if rows and known not in indices:
-                    index = [known.index(x) if x in known else len(known) for x in rows]
-                    indices[known] = torch.tensor(index, device=layer.weight.device)
-                layer.parts = tuple((name, weights[name]) for name in known)
-                layer.rows = indices.get(known)
             yield
         finally:
-            for layer, old_parts, old_rows in before:
-                layer.parts, layer.rows = old_parts, old_rows
+            _IN_USE.reset(token)
 
     def changes(self, which: str | Mapping[str, float]) -> dict[str, Tensor]:
         """Build the matrices `sum_s w_s Delta_s` by layer, each `(out_features, in_features)`."""
@@ -690,4 +810,6 @@ class Specialists:
             for key, child in parent._modules.items():
                 if id(child) in made:
                     setattr(parent, key, made[id(child)].base_layer)
+        for method in _REFUSED:
+            vars(self.model).pop(method, None)
         self.layers = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,21 +15,23 @@ import pytest
 import torch
 from hf_models import copy_with_bos
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet_hf as th
-from tensornet.errors import DestinationError, TargetError
-from tensornet_hf.specialist_files import Specialists
+from tensornet.errors import DestinationError, FormatError, TargetError
+from tensornet_hf.specialist_files import PretrainedSpecialists
 from tensornet_hf.specializing import _batches_in_turn, mean_loss, undo_harm
 from tensornet_hf.text import load_tokenizer, token_ids
 from tests.hf.cli.conftest import Run
 
 TRUNK = th.embedded.gpt2_path()
 TEXTS = {
-    "law": th.embedded.heldout_text()[:8_000].upper(),
-    "code": "".join(f"def f{k}(x):\n    return [x + {k} for _ in range({k % 7})]\n" for k in range(120)),
-    "sums": "".join(f"{k} + {k * k % 91} = {k + k * k % 91}; " for k in range(400)),
+    "law": th.embedded.heldout_text()[:4_000].upper(),
+    "code": "".join(f"def f{k}(x):\n    return [x + {k} for _ in range({k % 7})]\n" for k in range(60)),
+    "sums": "".join(f"{k} + {k * k % 91} = {k + k * k % 91}; " for k in range(200)),
 }
-SHORT = ("--context", 32, "--rank", 4)
+SHORT = ("--context", 32, "--rank", 4, "--lr", 0.01)
+FEW: dict[str, Any] = {"context": 32, "rank": 4, "lr": 0.01}
 
 
 @pytest.fixture(autouse=True)
@@ -60,24 +63,24 @@ def test_windows_and_prompts_begin_as_texts_do(
 
     monkeypatch.setattr("tensornet_hf.specializing.mean_loss", measured)
     texts = {"law": tmp_path / "law.txt"}
-    th.specialize(tmp_path / "trunk", tmp_path / "s", texts, steps=1, context=32, rank=4)
+    th.specialize(tmp_path / "trunk", tmp_path / "s", texts, steps=1, **FEW)
     assert seen
     assert all(bool((x[:, 0] == bos).all() and (x[:, 1:] != bos).all()) for x in seen)
 
-    route, prompts = Specialists.route, []
+    choose, prompts = PretrainedSpecialists.choose, []
 
-    def routed(self: Specialists, **inputs: Any) -> Any:
+    def chosen(self: PretrainedSpecialists, **inputs: Any) -> Any:
         prompts.append(inputs["input_ids"])
-        return route(self, **inputs)
+        return choose(self, **inputs)
 
-    monkeypatch.setattr(Specialists, "route", routed)
+    monkeypatch.setattr(PretrainedSpecialists, "choose", chosen)
     assert tensornet("generate", "s", "--prompt", "def f", "--max-new-tokens", 1)[0] == 0
     assert [int(x[0, 0]) for x in prompts] == [bos]
 
 
 def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) -> None:
     domains = ("--domain", "law=law.txt", "--domain", "code=code.txt")
-    status, out, err = tensornet("specialize", TRUNK, "s", *domains, *SHORT, "--steps", 40, "--json")
+    status, out, err = tensornet("specialize", TRUNK, "s", *domains, *SHORT, "--steps", 16, "--json")
     assert status == 0, err
     report = json.loads(out)
     losses = report["losses"]
@@ -90,11 +93,11 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
         for which, value in values.items():
             found = own_loss(tmp_path / "s", name, None if which == "trunk" else which)
             assert value == pytest.approx(found, abs=1e-4)
-    assert report["steps"].keys() == {"together"}
+    assert (report["steps"] <= 32, report["rate"], report["rates"]) == (True, 0.01, {})
     assert not (tmp_path / ".s.partial").exists()
     kept = {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.safetensors")}
 
-    status, out, err = tensornet("specialize", TRUNK, "s", "--domain", "sums=sums.txt", *SHORT, "--steps", 20)
+    status, out, err = tensornet("specialize", TRUNK, "s", "--domain", "sums=sums.txt", *SHORT, "--steps", 2)
     assert status == 0, err
     assert "held-out loss" in out
     assert {name: (tmp_path / "s" / name).read_bytes() for name in kept} == kept
@@ -108,7 +111,7 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
         made = s.model.eval().generate(input_ids=ids, max_new_tokens=60, do_sample=False, pad_token_id=0)
     assert json.loads(out)["text"] == load_tokenizer(TRUNK).decode(made[0, ids.shape[1] :])
     # Without a name, the specialist that finds the prompt most likely is used: here the same one.
-    assert s.route(input_ids=ids)["code"].item() == 1
+    assert s.choose(input_ids=ids) == ["code"]
     status, found, err = tensornet("generate", "s", "--prompt", "def f", "--json")
     assert (status, json.loads(found)["text"]) == (0, json.loads(out)["text"])
     status, _, err = tensornet("generate", TRUNK, "--prompt", "def f", "--specialist", "code")
@@ -125,37 +128,10 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
     assert (status, "with one of law, code, sums" in err) == (2, True)
 
 
-def test_a_router_chooses_and_inspect_counts(tensornet: Run, tmp_path: Path) -> None:
-    first, second, third = (("--domain", f"{name}={name}.txt") for name in TEXTS)
-    few = (*SHORT, "--steps", 30)
-    status, _, err = tensornet("specialize", TRUNK, "s", *first, *few)
-    assert status == 0, err
-    for domains, word in ((second, "law"), (first, "another")):  # nothing is trained for a router of too few
-        status, _, err = tensornet("specialize", TRUNK, "s", *domains, *few, "--router")
-        assert status != 0
-        assert "texts of all specialists" in err
-        assert word in err
-    kept = (tmp_path / "s" / "law.safetensors").read_bytes()
-    status, out, err = tensornet(
-        "specialize", TRUNK, "s", *first, *second, *third, *few, "--router", "--json"
-    )
-    assert status == 0, err
-    report = json.loads(out)
-    assert report["steps"].keys() == {"code", "sums"}
-    assert (tmp_path / "s" / "law.safetensors").read_bytes() == kept
-    assert report["moved"] == {"law": 0.0}
-    assert min(report["routed"].values()) > 0.9
-    for name, values in report["losses"].items():
-        assert list(values) == ["trunk", "law", "code", "sums", "router"]
-        assert values["router"] == pytest.approx(values[name], abs=0.02)
-    status, out, err = tensornet("generate", "s", "--prompt", TEXTS["code"][:80], "--json")
-    assert status == 0, err
-    chosen = json.loads(out)["text"]
-    status, out, _ = tensornet(
-        "generate", "s", "--prompt", TEXTS["code"][:80], "--json", "--specialist", "code"
-    )
-    assert json.loads(out)["text"] == chosen
-
+def test_a_folder_is_inspected_and_exported(tensornet: Run, tmp_path: Path) -> None:
+    s = th.specialists(th.load(TRUNK), rank=4)
+    s.add("law")
+    s.save(tmp_path / "s")
     status, out, err = tensornet("export", "s", "law-lora", "--specialist", "law", "--json")
     assert (status, json.loads(out)) == (0, {"adapter": str(tmp_path / "law-lora")}), err
     assert (tmp_path / "law-lora" / "adapter_model.safetensors").is_file()
@@ -167,30 +143,105 @@ def test_a_router_chooses_and_inspect_counts(tensornet: Run, tmp_path: Path) -> 
     status, out, err = tensornet("inspect", "s", "--json")
     assert status == 0, err
     found = json.loads(out)
-    s = th.load_specialists(tmp_path / "s")
-    assert found["router"] == ["law", "code", "sums"]
     assert {"shared": found["shared"], **found["specialists"], "next": found["next"]} == s.bytes()
     status, out, _ = tensornet("inspect", "s")
     assert status == 0
     assert f"{found['shared']:,} bytes" in out
 
 
-def test_shared_cores_can_be_trained_further(tensornet: Run, tmp_path: Path) -> None:
-    few = (*SHORT, "--steps", 20)
-    for name, more in (("law", ()), ("code", ("--train-shared",))):
-        before = th.load_specialists(tmp_path / "s") if more else None
-        arguments = ("specialize", TRUNK, "s", "--domain", f"{name}={name}.txt", *few, *more, "--json")
-        status, out, err = tensornet(*arguments)
-        assert status == 0, err
-    assert before is not None
-    old, new = before.changes("law"), th.load_specialists(tmp_path / "s").changes("law")
-    gap = sum(float((new[key] - old[key]).square().sum()) for key in old)
-    size = sum(float(x.square().sum()) for x in old.values())
-    report = json.loads(out)
-    assert report["moved"]["law"] == pytest.approx((gap / size) ** 0.5, rel=1e-3)
-    assert 0.001 < report["moved"]["law"] < 1
-    assert report["steps"].keys() == {"together"}
-    assert th.load_specialists(tmp_path / "s").names == ["law", "code"]
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Folder of the first block of the trunk, with a short text."""
+    folder = tmp_path / "small"
+    shutil.copytree(TRUNK, folder)
+    config = {**json.loads((folder / "config.json").read_text()), "n_layer": 1}
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    model.load_state_dict(th.load(TRUNK).state_dict(), strict=False)
+    model.save_pretrained(folder)
+    (tmp_path / "short.txt").write_text(TEXTS["law"][:1_200])
+    return folder
+
+
+@pytest.mark.slow
+def test_the_best_rate_of_short_trials_is_taken(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensornet_hf.specializing.RATES", (1e-8, 5e-3, 1e4))
+    options = {"steps": 8, "context": 32, "rank": 4}
+    report = th.specialize(small, tmp_path / "s", {"law": tmp_path / "short.txt"}, **options)
+    assert report.rates.keys() == {1e-8, 5e-3, 1e4}
+    assert report.rate == 5e-3 == min(report.rates, key=report.rates.__getitem__)
+    # Trials leave nothing behind: the result is that of this rate.
+    given = th.specialize(small, tmp_path / "t", {"law": tmp_path / "short.txt"}, **options, lr=5e-3)
+    assert given.losses == report.losses
+
+
+class Killed(Exception):
+    """An interruption before the specialists are saved."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainedSpecialists, "save", killed)
+        with pytest.raises(Killed):
+            th.specialize(*arguments, **options)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_only_what_it_began(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, options = tmp_path / "short.txt", {**FEW, "steps": 2}
+    expected = th.specialize(small, tmp_path / "fresh", {"law": text}, **options).losses
+    run = small, tmp_path / "s", {"law": text}
+    interrupt(monkeypatch, *run, **options)
+    for changed in ({"steps": 5}, {"rank": 8}, {"seed": 1}):
+        with pytest.raises(FormatError, match=r"another options.*resume=False"):
+            th.specialize(*run, **{**options, **changed})
+    content = text.read_text()
+    text.write_text(content + "more")
+    with pytest.raises(FormatError, match="another texts"):
+        th.specialize(*run, **options)
+    text.write_text(content)
+    assert th.specialize(*run, **options).losses == expected
+    # With `resume=False`, nothing of the old run is used or left.
+    run = small, tmp_path / "t", {"law": text}
+    interrupt(monkeypatch, *run, **{**options, "seed": 1})
+    assert th.specialize(*run, **options, resume=False).losses == expected
+    assert not (tmp_path / ".t.partial").exists()
+
+
+def test_a_run_does_not_resume_on_another_trunk(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, options = (small, tmp_path / "s", {"law": tmp_path / "short.txt"}), {**FEW, "steps": 2}
+    interrupt(monkeypatch, *run, **options)
+    other = th.load(small)
+    for p in other.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    other.save_pretrained(small)
+    with pytest.raises(FormatError, match="another source"):
+        th.specialize(*run, **options)
+
+
+@pytest.mark.slow
+def test_a_run_that_adds_to_a_folder_depends_on_its_cores(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, options = tmp_path / "short.txt", {**FEW, "steps": 2}
+    s = th.specialists(th.load(small), rank=4)
+    s.add("law")
+    s.save(tmp_path / "s")
+    run = small, tmp_path / "s", {"code": text}
+    interrupt(monkeypatch, *run, **options)
+    s.shared_parameters()[0].data += 1
+    s.save(tmp_path / "s", force=True)
+    with pytest.raises(FormatError, match="another destination"):
+        th.specialize(*run, **options)
+    assert th.specialize(*run, **options, resume=False).steps == 2
 
 
 def test_bad_input_changes_nothing(tensornet: Run, tmp_path: Path) -> None:
@@ -203,13 +254,16 @@ def test_bad_input_changes_nothing(tensornet: Run, tmp_path: Path) -> None:
         (("s", "--domain", "law=law.txt", "--domain", "law=code.txt"), "twice"),
         (("s", "--domain", "law.txt"), "KEY=VALUE"),
         (("s", "--domain", "a.b=law.txt"), "cannot be named"),
+        (("s", "--domain", "law=law.txt", "--lr", -1), "positive"),
         (("s", "--domain", "law=none.txt"), "no file"),
         (("s", "--domain", "law=law.txt", "--rank", 1000), "exceeds the shorter side"),
         (("s", "--domain", "law=law.txt", "--share", "middle"), "Unknown --share"),
         (("mine", "--domain", "law=law.txt"), "not a folder of specialists"),
     ]
     for arguments, word in cases:
-        status, _, err = tensornet("specialize", TRUNK, *arguments, *(() if "--rank" in arguments else SHORT))
+        status, _, err = tensornet(
+            "specialize", TRUNK, *arguments, *(() if "--rank" in arguments else SHORT[:4])
+        )
         assert status != 0
         assert word in err
         assert len(err.strip().splitlines()) == 1
@@ -217,7 +271,7 @@ def test_bad_input_changes_nothing(tensornet: Run, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="at least one domain"):
         th.specialize(TRUNK, tmp_path / "s", {})
     with pytest.raises(DestinationError, match="not a folder of specialists"):
-        th.specialize(TRUNK, tmp_path / "mine", {"law": tmp_path / "law.txt"}, context=32, rank=4)
+        th.specialize(TRUNK, tmp_path / "mine", {"law": tmp_path / "law.txt"}, **FEW)
 
 
 def test_training_that_does_harm_is_undone() -> None:
@@ -263,7 +317,7 @@ def test_a_killed_run_continues_where_it_was(tmp_path: Path) -> None:
 
     assert start("whole").wait() == 0
     run = start("killed")
-    work = tmp_path / ".killed.partial" / "phase-together"
+    work = tmp_path / ".killed.partial" / "run"
     while not list(work.glob("checkpoint-*/trainer_state.json")):
         assert run.poll() is None
         time.sleep(0.05)

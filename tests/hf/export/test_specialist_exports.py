@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
+from tensornet_hf.exporters.export import TARGETS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ def trunk() -> PreTrainedModel:
     return th.load(th.embedded.gpt2_path()).eval()
 
 
-def prepared(model: PreTrainedModel, *names: str, **options: Any) -> th.Specialists:
+def prepared(model: PreTrainedModel, *names: str, **options: Any) -> th.PretrainedSpecialists:
     s = th.specialists(model, **{"rank": 4, **options})
     for name in names:
         s.add(name)
@@ -41,7 +42,7 @@ def prepared(model: PreTrainedModel, *names: str, **options: Any) -> th.Speciali
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module, s: th.Specialists | None = None, which: Any = None) -> Tensor:
+def logits(model: torch.nn.Module, s: th.PretrainedSpecialists | None = None, which: Any = None) -> Tensor:
     if s is None:
         return model(IDS).logits[0]  # type: ignore[no-any-return]
     with s.use(which):
@@ -54,9 +55,11 @@ def assert_same(found: Tensor, expected: Tensor, base: Tensor) -> None:
     assert float((expected - base).abs().max()) > 0.05 * float(base.abs().max())
 
 
-@pytest.mark.parametrize("share", ["ends", "in", "out", None])
-def test_peft_reads_the_adapter(share: Any, tmp_path: Path) -> None:
-    s = prepared(trunk(), "law", "code", share=share)
+@pytest.mark.parametrize(
+    ("share", "pool"), [("ends", None), ("ends", "shape"), ("in", "shape"), ("out", None), (None, None)]
+)
+def test_peft_reads_the_adapter(share: Any, pool: Any, tmp_path: Path) -> None:
+    s = prepared(trunk(), "law", "code", share=share, pool=pool)
     expected = logits(s.model, s, "law")
     folder = s.export("law", tmp_path / "law")
     assert sorted(x.name for x in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -118,6 +121,23 @@ torch.save(torch.from_numpy(numpy.array(found)[0]), sys.argv[3])
     expected = logits(s.model, s, "law")
     found = torch.load(tmp_path / "logits")
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def test_a_registered_target_writes_its_own_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(model: Any, low_ranks: Any, destination: Path, *, source: Any, force: bool) -> None:
+        assert not any(isinstance(part, tm.SpecialistLinear) for part in model.modules())
+        torch.save({name: x.left @ x.right for name, x in low_ranks.items()}, destination)
+
+    monkeypatch.setitem(TARGETS, "mine", TARGETS["mlx"]._replace(adapter=write))
+    monkeypatch.setitem(TARGETS, "plain", TARGETS["mlx"]._replace(adapter=None))
+    s = prepared(trunk(), "law")
+    found = torch.load(s.export("law", tmp_path / "law", target="mine"))
+    for name, change in s.changes("law").items():
+        torch.testing.assert_close(found[name], change.detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"peft.*mine"):
+        s.export("law", tmp_path / "other", target="plain")
+    with_peft = s.export("law", tmp_path / "peft", target="compressed-tensors")
+    assert (with_peft / "adapter_model.safetensors").is_file()
 
 
 def test_what_cannot_leave_is_refused(tmp_path: Path) -> None:

@@ -74,7 +74,12 @@ from tensornet_hf.inspect import inspect_folder, inspect_specialists
 from tensornet_hf.maps import plan_map
 from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import compact_bytes, display_command
-from tensornet_hf.specialist_files import DESCRIPTION, Specialists, load_specialists, read_description
+from tensornet_hf.specialist_files import (
+    DESCRIPTION,
+    PretrainedSpecialists,
+    load_specialists,
+    read_description,
+)
 from tensornet_hf.specializing import specialize as train_specialists
 from tensornet_hf.text import (
     bos_token,
@@ -328,10 +333,9 @@ def inspect(path: Source, as_json: Json = False) -> None:
         print_json(found)
         return
     if specialists:
-        routed = found["router"] or ()
-        sizes = [(x, f"{n:,}", "yes" if x in routed else "no") for x, n in found["specialists"].items()]
+        sizes = [(x, f"{n:,}") for x, n in found["specialists"].items()]
         print_lines(f"specialists of {found['trunk'] or 'an unknown trunk'}: {found['layers']} layers", "")
-        print_table(("specialist", "bytes", "routed"), [*sizes, ("the next one", f"{found['next']:,}", "")])
+        print_table(("specialist", "bytes"), [*sizes, ("the next one", f"{found['next']:,}")])
         print_lines(f"shared cores: {found['shared']:,} bytes")
         return
     version, size = found["format_version"], compact_bytes(found["bytes"])
@@ -479,7 +483,7 @@ def evaluate(
 
 def _opened(
     path: str, device: torch.device, specialist: str | None, experts_cache: int | None = None
-) -> tuple[PreTrainedModel, Path, Specialists | None]:
+) -> tuple[PreTrainedModel, Path, PretrainedSpecialists | None]:
     """Load a model folder, a GGUF file, or a folder of specialists with its trunk.
 
     Returns:
@@ -490,7 +494,7 @@ def _opened(
         if experts_cache is not None:
             raise typer.BadParameter("--experts-cache is for a mixture; leave it out for specialists.")
         found = load_specialists(folder)
-        trunk = resolve_folder(read_description(folder)["trunk"])
+        trunk = resolve_folder(read_description(folder).trunk or "")
         return on_device(found.model, device), trunk, found
     if specialist is not None:
         raise typer.BadParameter(f"{path} is not a folder of specialists; leave out --specialist.")
@@ -512,8 +516,8 @@ def generate(
     specialist: Annotated[
         str | None,
         typer.Option(
-            help="Specialist of a folder of specialists (default: what its router chooses for the prompt, or "
-            "the one that finds the prompt most likely)."
+            help="Specialist of a folder of specialists (default: the one that finds the prompt most likely, "
+            "or the trunk alone)."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest length of the continuation in tokens.")] = 60,
@@ -549,11 +553,9 @@ def generate(
     tokenizer = load_tokenizer(folder)
     using: AbstractContextManager[None] = nullcontext()
     if specialists is not None:
-        chosen: Any = specialist
         if specialist is None:
-            ids = tokenizer(prompt, return_tensors="pt").input_ids
-            chosen = {name: float(w) for name, w in specialists.route(input_ids=ids).items()}
-        using = specialists.use(chosen)
+            [specialist] = specialists.choose(input_ids=tokenizer(prompt, return_tensors="pt").input_ids)
+        using = specialists.use(specialist)
     if experts_cache is None:
         prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
     chat = bool(tokenizer.chat_template) if chat is None else chat
@@ -723,23 +725,15 @@ def specialize(
     ] = "ends",
     rank: Annotated[int, typer.Option(help="Rank of the changes.")] = 32,
     steps: Annotated[int, typer.Option(help="Largest number of training steps for each domain.")] = 400,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-2,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate (default: the best one in short trials).")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 8,
     context: Annotated[
         int | None,
         typer.Option(help="Number of tokens in a window (default: context of the model, at most 512)."),
     ] = None,
-    train_shared: Annotated[
-        bool,
-        typer.Option(
-            "--train-shared",
-            help="Also train the shared cores of an existing folder; this changes the other specialists.",
-        ),
-    ] = False,
-    router: Annotated[
-        bool,
-        typer.Option("--router", help="Fit a router; needs the texts of all specialists of the folder."),
-    ] = False,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or delete its files.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the order of the windows.")] = 0,
     device: Device = CPU,
     as_json: Json = False,
@@ -749,9 +743,6 @@ def specialize(
     Example: tensornet specialize MODEL DST --domain law=law.txt --domain code=code.txt
 
     Again with another --domain, it adds a specialist, and leaves the others unchanged.
-
-    With --router, tensornet generate chooses the specialist in one pass over the prompt, instead of one pass
-    with each specialist.
     """
     report = train_specialists(
         source,
@@ -763,8 +754,7 @@ def specialize(
         lr=lr,
         batch_size=batch,
         context=context,
-        train_shared=train_shared,
-        router=router,
+        resume=resume,
         device=device,
         seed=seed,
         progress=sys.stderr.isatty() and not as_json,

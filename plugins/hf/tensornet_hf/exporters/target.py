@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tensornet.errors import DestinationError
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet_hf.checkpoint import check_free, load, resolve_folder, weight_bytes
+from tensornet_hf.exporters.adapters import export_mlx_adapter, export_peft_adapter
 from tensornet_hf.exporters.base import GGUF, ExportReport, Networks, check_new_file, refuse_mixtures
 from tensornet_hf.exporters.compressed_tensors import (
     COMPRESSED_TENSORS_MENU,
@@ -27,6 +28,7 @@ from tensornet_hf.exporters.gguf import (
     GGUF_FAST_MENU,
     GGUF_MENU,
     adapter_file,
+    export_gguf_adapter,
     file_constraints,
     lay_out_gguf,
 )
@@ -45,12 +47,15 @@ class Target(NamedTuple):
             dense.
         menu: the number formats of plans for this target.
         suffix: suffix of destinations, such as `".gguf"`, if the target writes a file; empty for a folder.
+        adapter: function that writes low-rank changes of the layers of a model as a LoRA adapter, with the
+            arguments of `export_peft_adapter`; None if the target has no adapters.
     """
 
     lay_out: Callable[[PlannedModel], Files]
     constraints: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
     menu: Menu
     suffix: str = ""
+    adapter: Callable[..., None] | None = None
 
 
 #: Maps names to export targets (see `register_target`).
@@ -67,7 +72,7 @@ def register_target(name: str, target: Target) -> None:
     TARGETS[name] = target
 
 
-register_target("gguf", Target(lay_out_gguf, file_constraints, GGUF_MENU, GGUF))
+register_target("gguf", Target(lay_out_gguf, file_constraints, GGUF_MENU, GGUF, export_gguf_adapter))
 MENUS.add("gguf-fast", GGUF_FAST_MENU)
 register_target(
     "compressed-tensors",
@@ -75,10 +80,17 @@ register_target(
         lay_out_compressed_tensors,
         lambda model, _: folder_constraints(model, KINDS),
         COMPRESSED_TENSORS_MENU,
+        adapter=export_peft_adapter,
     ),
 )
 register_target(
-    "mlx", Target(lay_out_mlx, lambda model, _: folder_constraints(model, packed_kinds(model)), MLX_MENU)
+    "mlx",
+    Target(
+        lay_out_mlx,
+        lambda model, _: folder_constraints(model, packed_kinds(model)),
+        MLX_MENU,
+        adapter=export_mlx_adapter,
+    ),
 )
 
 
