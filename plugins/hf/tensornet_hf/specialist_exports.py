@@ -12,7 +12,7 @@ from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
 from tensornet_hf.exporters.adapters import export_peft_adapter
 from tensornet_hf.exporters.base import GGUF, LowRank
-from tensornet_hf.exporters.export import TARGETS
+from tensornet_hf.exporters.target import TARGETS
 from tensornet_hf.upcycling import UpcycleReport, find_feed_forwards, upcycle
 from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
 

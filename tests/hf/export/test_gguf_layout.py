@@ -65,7 +65,7 @@ def planned_of(model: PreTrainedModel, **options: Any) -> PlannedModel:
             first = id(next(iter(module.stored.values())))
             targets[first] = (*targets.get(first, ()), name)
     empty = copy.deepcopy(model)
-    for name, module in empty.named_modules():
+    for module in empty.modules():
         if isinstance(module, NetworkModule):
             module.to(device="meta")
     return PlannedModel(empty, {names[0]: names for names in targets.values()}, **options)

@@ -12,7 +12,6 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from tensornet_hf.exporters.export import TARGETS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import DestinationError, TargetError
+from tensornet_hf.exporters.target import TARGETS
 from tensornet_hf.peft import load_adapters
 from tests.hf.export.test_gguf import model_of
 
