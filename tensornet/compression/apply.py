@@ -335,7 +335,7 @@ def warn_of_scales(
         for core in new[target.name].modules():
             if not isinstance(core, PackedCore) or not core.number_format.is_integer:
                 continue
-            sizes, limit = core.scale_values.double().abs(), torch.finfo(core.number_format.scale_dtype).max
+            sizes, limit = core.scale_values.double().abs(), core.number_format.largest_scale
             if bool(((sizes == 0) | (sizes >= limit)).any()):
                 suspects.append(core.number_format)
         if not suspects:
@@ -345,10 +345,10 @@ def warn_of_scales(
                 found.setdefault((number_format.name, fault), []).append(repr(target.name))
     for (name, kind), layers in found.items():
         number_format = NumberFormat.parse(name)
-        limits, wide = torch.finfo(number_format.scale_dtype), with_wide_scales(number_format)
+        bits, wide = 8 * number_format.scale_dtype.itemsize, with_wide_scales(number_format)
         others = f" and {len(layers) - _NAMED} others" if len(layers) > _NAMED else ""
         became, bound = ("zero", "below") if kind == "underflow" else ("smaller", "above")
-        number = limits.smallest_normal * limits.eps if kind == "underflow" else limits.max
+        number = number_format.smallest_scale if kind == "underflow" else number_format.largest_scale
         advice = (
             "Leave these layers out (exclude_modules=)"
             if wide == number_format
@@ -356,7 +356,7 @@ def warn_of_scales(
         )
         warnings.warn(
             f"Weights of {', '.join(layers[:_NAMED])}{others} became {became}: the scales of {name!r} have "
-            f"{limits.bits} bits and {kind} {bound} {number:.1e}. {advice}.",
+            f"{bits} bits and {kind} {bound} {number:.1e}. {advice}.",
             stacklevel=2,
         )
 

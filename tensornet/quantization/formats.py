@@ -340,6 +340,26 @@ class NumberFormat:
                 "'float', for example with a low rank."
             )
 
+    @property
+    def smallest_scale(self) -> float:
+        """Smallest positive scale that can be stored."""
+        limits = torch.finfo(self.scale_dtype)
+        return limits.smallest_normal * limits.eps * self.scale_unit
+
+    @property
+    def largest_scale(self) -> float:
+        """Largest scale that can be stored; larger scales are replaced by it."""
+        reach = 1
+        if self.scale_bits is not None:
+            reach = (
+                31
+                if self.book is not None
+                else 2**self.scale_bits - 1
+                if self.minimum
+                else 2 ** (self.scale_bits - 1)
+            )
+        return reach * torch.finfo(self.scale_dtype).max * self.scale_unit
+
     # --- groups ----------------------------------------------------------------------------------
 
     def divides(self, size: int) -> bool:
@@ -358,7 +378,9 @@ class NumberFormat:
         """
         self._integer_bits()
         if not self.fits(size):
-            other = f"int{self.bits}:g32" if self.codebook else replace(self, scale_bits=None).name
+            other = f"int{self.bits}:g32"
+            if self.codebook is None:
+                other = replace(self, scale_bits=None, minimum=False).name
             raise FormatError(
                 f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, but {size} inputs are "
                 f"not a multiple of {SUPER_BLOCK}; use {other!r}."

@@ -86,6 +86,7 @@ def predict_losses(
     formats, chosen = [NumberFormat.parse(name) for name in number_formats], weightings[0]
     for number_format in formats:
         number_format.check_real(weight)
+        number_format.groups(weight.shape[1])  # raise an error if rows of this length cannot be stored
     check_finite(weight, "The weight")
     if not formats:
         return torch.zeros(0, len(weightings), dtype=torch.float64, device=weight.device)

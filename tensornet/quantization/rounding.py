@@ -133,7 +133,8 @@ def round_weight(
         sweeps: number of sweeps of coordinate descent afterwards.
 
     Raises:
-        FormatError: the format is not an integer format, or the weight is complex.
+        FormatError: the format is not an integer format or needs rows of another length, or the weight is
+            complex.
         NonFiniteError: the weight or a moment contains NaN or infinity.
         ShapeError: a moment has the wrong shape, or `rounding` is unknown.
 
@@ -157,6 +158,7 @@ def round_weight(
     check_finite(weight, "The weight")
     lead, dtype = tuple(weight.shape[:-2]), rounding_dtype(weight, rows, columns)
     out, size = weight.shape[-2:]
+    groups = (*weight.shape[:-1], number_format.groups(size))
     like = weight.new_empty(0, dtype=dtype)
     r = damped_moment(rows, out, lead, row_damping, like, "rows")
     c = damped_moment(columns, size, lead, column_damping, like, "columns")
@@ -174,7 +176,6 @@ def round_weight(
         seen = r if r is None or together else Moment(r.diagonal[:, start : start + work.shape[1]])
         parts.append(_rounded(work.to(dtype), number_format, seen, c, ways, refits, sweeps))
     codes, scales, zeros, losses, found = map(list, zip(*parts, strict=True))
-    groups = (*weight.shape[:-1], number_format.groups(size))
     return RoundedWeight(
         torch.cat(codes, 1).reshape(weight.shape),
         torch.cat(scales, 1).reshape(groups),

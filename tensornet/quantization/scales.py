@@ -305,13 +305,11 @@ def scale_fault(
     """
     if not number_format.is_integer:
         return None
-    limits, bits = torch.finfo(number_format.scale_dtype), number_format.scale_bits
-    smallest, largest = 4 * limits.smallest_normal * limits.eps, limits.max
-    if bits is not None:  # small multiples of the smallest step are inaccurate
-        smallest, largest = {4: 8, 6: 4, 8: 16}[bits] * smallest, 2.0 ** (bits - 1) * largest
+    smallest, largest = 4 * number_format.smallest_scale, number_format.largest_scale
+    if (bits := number_format.scale_bits) is not None:  # small multiples of the smallest step are inaccurate
+        smallest *= {4: 8, 6: 4, 8: 16}[bits]
     if number_format.book is not None:
-        smallest, largest = smallest / 2, 31 * limits.max
-    smallest, largest = number_format.scale_unit * smallest, number_format.scale_unit * largest
+        smallest /= 2
     shifted = number_format.zero_point or number_format.minimum
     ranges = group_ranges(weight, number_format.group, shifted).double()
     steps = ranges / (number_format.top if shifted else -number_format.lowest)

@@ -11,8 +11,10 @@ from devices import DEVICES
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import tensornet as tn
 from tensornet.errors import FormatError, ShapeError, TopologyError
-from tensornet.quantization import NumberFormat, round_weight
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.quantization import NumberFormat, predict_losses, round_weight
 from tensornet.quantization.formats import format_names
 from tensornet.quantization.packing import pack, packed_bytes, unpack
 
@@ -140,6 +142,23 @@ def test_combinations_that_do_not_exist() -> None:
         NumberFormat(4, scale_dtype=torch.float32)
     with pytest.raises(FormatError, match="no codes"):
         _ = NumberFormat(dtype=torch.bfloat16).top
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "int4:g32:s6:min", "int2:g16:s4:min", "nl4:g32:s6"],
+)
+def test_rows_of_no_whole_super_blocks_are_refused_with_moments_too(name: str) -> None:
+    weight = torch.randn(3, 300)
+    for moments in ({}, {"columns": torch.eye(300)}, {"rows": torch.eye(3), "columns": torch.ones(300)}):
+        with pytest.raises(FormatError, match="not a multiple of 256"):
+            round_weight(weight, name, **moments)
+        with pytest.raises(FormatError, match="not a multiple of 256"):
+            predict_losses(weight, [name], [Weighting(**moments)])
+    model = torch.nn.Sequential(torch.nn.Linear(300, 40))
+    config = tn.CompressionConfig(target_modules="all", formats=("int8",), objective="weight")
+    with pytest.raises(FormatError, match="not a multiple of 256"):
+        tn.plan(model, config).replace_layer("0", None, name)
 
 
 @given(FORMATS | CODEBOOKS, st.integers(1, 5), st.integers(1, 200))
