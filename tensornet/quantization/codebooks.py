@@ -93,6 +93,12 @@ class Codebook:
         """Number of bits for the signs of `RUN` weights."""
         return RUN - 1 if self.even else RUN
 
+    @property
+    def even_magnitudes(self) -> tuple[int, ...]:
+        """Magnitudes of the points whose elements are all equal."""
+        points = self.tables(torch.device("cpu")).magnitudes
+        return tuple(points[(points == points[:, :1]).all(1), 0].tolist())
+
     def tables(self, device: torch.device) -> _Tables:
         """Return the tables on a device."""
         return _tables(self, device)

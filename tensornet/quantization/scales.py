@@ -26,6 +26,9 @@ _WIDEST = 1.1
 _TRIED = {2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
 #: Smallest range, and number of ranges, for formats with a codebook, with which rounding takes more time.
 _CODEBOOK_NARROWEST, _CODEBOOK_TRIED = 0.76, 5
+#: With a codebook, groups whose smallest absolute value is at least this fraction of the largest one also try
+#: the scales of all points with equal elements. Random weights almost never have such groups.
+_EVEN = 0.75
 #: With minima, smallest and largest fraction of both ends of the range, and number of fractions to try.
 _MINIMUM_ENDS, _MINIMUM_TRIED = {2: (0.4, 1.0), 4: (0.7, 1.0), 5: (0.8, 1.0)}, 5
 #: Number of alternations of rounding and weighted least squares after the search.
@@ -209,12 +212,17 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
         narrowest, tried = _CODEBOOK_NARROWEST, _CODEBOOK_TRIED
     if number_format.scale_dtype == torch.float8_e8m0fnu:  # two neighbouring powers of two
         narrowest = 0.5
-    shares = torch.linspace(narrowest, _WIDEST, tried, device=flat.device)
-    scales = _stored(shares.to(flat)[:, None] * whole, number_format)
+    shares = torch.linspace(narrowest, _WIDEST, tried, device=flat.device).to(flat)
+    scales = _stored(shares[:, None] * whole, number_format)
     few = number_format.scale_dtype.itemsize == 1
     for scale in _distinct(scales) if few else scales:
         for sign, zero in others:
             yield sign * scale, zero
+    if number_format.book is not None:
+        sizes = flat.abs()
+        even = sizes.amin(0) >= _EVEN * sizes.amax(0)
+        for magnitude in number_format.book.even_magnitudes if bool(even.any()) else ():
+            yield torch.where(even, sizes.mean(0) / magnitude, 0.0), torch.full_like(low, center)
 
 
 def _distinct(scales: Tensor) -> Tensor:

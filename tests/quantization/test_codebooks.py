@@ -90,6 +90,17 @@ def test_codes_are_in_the_codebook_and_packing_keeps_them(name: str, seed: int) 
 
 
 @pytest.mark.parametrize("name", FACTS)
+def test_rows_of_equal_weights_are_exact(name: str) -> None:
+    """One point of every codebook has equal elements, but not always with the largest magnitude."""
+    value = torch.tensor([[0.3], [-0.02], [1.0]])
+    made = round_weight(value.expand(3, 256), name).dequantize()
+    torch.testing.assert_close(made, value.expand(3, 256), rtol=2.0**-10, atol=0)
+    around = value * (1 + 0.02 * torch.randn(3, 256, generator=torch.Generator().manual_seed(0)))
+    error = torch.linalg.norm(round_weight(around, name).dequantize() - around, dim=1)
+    assert bool((error < 0.08 * torch.linalg.norm(around, dim=1)).all())
+
+
+@pytest.mark.parametrize("name", FACTS)
 def test_no_vector_is_much_closer(name: str) -> None:
     """Only some points are compared, so the best one is not always found."""
     book, generator = CODEBOOKS[name], torch.Generator().manual_seed(0)
