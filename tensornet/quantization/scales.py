@@ -213,6 +213,8 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
     if number_format.scale_dtype == torch.float8_e8m0fnu:  # two neighbouring powers of two
         narrowest = 0.5
     shares = torch.linspace(narrowest, _WIDEST, tried, device=flat.device).to(flat)
+    if number_format.book is None:  # no result is worse than that of the whole range
+        shares = torch.cat((shares, shares.new_ones(1))).sort().values
     scales = _stored(shares[:, None] * whole, number_format)
     few = number_format.scale_dtype.itemsize == 1
     for scale in _distinct(scales) if few else scales:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from allocations import peak
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from quantization.rounding_cases import moment, weight
 from torch import Tensor
@@ -32,6 +32,8 @@ from tensornet.quantization.scales import (
     st.integers(1, 150),
     st.integers(0, 1000),
 )
+@example(4, True, 2, 2, 1)
+@example(5, False, 6, 2, 5)
 def test_search_is_no_dearer_than_the_full_range(bits: int, zero: bool, m: int, n: int, seed: int) -> None:
     number_format = NumberFormat(bits, 32, zero)
     matrix = weight(m, n, seed)
