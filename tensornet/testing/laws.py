@@ -508,16 +508,16 @@ def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
         >>> laws.check_nearest(NumberFormat.parse("int4:g32"), torch.randn(3, 40))
     """
     rounded = round_weight(matrix, number_format, refits=0)
-    scales, zeros, size = rounded.scales.double(), rounded.zeros, matrix.shape[1]
-    codes = number_format.encode(matrix.double(), scales, zeros)
+    scales, minima, size = rounded.scales.double(), rounded.minima, matrix.shape[1]
+    codes = number_format.encode(matrix.double(), scales, minima)
     assert codes.dtype == torch.uint8, f"codes are {codes.dtype}, not torch.uint8"
-    if number_format.book is not None:
+    if number_format.points.run > 1:
         values = number_format.decode(codes, scales, dtype=torch.float64)
         again = number_format.decode(number_format.encode(values, scales), scales, dtype=torch.float64)
         assert torch.equal(values, again), "values change when they are rounded again"
     else:
-        every = [torch.full_like(codes, code) for code in range(number_format.top + 1)]
-        points = torch.stack([number_format.decode(x, scales, zeros, torch.float64) for x in every])
+        every = [torch.full_like(codes, code) for code in range(number_format.points.top + 1)]
+        points = torch.stack([number_format.decode(x, scales, minima, torch.float64) for x in every])
         errors = (points - matrix.double()).abs()
         found = errors.gather(0, codes.long()[None])[0]
         steps = number_format.spread(scales.abs(), size).clamp_min(1e-30)

@@ -179,10 +179,10 @@ def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
         weights["strategy"] = "channel" if found.group is None else "group"
         if found.group is not None:
             weights["group_size"] = found.group
-        if found.fp4 is not None:
+        if name in FP4:
             weights["type"] = "float"
             scales = {"mxfp4": ("group", "torch.uint8"), "nvfp4": ("tensor_group", "torch.float8_e4m3fn")}
-            weights["strategy"], weights["scale_dtype"] = scales[found.fp4]
+            weights["strategy"], weights["scale_dtype"] = scales[name]
         groups[f"group_{number}"] = {
             "targets": [EXPERTS] if experts else targets[name, experts],
             "weights": weights,
@@ -206,14 +206,14 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     rows, columns = points.shape
     if group is not None and columns % group:
         return f"groups of {group} do not divide {columns} inputs"
-    if matrix.number_format.minimum:
+    if matrix.number_format.minima is not None:
         return "its groups have minima, which compressed-tensors has not"
-    if (name := matrix.number_format.fp4) is not None:
+    if (name := matrix.number_format.name) in FP4:
         if dtype != torch.bfloat16:
             return f"compressed-tensors unpacks {name} to bfloat16, but the model has {dtype}"
         signed = matrix.codes.to(torch.int8) - len(FP4_LEVELS) // 2
         codes = torch.where(signed < 0, 8 - signed, signed).to(torch.uint8)
-        stored = (scales / matrix.number_format.scale_unit).to(matrix.number_format.scale_dtype)
+        stored = (2 * scales).to(matrix.number_format.scales.dtype)  # the levels are twice the values
         tensors = {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4}
         if name == "mxfp4":
             return matrix.number_format, {**tensors, "weight_scale": stored.view(torch.uint8)}
@@ -234,4 +234,4 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
         "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns]),
     }
-    return NumberFormat(bits, group), tensors
+    return NumberFormat.parse(f"int{bits}:{'row' if group is None else f'g{group}'}"), tensors

@@ -338,15 +338,14 @@ def packed_contents(
         assert layer.topology is not None
         name, number_format = targets[layer.name].name, layer.storage.number_format
         packed = NumberFormat.parse(found.packed[name]) if name in found.packed else None
-        if packed is None or packed.bits != number_format.bits or number_format.scale_bits is not None:
+        if packed is None or packed.bits != number_format.bits or number_format.scales.count > 1:
             return None  # the codes are other ones, or none
-        if number_format.fp4 is not None:
+        if not number_format.points.equal_steps:
             return None  # signs and magnitudes instead of codes
-        assert number_format.bits is not None
         words = next((x for x in ("weight", "weight_packed") if f"{name}.{x}" in tensors), "weight")
         scales = read(f"{name}.scales" if words == "weight" else f"{name}.weight_scale")
-        codes = unpack_rows(read(f"{name}.{words}"), number_format.bits, layer.shape[1])
-        scales = scales.to(number_format.scale_dtype)
+        codes = unpack_rows(read(f"{name}.{words}"), number_format.points.bits, layer.shape[1])
+        scales = scales.to(number_format.scales.dtype)
         rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
         (core,) = layer.topology.core_names
         stored = stored_core(layer.topology, layer.storage, core, rounded, layer.dtype)
@@ -370,9 +369,9 @@ def _layout(
     They are found by packing a single row that contains all codes.
     """
     number_format, (rows, columns) = matrix.number_format, matrix.shape
-    if number_format.zero_point or number_format.minimum:
-        return "its packed size depends on its zero points, which are not known before it is compressed"
-    codes = (torch.arange(columns) % (number_format.top + 1)).to(torch.uint8)[None]
+    if number_format.minima is not None:
+        return "its packed size depends on its minima, which are not known before it is compressed"
+    codes = (torch.arange(columns) % (number_format.points.top + 1)).to(torch.uint8)[None]
     scales = number_format.storable(torch.ones(1, number_format.groups(columns)))
     rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
     topology, storage = (

@@ -292,7 +292,7 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     """Return the number format and tensors of a packed layer, or the reason why it cannot be packed."""
     codes, scales, zeros, number_format = matrix.codes, matrix.scales, matrix.zeros, matrix.number_format
     bits, group, columns = number_format.bits, number_format.group, codes.shape[1]
-    if bits not in BITS or group not in GROUPS or number_format.table:
+    if bits not in BITS or group not in GROUPS or not number_format.points.equal_steps:
         return f"stored as {number_format.name}; MLX has 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128"
     if columns % group:
         return f"groups of {group} do not divide {columns} inputs"
@@ -301,5 +301,8 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     for kind in (dtype, torch.float32):
         tensors = {name: x.to(kind) for name, x in exact.items()}
         if all(torch.equal(tensors[name].double(), x) for name, x in exact.items()):
-            return NumberFormat(bits, group), {"weight": pack_rows(codes, bits).view(torch.uint32), **tensors}
+            return NumberFormat.parse(f"int{bits}:g{group}"), {
+                "weight": pack_rows(codes, bits).view(torch.uint32),
+                **tensors,
+            }
     return f"scales times zero points are not exact in {dtype} and float32"
