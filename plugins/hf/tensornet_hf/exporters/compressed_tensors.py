@@ -6,9 +6,8 @@ stream of bits for each row; `weight_scale`, a scale for each group of inputs; a
 matrix, which is 1 here. The package unpacks both to bfloat16. The configuration lists the layers of each
 number format as a group. transformers cannot load packed embeddings.
 
-In exported layers, the middle code always means zero. The format supports zero points too, but transformers
-(5.24, with compressed-tensors 0.18 to 0.20) fails to load them. So codes of layers with zero points are
-shifted, which may take more bits.
+In exported layers, the middle code always means zero. In int2 zero lies between two codes, so int2 becomes
+int3; levels of a table become integers of 8 bits.
 """
 
 from collections.abc import Hashable, Mapping
@@ -220,7 +219,7 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
         return matrix.number_format, {**tensors, "weight_scale": stored, "weight_global_scale": torch.ones(1)}
     if torch.any(points % 1):  # halve the scale, so that the half-integers of int2 become odd integers
         points, scales = 2 * points, scales / 2
-    # Without zero points, codes may need more bits.
+    # Integers with zero in the middle may need more bits than the codes.
     least, most = int(points.min()), int(points.max())
     while least < -(2 ** (bits - 1)) or most >= 2 ** (bits - 1):
         bits += 1

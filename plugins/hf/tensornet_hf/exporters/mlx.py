@@ -2,8 +2,8 @@
 
 In this format the weight of a linear layer or an embedding becomes three tensors: `weight`, codes as a stream
 of bits for each row; and `scales` and `biases`, a number for each group of inputs. A weight is
-`scale * code + bias`, so zero points become biases `-scale * zero`. config.json lists the bits and the group
-size of each layer.
+`scale * code + bias`, so the code of zero becomes a bias `-scale * zero`. config.json lists the bits and the
+group size of each layer.
 
 Low-rank matrices that are added to integers become a LoRA adapter in the subfolder `lora`.
 """
@@ -305,4 +305,4 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
                 "weight": pack_rows(codes, bits).view(torch.uint32),
                 **tensors,
             }
-    return f"scales times zero points are not exact in {dtype} and float32"
+    return f"scales and biases are not exact in {dtype} and float32"
