@@ -246,10 +246,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     th.save(mixed(), tmp_path / "small")
     arguments = ["export", str(tmp_path / "small"), str(tmp_path / "out"), "--target", "compressed-tensors"]
     assert run(arguments) == 0
-    assert "12 tensors packed" in capsys.readouterr().out
+    assert "13 tensors packed" in capsys.readouterr().out
     assert run([*arguments, "--force", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (len(found["packed"]), len(found["dense"])) == (12, 4)
+    assert (len(found["packed"]), len(found["dense"])) == (13, 3)
     assert found["num_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert run(arguments) != 0
     assert "exists already" in capsys.readouterr().err
