@@ -112,10 +112,8 @@ def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
     made = TensorNetworkLinear(topology, **options).bfloat16().to_empty(device="cpu")
     for core in (x for x in made.modules() if isinstance(x, PackedCore)):
         core.codes = torch.randint(0, 256, core.codes.shape, dtype=torch.uint8)
-        kind = core.number_format.scale_dtype
+        kind = core.number_format.scales.dtype
         core.scales = (0.01 * torch.rand(core.scales.shape)).to(kind).view(core.scales.dtype)
-        if "zeros" in core.names:
-            core.zeros = torch.randint(0, 256, core.zeros.shape, dtype=torch.uint8)
     if made.bias is not None:
         nn.init.zeros_(made.bias)
     return made

@@ -38,7 +38,7 @@ from tensornet.nn.targets import (
 from tensornet.nn.unfuse import fuse, reason_against, unfused
 from tensornet.nn.weight_facts import WeightReadError
 from tensornet.quantization import NumberFormat, Rounding
-from tensornet.quantization.scales import scale_fault, with_wide_scales
+from tensornet.quantization.scales import scale_fault
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -336,7 +336,7 @@ def warn_of_scales(
         for core in new[target.name].modules():
             if not isinstance(core, PackedCore) or not core.number_format.is_integer:
                 continue
-            sizes, limit = core.scale_values.double().abs(), torch.finfo(core.number_format.scale_dtype).max
+            sizes, limit = core.scale_values.double().abs(), core.number_format.scales.largest
             if bool(((sizes == 0) | (sizes >= limit)).any()):
                 suspects.append(core.number_format)
         if not suspects:
@@ -346,10 +346,10 @@ def warn_of_scales(
                 found.setdefault((number_format.name, fault), []).append(repr(target.name))
     for (name, kind), layers in found.items():
         number_format = NumberFormat.parse(name)
-        limits, wide = torch.finfo(number_format.scale_dtype), with_wide_scales(number_format)
+        scales, wide = number_format.scales, number_format.wide
         others = f" and {len(layers) - _NAMED} others" if len(layers) > _NAMED else ""
         became, bound = ("zero", "below") if kind == "underflow" else ("smaller", "above")
-        number = limits.smallest_normal * limits.eps if kind == "underflow" else limits.max
+        number = scales.smallest if kind == "underflow" else scales.largest
         advice = (
             "Leave these layers out (exclude_modules=)"
             if wide == number_format
@@ -357,7 +357,7 @@ def warn_of_scales(
         )
         warnings.warn(
             f"Weights of {', '.join(layers[:_NAMED])}{others} became {became}: the scales of {name!r} have "
-            f"{limits.bits} bits and {kind} {bound} {number:.1e}. {advice}.",
+            f"{8 * scales.dtype.itemsize} bits and {kind} {bound} {number:.1e}. {advice}.",
             stacklevel=2,
         )
 

@@ -514,7 +514,7 @@ def format_losses(
         storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
         stored = round_trip(network, storage, matrix.dtype, sensitivity.weighting, sensitivity.rounding)
         found[number_format] = _losses(matrix, stored.to_matrix(), sensitivity)
-    books = [x for x in integers if x.book is not None]
+    books = [x for x in integers if x.points.run > 1]
     for some, count in (([x for x in integers if x not in books], PREDICTED_ROWS), (books, CODEBOOK_ROWS)):
         predicted = _predicted(matrix, sensitivity, some, spaced_rows(matrix, count))
         found |= dict(zip(some, predicted, strict=True))
@@ -570,7 +570,7 @@ def format_fits(number_format: NumberFormat, matrix: Tensor, config: Compression
 
 def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
     """List the integer formats with fewer than 4 bits but without a codebook; see `losses_of_parts`."""
-    return [x for x in formats if x.is_integer and x.book is None and (x.bits or 0) < PREDICTED_BITS]
+    return [x for x in formats if x.is_integer and x.points.run == 1 and x.points.bits < PREDICTED_BITS]
 
 
 def part_of(

@@ -99,7 +99,7 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Planned bytes of all stored values: weights or cores, scales, zero points, and row permutations."""
+        """Planned bytes of all stored values: weights or cores, scales, minima, and row permutations."""
         if self.topology is None:
             return self.bytes_before
         if self.target is not None:  # plans for export targets have no networks

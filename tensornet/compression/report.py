@@ -119,7 +119,7 @@ class CompressionReport:
 
     Args:
         model_params_before, model_params_after: number of stored values of the whole model: elements of
-            parameters, integer codes, scales and zero points. Tied tensors are counted once.
+            parameters, integer codes, scales and minima. Tied tensors are counted once.
         model_bytes_before, model_bytes_after: bytes of these values in memory.
         seconds: wall time of the compression.
         plan: the plan that was applied, with the certified error of each layer.
@@ -251,7 +251,7 @@ class CompressionReport:
 def model_size(model: nn.Module) -> tuple[int, int]:
     """Return the number of stored values of a model, and the number of bytes that they take.
 
-    A packed code, scale or zero point counts as one value; tied tensors are counted once.
+    A packed code, scale or minimum counts as one value; tied tensors are counted once.
     """
     sizes = {id(x): (x.numel(), x.nbytes) for x in model.parameters()}
     for layer in model.modules():

@@ -8,8 +8,7 @@ Here `half` is half the number of rows in a block. Each group of inputs has a sc
 Codes of 2 or 3 bits are converted to 4 bits. A code `u` of 5 to 8 bits is split into its 4 highest bits and
 its `k` other bits: `scale * u = 2^k scale * high + scale * low`. So the product is the sum of two kernel
 products with the same groups. The rows of low parts are stored after all rows of high parts. All conversions
-are exact, since the kernel's scales and offsets are powers of two times the stored scales. Matrices with zero
-points are not converted.
+are exact, since the kernel's scales and offsets are powers of two times the stored scales.
 
 The layout depends on the processor and is not saved. Bits per weight for groups of 64, as stored and as
 prepared:
@@ -220,11 +219,11 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
         max_growth: largest size of the layout, relative to the stored bytes.
     """
     block, group = _block_rows(), _kernel_group(number_format, shape[1])
-    if number_format.bits is None or number_format.zero_point or number_format.table:
+    if not number_format.is_integer or not number_format.points.equal_steps:
         return False
-    if number_format.scale_dtype == torch.float16:
+    if number_format.scales.dtype == torch.float16:
         return False  # the kernel needs bfloat16 scales, which would round these
-    plain = number_format.scale_dtype == torch.bfloat16
+    plain = number_format.scales.dtype == torch.bfloat16
     if plain and number_format.bits == 8 and number_format.groups(shape[1]) == 1:
         return False  # not necessary: torch's int8 kernel can read the stored codes
     if block is None or group is None or shape[0] == 0 or shape[0] % block:
@@ -258,11 +257,12 @@ def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, column
     block, group, low = _block_rows(), _kernel_group(number_format, columns), _low_bits(number_format)
     assert block is not None
     assert group is not None
-    assert number_format.bits is not None
     rows, products = len(codes), products_of(number_format)
     made = codes.new_empty(products, rows, columns // 2)
     for part in _parts(rows, columns, block):
-        points = number_format.unpack(codes[part], columns).to(torch.int16) - 2 ** (number_format.bits - 1)
+        points = number_format.unpack(codes[part], columns).to(torch.int16) - 2 ** (
+            number_format.points.bits - 1
+        )
         if low:
             whole = points + 2 ** (low + 3)
             nibbles = [whole >> low, (whole & (2**low - 1)) + (8 - 2 ** (low - 1))]
@@ -283,13 +283,12 @@ def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, column
 
 def _low_bits(number_format: NumberFormat) -> int:
     """Return the number of bits in the low part of each code; 0 if the matrix is not split."""
-    assert number_format.bits is not None
-    return max(number_format.bits - _BITS, 0)
+    return max(number_format.points.bits - _BITS, 0)
 
 
 def _between_points(number_format: NumberFormat) -> bool:
     """Return True if the value 0 lies midway between two codes."""
-    return number_format.center % 1 != 0
+    return number_format.points.center % 1 != 0
 
 
 def _unit(number_format: NumberFormat) -> int:

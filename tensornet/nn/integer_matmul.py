@@ -33,7 +33,7 @@ class PackedMatrix:
         number_format: format of the codes.
         codes: packed codes of each row, shape `(out, bytes)`.
         scales: floating-point scales, shape `(out, groups)`.
-        zeros: packed zero points; None if the format has none.
+        zeros: packed minima; None if the format has none.
         columns: number of columns, `in`.
         scale_bits: tensor in which the core stores the scales; once the core stores another tensor, this
             matrix is out of date.
@@ -116,14 +116,14 @@ StoredMatrix = PackedMatrix | KernelMatrix
 
 
 def is_int8_per_row(number_format: NumberFormat, columns: int) -> bool:
-    """Return True if the format has 8 bits, no zero points, and one scale for each row."""
-    points = number_format.bits == 8 and not number_format.zero_point
-    return points and number_format.groups(columns) == 1
+    """Return True if the format has equal steps, 8 bits, and one scale for each row."""
+    points = number_format.points
+    return points.bits == 8 and points.equal_steps and number_format.groups(columns) == 1
 
 
 def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
     """Return True if torch's int8 kernel can read stored matrices of this format and shape."""
-    plain = is_int8_per_row(number_format, shape[1]) and number_format.scale_dtype == torch.bfloat16
+    plain = is_int8_per_row(number_format, shape[1]) and number_format.scales.dtype == torch.bfloat16
     # If a size is not a multiple of 32, the kernel reads out of bounds and crashes.
     return plain and all(n % _KERNEL_STEP == 0 for n in shape)
 

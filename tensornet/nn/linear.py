@@ -150,7 +150,7 @@ class TensorNetworkLinear(NetworkModule):
         if known is None or known.codes is not core.codes or known.scale_bits is not core.scales:
             known = PackedMatrix.of(core)
             # Scales that are computed from stored integers are not cached, since the integers may change.
-            computed = core.number_format.scale_bits is not None
+            computed = core.number_format.scales.count > 1
             self._integers = None if computed or is_compiling() else known
         return known
 

@@ -30,8 +30,7 @@ from tensornet._util import outside_autocast
 from tensornet.errors import FormatError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
-from tensornet.quantization.formats import SUPER_BLOCK, floating
-from tensornet.quantization.packing import pack, packed_bytes, unpack
+from tensornet.quantization.parts import BIT_DTYPES, as_bits, floating
 from tensornet.topologies import topology_family
 from tensornet.topologies.rounded_cores import StoredCores, matrix_view
 from tensornet.topology import Topology
@@ -40,15 +39,6 @@ from tensornet.topology import Topology
 FLOAT = NumberFormat()
 #: Number of rows of a matrix whose values are computed at a time.
 _ROWS = 8192
-#: Integer dtype in which the bits of each floating-point dtype are stored, since `module.to(dtype)` does not
-#: convert integers.
-_BITS = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float8_e5m2: torch.uint8,
-    torch.float8_e4m3fn: torch.uint8,
-    torch.float8_e8m0fnu: torch.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -138,7 +128,7 @@ class Storage:
         return cls(**data)
 
     def num_params(self, topology: Topology) -> int:
-        """Count the stored values, including scales, zero points and row orders of pivoted cores.
+        """Count the stored values, including scales, minima and row orders of pivoted cores.
 
         A packed integer counts as one value.
         """
@@ -159,7 +149,7 @@ class Storage:
         return sum(1 for _ in _stored_parts(topology, self, torch.float32))
 
     def core_size(self, topology: Topology, name: str, dtype: torch.dtype) -> tuple[int, int]:
-        """Count the stored values and the bytes of one core, including its scales and zero points."""
+        """Count the stored values and the bytes of one core, including its scales and minima."""
         parts = [part for part in _stored_parts(topology, self, dtype) if part[0] == name]
         size = sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
         return sum(count for *_, count in parts), size
@@ -172,8 +162,8 @@ PLAIN = Storage()
 class PackedCore(nn.Module):
     """Core that is not stored as a plain parameter, but pivoted, in bfloat16, or as integers.
 
-    An integer core is stored as packed `codes` and `scales`. Some formats add `zeros` (packed zero points or
-    minima) or `steps` (factors of integer scales). A floating-point core is stored as `values`. A pivoted
+    An integer core is stored as packed `codes` and `scales`. Some formats add `zeros` (packed minima) or
+    `steps` (factors of integer scales). A floating-point core is stored as `values`. A pivoted
     core also has `order`, the position of each of its rows. Values in the dtype of the model are a parameter.
     All other tensors are integer buffers: scales, steps and bfloat16 values are viewed as integers with the
     same bits. So `.to()` and `.half()` do not convert them. Tied layers share this module.
@@ -227,7 +217,7 @@ class PackedCore(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of values in each stored tensor; a packed code or zero point counts as one value."""
+        """Number of values in each stored tensor; a packed code or minimum counts as one value."""
         found = {name: tensor.numel() for name, tensor in self.tensors.items()}
         if "codes" in found:
             found["codes"] = math.prod(self.codes.shape[:-1]) * self.columns
@@ -246,7 +236,7 @@ class PackedCore(nn.Module):
     @property
     def trained_scales(self) -> str:
         """Name of the tensor to train: `"steps"` if scales are integers times steps, otherwise `"scales"`."""
-        return "steps" if "steps" in self.names else "scales"
+        return self.number_format.scales.trained
 
     @property
     def scale_values(self) -> Tensor:
@@ -254,13 +244,7 @@ class PackedCore(nn.Module):
         return self._scale_values(self.tensors)
 
     def _scale_values(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        number_format, scales = self.number_format, tensors[self.trained_scales]
-        if not scales.is_floating_point():
-            scales = floating(scales, number_format.scale_dtype)
-        if number_format.scale_bits is None:
-            return scales if number_format.fp4 is None else scales.float() * number_format.scale_unit
-        groups = number_format.groups(self.columns)
-        return number_format.scales_of(unpack(tensors["scales"], number_format.scale_bits, groups), scales)
+        return self.number_format.scales.values(tensors, self.number_format.groups(self.columns))
 
     def forward(self, dtype: torch.dtype | None = None, index: Tensor | None = None) -> Tensor:
         """Return the core as a tensor, differentiable with respect to the stored floating-point tensors.
@@ -270,7 +254,7 @@ class PackedCore(nn.Module):
             index: indices of the cores to return from a stack of cores, shape `(n,)`; all if absent.
         """
         number_format = self.number_format
-        if number_format.bits is not None:
+        if number_format.is_integer:
             core = self.matrix(dtype or torch.float32, index)
         else:
             core = self.values if index is None else self.values.index_select(0, index)
@@ -282,7 +266,7 @@ class PackedCore(nn.Module):
             core = torch.cat((identity, core)).index_select(0, self.order)
             last = (*self.shape[: self.axis], *self.shape[self.axis + 1 :], self.shape[self.axis])
             return core.reshape(last).movedim(-1, self.axis)
-        if number_format.bits is not None:
+        if number_format.is_integer:
             return core.reshape(*core.shape[:-2], *self.shape)
         return core
 
@@ -407,14 +391,14 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
     found = [core for core in found if core.number_format != FLOAT]
     for core in found:
         number_format = core.number_format
-        if number_format.bits is None:
+        if not number_format.is_integer:
             assert number_format.dtype is not None
             core._put("values", floating(core.values, number_format.dtype).float())
             continue
-        if number_format.scale_dtype.itemsize > 1:
+        if number_format.scales.dtype.itemsize > 1:
             name = core.trained_scales
-            core._put(name, floating(getattr(core, name), number_format.scale_dtype).float())
-        if codes and number_format.book is None:
+            core._put(name, floating(getattr(core, name), number_format.scales.dtype).float())
+        if codes and number_format.points.run == 1:
             made = TrainedCodes(number_format.unpack(core.codes, core.columns).float())
             core._put("codes", made)
     return found
@@ -438,13 +422,13 @@ def pack_after_training(cores: Iterable[PackedCore]) -> None:
     for core in cores:
         number_format = core.number_format
         if number_format.dtype is not None and core.values.is_floating_point():
-            core._put("values", _bits(whole(core.values), number_format.dtype))
-        if number_format.bits is None:
+            core._put("values", as_bits(whole(core.values), number_format.dtype))
+        if not number_format.is_integer:
             continue
         if (scales := getattr(core, core.trained_scales)).is_floating_point():
-            core._put(core.trained_scales, _bits(whole(scales), number_format.scale_dtype))
+            core._put(core.trained_scales, as_bits(whole(scales), number_format.scales.dtype))
         if core.codes.is_floating_point():
-            codes = whole(core.codes).round().clamp(0, number_format.top).to(torch.uint8)
+            codes = whole(core.codes).round().clamp(0, number_format.points.top).to(torch.uint8)
             core._put("codes", number_format.pack(codes))
 
 
@@ -513,21 +497,19 @@ def _stored_parts(
         number_format = storage.format_of(name)
         if order is not None:
             yield name, "order", (order,), torch.int32, order
-        if number_format.bits is None:
+        if not number_format.is_integer:
             part = "" if order is None and number_format == FLOAT else "values"
-            own = dtype if number_format.dtype is None else _BITS[number_format.dtype]
+            own = dtype if number_format.dtype is None else BIT_DTYPES[number_format.dtype]
             yield name, part, kept, own, math.prod(kept)
             continue
         rows, columns = kept
         groups = number_format.groups(columns)
-        yield name, "codes", (rows, number_format.packed_bytes(columns)), torch.uint8, rows * columns
-        if number_format.scale_bits is None:
-            yield name, "scales", (rows, groups), _BITS[number_format.scale_dtype], rows * groups
-        else:
-            packed, blocks = packed_bytes(groups, number_format.scale_bits), columns // SUPER_BLOCK
-            yield name, "scales", (rows, packed), torch.uint8, rows * groups
-            yield name, "steps", (rows, blocks), _BITS[number_format.scale_dtype], rows * blocks
-        if length := number_format.zero_bytes(columns):
+        length = number_format.points.packed_bytes(columns)
+        yield name, "codes", (rows, length), torch.uint8, rows * columns
+        for part, length, kind, count in number_format.scales.layout(groups):
+            yield name, part, (rows, length), kind, rows * count
+        if number_format.minima is not None:
+            length = number_format.minima.packed_bytes(groups)
             yield name, "zeros", (rows, length), torch.uint8, rows * groups
 
 
@@ -621,20 +603,12 @@ def stored_core(
             return value
     tensors = {} if order is None else {"order": order}
     if isinstance(value, RoundedWeight):
-        assert number_format.bits is not None
-        tensors["codes"] = number_format.pack(value.codes)
-        if number_format.scale_bits is None:
-            scales = value.scales if number_format.fp4 is None else value.scales / number_format.scale_unit
-            tensors["scales"] = _bits(scales, number_format.scale_dtype)
-        else:
-            integers, steps = number_format.factored(value.scales)
-            tensors["scales"] = pack(integers, number_format.scale_bits)
-            tensors["steps"] = _bits(steps, number_format.scale_dtype)
-        if value.zeros is not None:
-            tensors["zeros"] = number_format.pack_zeros(value.zeros)
+        tensors |= {"codes": number_format.pack(value.codes), **number_format.scales.tensors(value.scales)}
+        if value.minima is not None and number_format.minima is not None:
+            tensors["zeros"] = number_format.minima.pack(value.minima)
     else:
         own = number_format.dtype
-        tensors["values"] = value.to(dtype).contiguous() if own is None else _bits(value, own)
+        tensors["values"] = value.to(dtype).contiguous() if own is None else as_bits(value, own)
     return _packed(topology, storage, name, tensors)
 
 
@@ -726,7 +700,7 @@ def unpacked(
     number_format: NumberFormat,
     codes: Tensor,
     scales: Tensor,
-    zeros: Tensor | None,
+    minima: Tensor | None,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -736,20 +710,13 @@ def unpacked(
         number_format: format of the integers.
         codes: packed codes, or unpacked floating-point codes during training.
         scales: floating-point scales, shape `(..., rows, groups)`.
-        zeros: packed zero points or minima; None if the format has none.
+        minima: packed minima; None if the format has none.
         columns: number of columns of the matrix.
         dtype: dtype of the values.
     """
     if codes.is_floating_point():
-        assert number_format.bits is not None
-        zeros = zeros if zeros is None else number_format.unpack_zeros(zeros, scales.shape[-1])
-        return number_format.decode(codes, scales, zeros, dtype)
-    return number_format.decode_packed(codes, scales, zeros, columns, dtype)
-
-
-def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a tensor to a floating-point dtype, and view its bits as integers of the same size."""
-    return tensor.to(dtype).contiguous().view(_BITS[dtype])
+        return number_format.decode(codes, scales, number_format.unpacked_minima(minima, scales), dtype)
+    return number_format.decode_packed(codes, scales, minima, columns, dtype)
 
 
 def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor]) -> list[Tensor]:

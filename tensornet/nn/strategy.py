@@ -144,7 +144,7 @@ def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
     """
     bits = number_format.bits or 8
     passes = 2.0 + (0.0 if bits == 8 else 1.0 if 8 % bits == 0 else 2.5)
-    passes += 2.5 if number_format.table else 0.0  # looking up levels
+    passes += 0.0 if number_format.points.equal_steps else 2.5  # looking up levels
     return passes + (1.0 if itemsize == 2 else 0.0)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tensornet.quantization.codebooks import RUN
+from tensornet.quantization.codebooks import RUN, Codebook
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import Moment
 
@@ -40,8 +40,8 @@ def one_sided_by_run(
     Returns:
         Levels, shape `(stack, out, in)`, and the diagonal of `E C E^T`, shape `(stack, out)`.
     """
-    book, (stack, out, size) = number_format.book, weight.shape
-    assert book is not None
+    book, (stack, out, size) = number_format.points, weight.shape
+    assert isinstance(book, Codebook)
     assert columns.run == RUN
     couplings, factors = (x.expand(stack, *x.shape[1:]) for x in columns.feedback_between_runs)
     # 1. Sort the columns, and transpose the matrices, so that each step reads contiguous memory.
@@ -62,7 +62,7 @@ def one_sided_by_run(
                 # 2. Choose the codes of one run in all rows.
                 part, b = slice(k, k + RUN), k // RUN
                 aim = (target[:, k - start : k - start + RUN] / divisor[:, b, None]).mT.contiguous()
-                found = book.nearest(aim, factors[:, b])
+                found = book.choose(aim, factors[:, b])
                 levels[:, part] = found.mT
                 residual = ((aim - found) @ factors[:, b]).square_().sum(-1)
                 losses.addcmul_(residual, scale[:, b].square())
@@ -164,8 +164,8 @@ def _round_tiles(
         Levels, errors `E`, and `U_R^T E`, shape `(tiles, stack, TILE, TILE)`, and the sum of the squared
         residuals of each row, shape `(tiles, stack, TILE)`.
     """
-    book, lead = number_format.book, work.shape[:2]
-    assert book is not None
+    book, lead = number_format.points, work.shape[:2]
+    assert isinstance(book, Codebook)
     work, above, left = (_skewed(x.unflatten(-1, (RUNS, RUN))) for x in (work, above, left))
     s = _skewed(scale[..., None])
     divisor = torch.where(s == 0, 1.0, s)
@@ -181,7 +181,7 @@ def _round_tiles(
     for k in range(len(s)):
         # Choose the codes of one run of each row.
         aim = (work[k] + above[k] + left[k]) / divisor[k]
-        levels[k] = book.nearest(aim.view(-1, 1, RUN), factors).view(aim.shape)
+        levels[k] = book.choose(aim.view(-1, 1, RUN), factors).view(aim.shape)
         gap = (aim - levels[k]).view(-1, 1, RUN) @ factors
         residual[k] = (gap.view(aim.shape) * s[k]).square().sum(-1, keepdim=True)
         torch.addcmul(work[k], levels[k], s[k], value=-1, out=error[k])

@@ -16,6 +16,7 @@ Reference:
 import base64
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,11 +27,17 @@ from torch import Tensor
 
 from tensornet.errors import FormatError
 from tensornet.quantization.packing import pack, packed_bytes, unpack
+from tensornet.quantization.parts import WIDEST, Levels
 
 #: Number of weights whose indices and signs are packed together.
 RUN = 8
 #: Number of points that are compared for each element of a vector (see `Codebook.nearest`).
 _COMPARED = 2
+#: Smallest range, and number of ranges, in the search for scales.
+_NARROWEST, _TRIED = 0.76, 5
+#: Groups whose smallest absolute value is at least this fraction of the largest one also try the scales of
+#: points with equal elements.
+_EVEN = 0.75
 #: Number of codes that are packed at a time.
 _PACKED = 1 << 22
 
@@ -66,17 +73,32 @@ class Codebook:
         magnitudes: absolute values that one weight may have, as multiples of its scale, ascending.
         length: number of weights in a vector.
         even: True if the number of negative weights of each `RUN` weights is even.
-        group: number of weights with the same scale.
-        unit: unit of scales, which are `unit * step * (2 k + 1)` for integers `k` of 4 bits.
         cells: which cells are points, one bit for each, compressed by zlib, in base 85.
     """
 
     magnitudes: tuple[int, ...]
     length: int
     even: bool
-    group: int
-    unit: float
     cells: str
+    center = 0.0
+    run = RUN
+    equal_steps = False
+    symmetric = True
+
+    @property
+    def bits(self) -> int:
+        """Number of bits of a code before packing."""
+        return self.top.bit_length()
+
+    @property
+    def top(self) -> int:
+        """Largest code."""
+        return 2 * len(self.magnitudes) - 1
+
+    @property
+    def lowest(self) -> float:
+        """Smallest value."""
+        return float(-self.magnitudes[-1])
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -93,13 +115,61 @@ class Codebook:
         """Number of bits for the signs of `RUN` weights."""
         return RUN - 1 if self.even else RUN
 
+    @property
+    def _free(self) -> Levels:
+        """The same levels without a restriction."""
+        return Levels(self.levels)
+
     def tables(self, device: torch.device) -> _Tables:
         """Return the tables on a device."""
         return _tables(self, device)
 
     # --- rounding --------------------------------------------------------------------------------
 
-    def nearest(self, target: Tensor, factor: Tensor | None = None, compare: bool = True) -> Tensor:
+    def ranges(self, least: float, like: Tensor) -> Tensor:
+        """Return the shares of the range that the search for scales tries.
+
+        They are few, since rounding takes more time than with other formats.
+        """
+        return torch.linspace(_NARROWEST, WIDEST, _TRIED, device=like.device).to(like)
+
+    def scales_of_even(self, group: Tensor) -> Iterator[Tensor]:
+        """Yield the scales of points with equal elements for groups of nearly equal weights.
+
+        Such a point may have another magnitude than the largest. Random weights hardly ever have such groups.
+        """
+        sizes = group.abs()
+        even = sizes.amin(0) >= _EVEN * sizes.amax(0)
+        if bool(even.any()):
+            points = self.tables(torch.device("cpu")).magnitudes
+            for magnitude in points[(points == points[:, :1]).all(1), 0].tolist():
+                yield torch.where(even, sizes.mean(0) / magnitude, 0.0)
+
+    def nearest(self, x: Tensor, out: Tensor | None = None, offset: float = 0.0) -> Tensor:
+        """Round to the nearest levels, without regard to the codebook."""
+        return self._free.nearest(x, out)
+
+    def closest(self, x: Tensor) -> Tensor:
+        """Round rows of runs `(..., in)`, as multiples of their scale, to points and signs."""
+        return self.choose(x.reshape(1, -1, RUN)).view(x.shape)
+
+    def searched(self, x: Tensor) -> Tensor:
+        """Round the columns of `x` approximately: the cost of comparing points would prevail."""
+        return self.choose(x.T.reshape(1, -1, RUN), compare=False).view(x.shape[::-1]).T
+
+    def to_codes(self, found: Tensor) -> Tensor:
+        """Convert levels to codes in `torch.uint8`."""
+        return self._free.to_codes(found)
+
+    def values(self, codes: Tensor) -> tuple[Tensor, float]:
+        """Look up the levels of codes."""
+        return self._free.values(codes)
+
+    def trained_values(self, codes: Tensor) -> Tensor:
+        """Look up the levels of rounded codes, with gradients."""
+        return self._free.trained_values(codes)
+
+    def choose(self, target: Tensor, factor: Tensor | None = None, compare: bool = True) -> Tensor:
         """Choose the points and signs of runs `t` such that the cost `|(t - q) F|^2` is small.
 
         Weights keep their signs, except for one weight of each run in which the number of negative weights
@@ -271,11 +341,12 @@ class Codebook:
         negative = tables.signs.index_select(0, signs.reshape(-1)).view(digits.shape) < 0
         return torch.where(negative, half - 1 - digits, half + digits).flatten(-2)
 
-    def unpack_levels(self, packed: Tensor, size: int) -> Tensor:
+    def packed_values(self, packed: Tensor, size: int) -> tuple[Tensor, float]:
         """Unpack the levels of rows of `size` codes, as `torch.int8`."""
         tables, (indices, signs) = self.tables(packed.device), self._unpacked(packed, size)
         levels = tables.magnitudes.index_select(0, indices.reshape(-1)).view(*signs.shape, RUN)
-        return (levels * tables.signs.index_select(0, signs.reshape(-1)).view(levels.shape)).flatten(-2)
+        signed = levels * tables.signs.index_select(0, signs.reshape(-1)).view(levels.shape)
+        return signed.flatten(-2), 1.0
 
     def _unpacked(self, packed: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Unpack indices, shape `(..., in / length)`, and signs, shape `(..., in / RUN)`."""
@@ -326,8 +397,6 @@ CODEBOOKS = {
         tuple(range(1, 16, 2)),
         4,
         False,
-        32,
-        1.0,
         "c-k#dK}rKb5Ud?m7(7iN59ovqtiR~U2pdlmS^v`sIn3TR;sZue5Z@6$Amj-`@D=vV+J}a&>aMEU{rNq)_mDQ1)6rXa`g-zl6)-"
         "xV9&D<-%sLtw(&E+K!8jAZAn=FIh`{BX?s3iZ9eL!0y{saQwa{i<M_rV8i?Gza!ZNf5Tx$=B>&%}&x2aFnb2>I1DZfG3@eJJ?w"
         "}Hf9jj>U<u}qaX$V(Q{%bJZi0qBwX8+P2=0D&xpG^*kpx3aC_+^woo1gDy;frCMb5s>PfCelExhl@Z5=M_J&lZwQK<TIaOt1Nd"
@@ -338,8 +407,6 @@ CODEBOOKS = {
         (4, 12, 20, 28, 36, 44, 52, 62),
         4,
         True,
-        32,
-        0.25,
         "c-l=-K?=h#3{ye}VW$qZd!FLL9+1HvWO^EVh1sdkoaHp#R7#szmgHo6m{j1}>~2z^o7e*jro|>W6f;suxGq5ThwwrH-tdy3S=*"
         "8VCKknJ;ww~xN=C-Lt2kc1f`n?I#<sN&{qc;xi`rsIog^>xCi>0vO72GEj+P?`#G30*;dkafo0(MD70~26E5oy)Fh-PS2J_iYx"
         "E!Gh>5A3e2Aw8l#Lz*UZ2xyz&!sE!Xy7=t?heopubnm$;UMyR4j1Wf!f;*xLWT6+u!rw*Hy!tqyDZ17JdzPtf@!~_J7yrh&WtZ"
@@ -349,8 +416,6 @@ CODEBOOKS = {
         (8, 25, 43),
         8,
         False,
-        16,
-        0.125,
         "c-n1JOKt@r42!agI0c#&;*=39#3>LflvCCTO#7-9jpk=;Y=fB%TefG%OIlXuE_Fz<Ougf=%xu>+l3Bq8hyjg~lMrunmZ<Wy`~Y"
         "GiEi#3On5vBd<vmKZSi%aW(psKWGWlAsphF>8rUC+;ZDfa(=s@_F#i0yss$-8fvv#Vf@jNV{kuiVLgA~66J1A2@4RVJKUxH}IH"
         "-$JpaZ^g})pmKjjd>lmojtPqGOJ!xqXVV(I)s3f1HneH&<4|id_Zsqi~d9|fZw$~1nHWO$bgs-@JBFei6qb36Asxo<#s4;BRhd"
@@ -361,8 +426,6 @@ CODEBOOKS = {
         (8, 25, 43),
         8,
         True,
-        16,
-        0.125,
         "c-mc2ORj`4470L|dWwh@;*?QWh*MOoP)|Aew9xme83;|{*iP^L>UVu^J$f&9<)%0;rYcZH@zkTcz*1-`0#F4vd)cqIa~EY0S(m"
         "36us~sl4e+uqnt+xnD5p1ifdk&k2^cqyDKl&hVwLuN#<u{Y#82-D2r2AS*#~B;6>b%zZ?$An2Qav5OyP;?IjC1*OUa>YNXBOJs"
         "!l*N%2M9ag1pZ#qbS<pDODX)Ys@FiGwcn?g7z}ZUJ85J?WuXe7)kq!xj_MC=sehbo`f6hw91-EjVApg;SBK(#S-ctqy5bslAAu"
@@ -373,8 +436,6 @@ CODEBOOKS = {
         (8, 25, 43),
         8,
         True,
-        32,
-        0.125,
         "c-nPRORj`4470MbdWwiuj~R8vF<3s$DPNNQV8mEdDvh1mfzMz4@MsNM4-kL~Dg?0u3Z<Q}s#5&i%a^YL7=qILyw)W4Cso8iRnl"
         "pCLd`c4Du;C<RlH?aajd+e<FY7)k8>WSTt@47wX1jPqB41q=2e+&9hy;#r#nzQ(d`wV2I-N(E<X_7hks$x7)Do8!;TEvZcdv+$"
         ";Bf*s-;99+U-&7)=?KnsoS&M%ZZjW8ztGaG<oin^)>q~!#84@<5Q?C;cAe-jqH$lW6s<jvF<nQc*Z$~yKl@H%B$)D{-`Y{-_v~"

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from tensornet.linalg.weighted_svd import cholesky
-from tensornet.quantization.codebooks import RUN
+from tensornet.quantization.codebooks import RUN, Codebook
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.scales import refits_final_scales
 
 #: Number of columns after which the gradient of all later columns is updated by one matrix product.
 _BLOCK = 64
@@ -61,7 +60,7 @@ def sweep_codes(
     """
     # Everything is transposed to `(in, stack, out)`, so that a column of the weights is contiguous.
     if gradient is None:
-        gradient = times_rows(rows, (weight - grid.points(codes)) @ columns)
+        gradient = times_rows(rows, (weight - grid.values(codes)) @ columns)
     codes, scale, gradient = _by_column(codes), _by_column(grid.scale), _by_column(gradient)
     curvature = rows if rows.ndim == 2 else rows.diagonal(dim1=1, dim2=2)
     couplings = columns.transpose(0, 1)[..., None]  # shape: (in, stack, in, 1)
@@ -75,7 +74,7 @@ def sweep_codes(
         moved = torch.zeros_like(here)
         for k in range(len(here)):
             column = codes[start + k]
-            steps = grid.nearest(torch.addcmul(column, here[k], pull[k])).sub_(column)
+            steps = grid.points.nearest(torch.addcmul(column, here[k], pull[k])).sub_(column)
             change = (steps * s[k]).neg_()
             gain = change * torch.addcmul(here[k], bend[k], change, value=0.5)
             curve = own[start + k, :, :, None]
@@ -105,9 +104,10 @@ def sweep_runs(
 
     For the arguments and the results see `sweep_codes`.
     """
-    assert grid.book is not None
+    book = grid.points
+    assert isinstance(book, Codebook)
     if gradient is None:
-        gradient = times_rows(rows, (weight - grid.points(codes)) @ columns)
+        gradient = times_rows(rows, (weight - grid.values(codes)) @ columns)
     codes, scale, gradient = _by_column(codes), _by_column(grid.scale), _by_column(gradient)
     curvature = rows if rows.ndim == 2 else rows.diagonal(dim1=1, dim2=2)
     # Blocks of C on the diagonal, shape (stack, runs, RUN, RUN), and upper triangular `F` with `C = F F^T`.
@@ -126,7 +126,7 @@ def sweep_runs(
             g, levels, s = here[k : k + RUN].permute(1, 2, 0), codes[part].permute(1, 2, 0), scale[start + k]
             bend = curvature * s
             pull = torch.where(bend * s > 0, 1 / bend, 0.0)[..., None]
-            steps = grid.book.nearest(levels + pull * (g @ inverses[:, run]), factors[:, run]) - levels
+            steps = book.choose(levels + pull * (g @ inverses[:, run]), factors[:, run]) - levels
             change = -s[..., None] * steps
             curve = blocks[:, run]
             gain = (change * (g + 0.5 * curvature[..., None] * (change @ curve))).sum(2)
@@ -216,7 +216,7 @@ def sweep_scales(
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
-        points: codes minus their zero points, or levels, shape `(stack, out, in)`.
+        points: codes minus `Points.center`, or levels, shape `(stack, out, in)`.
         scales: current scales, shape `(stack, out, groups)`.
         number_format: integer format.
         rows: moment `R`, shape `(stack, out, out)`, or its diagonal, shape `(stack, out)`.
@@ -313,6 +313,8 @@ def descend(
     columns: Tensor,
     sweeps: int,
     loss: Tensor,
+    *,
+    refit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lower the loss increase by alternating `sweep_scales` and `sweep_codes`.
 
@@ -321,9 +323,10 @@ def descend(
     Products of a moment and the error take most of the time, so each step reuses those of the previous step.
 
     Args:
-        zero: zero point of each element, or one number for all.
+        zero: code of the value 0 for each element, or one number for all.
         sweeps: number of alternations.
         loss: loss increase of the current codes, shape `(stack,)`.
+        refit: whether scales may change.
 
     Returns:
         Codes (or levels), scales in the dtype in which they are stored, and the loss increase.
@@ -341,8 +344,7 @@ def descend(
     for _ in range(sweeps):
         points = codes - zero
         _, product = passed(points, scales)
-        # Scales stay if minima would not fit other scales, or if they have just been refitted to the codes.
-        if number_format.minimum or refits_final_scales(number_format):
+        if not refit:
             gradient = times_rows(rows, product)
         else:
             own = scales.to(weight.dtype)
@@ -357,7 +359,7 @@ def descend(
             if not bool(better.all()):
                 gradient = times_rows(rows, passed(points, scales)[1])
         grid = Grid.of(number_format, spread(scales), zero)
-        sweep = sweep_codes if grid.book is None else sweep_runs
+        sweep = sweep_codes if grid.points.run == 1 else sweep_runs
         codes, gained = sweep(weight, codes, grid, rows, columns, gradient)
         loss = loss + gained
     return codes, scales, loss

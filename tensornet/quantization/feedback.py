@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from tensornet.quantization.codebook_feedback import BLOCK, TILE, one_sided_by_run, two_sided_by_run
-from tensornet.quantization.codebooks import RUN, Codebook
-from tensornet.quantization.formats import Levels, NumberFormat, nearest
+from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import Moment
+from tensornet.quantization.parts import Points
 
 
 @dataclass(frozen=True)
@@ -46,53 +46,41 @@ class Grid:
 
     Args:
         scale: scale of each element, shape `(stack, out, in)`; if it is zero, the only value is zero.
-        zero: zero point of each element, or one number for all.
-        top: largest code.
-        levels: table of levels; None if values are equally spaced.
-        book: codebook that restricts the levels of neighbouring elements of a row.
+        zero: code of the value 0 for each element, or one number for all.
+        points: what the codes mean.
     """
 
     scale: Tensor
     zero: Tensor | float
-    top: int
-    levels: Levels | None = None
-    book: Codebook | None = None
+    points: Points
 
     @classmethod
     def of(cls, number_format: NumberFormat, scale: Tensor, zero: Tensor | float | None = None) -> "Grid":
-        """Return the grid of a number format with these scales; by default without zero points."""
-        zero = number_format.center if zero is None else zero
-        return cls(scale, zero, number_format.top, number_format.levels(scale), number_format.book)
+        """Return the grid of a number format with these scales; by default without minima."""
+        points = number_format.points
+        return cls(scale, points.center if zero is None else zero, points)
 
     def codes(self, target: Tensor) -> Tensor:
         """Compute the nearest codes (or levels) of values, as floating-point numbers."""
-        found = (target / self.divisor).add_(self.zero)
-        return (
-            self.nearest(found)
-            if self.book is None
-            else self.book.nearest(found.reshape(1, -1, RUN)).view(found.shape)
-        )
-
-    def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Round `x = value / scale + zero` to the nearest codes (or levels), without regard to a codebook.
-
-        `x` may be overwritten.
-        """
-        return nearest(x, self.top, self.levels, out)
+        return self.points.closest((target / self.divisor).add_(self.zero))
 
     @property
     def divisor(self) -> Tensor:
         """Scales with zeros replaced by ones."""
-        return torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        return _without_zeros(self.scale)
 
     def transposed(self) -> "Grid":
-        """Return the transposed grid, with contiguous scales and zero points."""
+        """Return the transposed grid, with contiguous scales and codes of zero."""
         zero = self.zero.mT.contiguous() if isinstance(self.zero, Tensor) else self.zero
-        return Grid(self.scale.mT.contiguous(), zero, self.top, self.levels, self.book)
+        return Grid(self.scale.mT.contiguous(), zero, self.points)
 
-    def points(self, codes: Tensor) -> Tensor:
+    def values(self, codes: Tensor) -> Tensor:
         """Convert codes (or levels) to values."""
         return (codes - self.zero) * self.scale
+
+
+def _without_zeros(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def round_with_feedback(
@@ -108,7 +96,8 @@ def round_with_feedback(
     Args:
         weight: matrices, shape `(stack, out, in)`.
         scales: scales of all groups, shape `(stack, out, groups)`.
-        zeros: zero points of all groups, in the same shape; None without zero points.
+        zeros: codes of the value 0 of all groups (`NumberFormat.ratios`), in the same shape; None without
+            minima.
         number_format: integer format.
         rows: full moment of the gradients; None for no feedback between rows.
         columns: full moment of the inputs; None for no feedback between columns. For a format with a
@@ -121,7 +110,7 @@ def round_with_feedback(
         `tr(R E C E^T)`, shape `(stack,)`. Without feedback, it is None.
     """
     size, dtype = weight.shape[2], weight.dtype
-    if number_format.book is not None and columns is not None:
+    if number_format.points.run > 1 and columns is not None:
         if rows is None:
             return one_sided_by_run(weight, scales, number_format, columns)
         return two_sided_by_run(weight, scales, number_format, rows, columns)
@@ -154,19 +143,19 @@ def round_with_feedback(
         return x
 
     each = sorted_by(grid.zero) if isinstance(grid.zero, Tensor) else None
-    work, points = sorted_by(weight), Grid.of(number_format, sorted_by(spread), each)
+    work, ordered = sorted_by(weight), Grid.of(number_format, sorted_by(spread), each)
     del spread, grid  # as large as the weight
     if rows is not None and columns is not None:
         couplings = (moment.feedback[0].expand(len(weight), -1, -1) for moment in (rows, columns))
-        codes, residuals = two_sided(work, points, *couplings)
+        codes, residuals = two_sided(work, ordered, *couplings)
         above, across = (moment.feedback[1].expand(len(weight), -1) for moment in (rows, columns))
         losses = (above * (residuals.square_() @ across[:, :, None])[..., 0]).sum(1, dtype=torch.float64)
         return sorted_by(codes, back=True), losses
     if columns is not None:
-        codes, losses = one_sided(work.mT.contiguous(), points.transposed(), *columns.feedback)
+        codes, losses = one_sided(work.mT.contiguous(), ordered.transposed(), *columns.feedback)
         return sorted_by(codes.mT, back=True), losses
     assert rows is not None
-    codes, losses = one_sided(work.clone(memory_format=torch.contiguous_format), points, *rows.feedback)
+    codes, losses = one_sided(work.clone(memory_format=torch.contiguous_format), ordered, *rows.feedback)
     return sorted_by(codes, back=True), losses
 
 
@@ -180,12 +169,12 @@ def one_sided(
     Args:
         work: matrices with rows in the order of rounding, shape `(stack, n, m)`; they are overwritten by the
             errors.
-        grid: the rounding grid; its scales and zero points have shape `(stack, n, m)`, or `(stack, groups,
+        grid: the rounding grid; its scales and codes of zero have shape `(stack, n, m)`, or `(stack, groups,
             m)`.
         couplings: strictly upper triangular part of `U`, for the moment `M = U D U^T` of the rows of `work`;
             shape `(stack or 1, n, n)`.
         kept: the diagonal `D`, shape `(stack or 1, n)`.
-        groups: for each row, the index of its scales and zero points; by default, each row has its own.
+        groups: for each row, the index of its scales and codes of zero; by default, each row has its own.
 
     Returns:
         Codes (or levels), shape `(stack, n, m)`, and the diagonal of `E^T M E`, shape `(stack, m)`.
@@ -193,7 +182,7 @@ def one_sided(
     couplings, kept = (x.expand(len(work), *x.shape[1:]) for x in (couplings, kept))
     size = work.shape[1]
     groups = range(size) if groups is None else groups
-    # With a center that is not an integer, and with zero points, shift values before they are rounded.
+    # With a center that is not an integer, and with minima, shift values before they are rounded.
     # Otherwise, round values directly to points, and add the center afterwards.
     whole = 0.0 if isinstance(grid.zero, Tensor) else float(math.floor(grid.zero))
     shifts = grid.zero.unbind(1) if isinstance(grid.zero, Tensor) else None
@@ -215,10 +204,7 @@ def one_sided(
                 shift = half if shifts is None else shifts[groups[k]]
                 if shifts is not None or half:
                     point.add_(shift)
-                if grid.levels is None:
-                    point.round_().clamp_(-whole, grid.top - whole)
-                else:
-                    grid.nearest(point, out=point)
+                grid.points.nearest(point, point, whole)
                 if shifts is not None or half:
                     point.sub_(shift)
                 errors[k].addcmul_(point, scale, value=-1)
@@ -262,7 +248,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> tupl
     down, across = size // TILE, width // TILE
 
     # 2. Stack the tensors that rounding reads (listed at `_ABOVE`), and split the stack into tiles.
-    divisor = Grid(scale, 0.0, 0).divisor
+    divisor = _without_zeros(scale)
     parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
     planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)
     del parts, scale, divisor, zero  # each may be as large as the weight
@@ -309,7 +295,8 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> tupl
 
 
 #: Positions of three inputs of each tile. The inputs are, in this order: feedback from above; weights plus
-#: feedback from the left; `weight + scale * zero`; scales; divisors; zero points, unless they are one number.
+#: feedback from the left; `weight + scale * zero`; scales; divisors; codes of zero, unless they are one
+#: number.
 _ABOVE, _LEFT, _ZERO = 0, 1, 5
 
 
@@ -397,7 +384,7 @@ class _TileBuffer:
 
 def _round_tiles(tiles: _Tiles, grid: Grid) -> None:
     for x in tiles.steps:
-        grid.nearest(torch.addcdiv(x.zero, x.target + x.above, x.divisor), out=x.code)
+        grid.points.nearest(torch.addcdiv(x.zero, x.target + x.above, x.divisor), out=x.code)
         torch.addcmul(x.weight, x.code, x.scale, value=-1, out=x.error)
         torch.add(x.error, x.above, out=x.half)
         x.below.addcmul_(x.row_couplings, x.error)

@@ -1,130 +1,96 @@
 """Number formats: names, sizes, and conversion between values, integer codes and packed bytes.
 
-An integer format stores a code of `bits` bits for every element, and a scale for every group of neighbouring
-elements of a row: `value = scale * (code - zero)`. Without zero points, all groups have the same `zero`.
+An integer format stores a code of a few bits for every element, and a scale for every group of neighbouring
+elements of a row: `value = scale * point[code]`. The points are `code - center` or, in formats with a table,
+unequally spaced levels (see `parts.Points`). Some formats also have a minimum for every group: `value = scale
+* code - minimum`.
 
-In formats with a table, codes are positions in a table of unequally spaced levels: `value = scale *
-level[code]`. Since most weights are close to zero, 16 such levels have one sixth less squared error than 16
-equally spaced levels.
+Scales have 16 bits, or 8 bits on request (see `parts.Scales`). Groups of 32 with 8-bit scales take as many
+bytes as groups of 64 with 16-bit scales. They are more accurate, since codes are chosen after the scale is
+rounded. Scales may also be integers of 6 or 8 bits times a step in float16 that 256 weights of a row share.
 
-Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
-with 16-bit scales. They are more accurate, since codes are chosen after the scale is rounded. Scales may also
-be integers of 6 or 8 bits times a step in float16 that 256 weights of a row share.
-
-Formats such as `int5:g32:s6:min` have a minimum for every group: `value = scale * code - minimum`. Scales and
-minima are integers of 4 or 6 bits without a sign, times steps in float16, as in the K types of GGUF.
+Formats such as `int5:g32:s6:min` have minima. Scales and minima are integers of 4 or 6 bits without a sign,
+times steps in float16, as in the K types of GGUF.
 
 The formats `mxfp4` and `nvfp4` have the 15 values of floating-point numbers of 4 bits (E2M1) as levels, and
 scales of 8 bits without a sign. In `mxfp4`, 32 weights share a power of two (E8M0). In `nvfp4`, 16 weights
 share a number of four significant bits (E4M3), or fewer below 1/64. No scale is shared by a whole matrix.
 
-The formats `iq2_xxs` to `iq3_s` have tables and such scales too. A codebook restricts the codes of 4 or 8
+The formats `iq2_xxs` to `iq3_s` have levels and integer scales too. A codebook restricts the codes of 4 or 8
 neighbouring weights (see `codebooks`), so that a weight takes 2.06 to 3.44 bits in all.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from tensornet._util import check_sizes, is_exporting
+from tensornet._util import check_sizes
 from tensornet.errors import FormatError
-from tensornet.quantization.codebooks import CODEBOOKS, RUN, Codebook
-from tensornet.quantization.packing import pack, packed_bytes, unpack
+from tensornet.quantization.codebooks import CODEBOOKS, Codebook
+from tensornet.quantization.parts import (
+    SUPER_BLOCK,
+    FloatScales,
+    Integers,
+    Levels,
+    Points,
+    Scales,
+    StepScales,
+)
 
-#: Numbers of bits of integer formats.
+#: Numbers of bits of integers.
 BITS = (8, 7, 6, 5, 4, 3, 2)
 #: Sizes of groups; None is one group per row.
 GROUPS = (16, 32, 64, 128, None)
 DEFAULT_GROUP = 64
-#: Sizes of groups that may have zero points: those of MLX, and of Q4_1 and Q5_1 in GGUF files.
-ZERO_POINT_GROUPS = (32, 64, 128)
-#: Dtype of scales for each suffix of the name of a format.
-SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
-#: Levels of the formats `nl<bits>`, by bits, as multiples of the scale. The 16 levels are those of the GGUF
-#: types IQ4_NL and IQ4_XS. The others were fitted by Lloyd's algorithm to weights of a language model, in
-#: groups of 32 with the scales of `search_scales`.
-LEVELS = {
-    4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-    3: (-127, -76, -44, -17, 9, 35, 65, 105),
-    2: (-127, -41, 21, 92),
+#: Points by the first part of the name of a format, which may be followed by a group and by scales. The 16
+#: levels of `nl4` are those of the GGUF types IQ4_NL and IQ4_XS. Those of `nl3` and `nl2` were fitted by
+#: Lloyd's algorithm to weights of a language model, in groups of 32 with the scales of `search_scales`.
+POINTS: dict[str, Points] = {
+    **{f"int{bits}": Integers.symmetric_of(bits) for bits in BITS},
+    "nl4": Levels((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)),
+    "nl3": Levels((-127, -76, -44, -17, 9, 35, 65, 105)),
+    "nl2": Levels((-127, -41, 21, 92)),
 }
-#: Twice the values of E2M1, which are the levels of `mxfp4` and `nvfp4`. Therefore, scales count half.
+#: Scales by the last part of the name of a format. Integer scales are `s6` and `s8`.
+SCALES = {
+    "": FloatScales(torch.bfloat16),
+    "float16": FloatScales(torch.float16),
+    "float8": FloatScales(torch.float8_e5m2),
+}
+_SCALE_BITS = (6, 8)
+#: Number of bits of scales and minima of formats with minima, by points and group.
+_MINIMA = {("int2", 16): 4, ("int4", 32): 6, ("int5", 32): 6}
+#: Factor by which groups are larger if 16-bit scales replace others, so that bytes stay about the same.
+_WIDER = {"": 1, "float16": 1, "float8": 2, "s4": 4, "s6": 2, "s8": 2}
+#: Names of the formats of floating-point numbers of 4 bits, and twice the values of E2M1, which are their
+#: levels. Therefore, scales count half.
+FP4 = ("mxfp4", "nvfp4")
 FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
-#: Size of groups and dtype of scales of these formats.
-FP4 = {"mxfp4": (32, torch.float8_e8m0fnu), "nvfp4": (16, torch.float8_e4m3fn)}
-#: Number of weights in a block of `nvfp4` in files; rows consist of whole blocks.
-_NVFP4_BLOCK = 64
-#: Numbers of bits of integer scales, in formats that end in `:s6` or `:s8`, and the number of weights that
-#: share a step.
-SCALE_BITS, SUPER_BLOCK = (6, 8), 256
-#: Number of bits of scales and minima, by the number of bits of a code and the size of groups.
-MINIMA = {(2, 16): 4, (4, 32): 6, (5, 32): 6}
-#: Number of bits of the exponent and of the mantissa of each dtype.
-_PARTS = {
-    torch.bfloat16: (8, 7),
-    torch.float16: (5, 10),
-    torch.float8_e5m2: (5, 2),
-    torch.float8_e4m3fn: (4, 3),
-    torch.float8_e8m0fnu: (8, 0),
-}
-_FLOATS = ("float", "bf16")
 _PATTERN = re.compile(
-    r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?"
-    r"(:((?P<dtype>float16|float8)|s(?P<scale>\d)(?P<minimum>:min)?))?"
+    r"(?P<points>\w+)(:(g(?P<group>\d+)|(?P<row>row)))?"
+    r"(:((?P<dtype>float16|float8)|s(?P<bits>\d)(?P<min>:min)?))?"
 )
 
 
-class Levels(NamedTuple):
-    """Table of levels.
-
-    Args:
-        values: the levels, which are integers.
-        nearest: the level that is nearest to each interval of length 1/2. The intervals begin at the lowest
-            level. The midpoint of two levels is never inside an interval.
-        codes: the code of each integer from the lowest level to the highest; 0 for other integers.
-    """
-
-    values: Tensor
-    nearest: Tensor
-    codes: Tensor
-
-
-@dataclass(frozen=True)
 class NumberFormat:
-    """Storage format of the elements of a core or matrix.
+    """Storage format of the elements of a core or matrix; `NumberFormat.parse` reads it from its name.
+
+    Two formats are equal if their names are. Without arguments, this is the format `float`.
 
     Args:
-        bits: number of bits of an integer code, 2 to 8; None for floating-point formats.
+        name: the shortest name that `parse` accepts.
+        points: what the codes mean; None for floating-point formats.
+        scales: how scales are stored; None for floating-point formats.
         group: number of neighbouring elements of a row that share a scale; the last group of a row may be
             shorter. None is one group per row.
-        zero_point: True if every group has its own zero point, an integer of `bits` bits. This needs groups
-            of `ZERO_POINT_GROUPS` and any number of bits except 7. If False, the value 0 is in the middle of
-            the codes. With three or more bits, it is the value of a code. With two bits, it is between two
-            codes, since four symmetric values fit a normal distribution better.
-        scale_dtype: dtype of scales or, with `scale_bits`, of their steps: `torch.bfloat16`; `torch.float16`,
-            which underflows below 6e-8; or `torch.float8_e5m2`, which underflows below 1.5e-5.
+        minima: how minima are stored; None without them.
+        span: rows that consist of complete groups are multiples of this number of elements; by default, the
+            number of elements that share a scale or a step.
+        wide: name of a format with 16-bit scales that takes about as many bytes.
         dtype: dtype of the elements of a floating-point format; None is the dtype of the model.
-        table: True if codes are positions in the table `LEVELS[bits]`, without zero points.
-        scale_bits: number of bits of integer scales; None if scales are floating-point numbers. A scale is
-            the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. These integers
-            have a sign, unless there are minima. With a codebook, scales are odd integers from 1 to 31 times
-            a step and times `Codebook.unit`.
-        minimum: True if every group has a minimum, one of `MINIMA`. Minima take the place of zero points in
-            all functions. They have as many bits as the scales, and steps of their own.
-        fp4: name of the format with levels of E2M1, one of `FP4`; None in other formats. The name determines
-            all other arguments.
-        codebook: name of the codebook that restricts the codes of neighbouring weights, one of `CODEBOOKS`;
-            None without one. The name determines all other arguments.
-
-    Raises:
-        FormatError: this combination of arguments does not exist.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -133,200 +99,114 @@ class NumberFormat:
         (4, 128, 264)
     """
 
-    bits: int | None = None
-    group: int | None = None
-    zero_point: bool = False
-    scale_dtype: torch.dtype = torch.bfloat16
-    dtype: torch.dtype | None = None
-    table: bool = False
-    scale_bits: int | None = None
-    codebook: str | None = None
-    fp4: str | None = None
-    minimum: bool = False
-
-    def __post_init__(self) -> None:
-        if self.fp4 is not None:
-            others = (self.zero_point, self.dtype, self.scale_bits, self.codebook)
-            kind = (self.bits, self.group, self.scale_dtype, self.table)
-            if kind != (4, *FP4.get(self.fp4, ()), True) or any(others):
-                raise FormatError(
-                    f"A format with levels of E2M1 is one of {', '.join(FP4)}, read by NumberFormat.parse; "
-                    f"got {self!r}."
-                )
-            return
-        if self.codebook is not None:
-            book = CODEBOOKS.get(self.codebook)
-            given = (self.bits, self.group, self.zero_point, self.scale_dtype, self.dtype, self.table)
-            if (
-                book is None
-                or given != (_code_bits(book), book.group, False, torch.float16, None, True)
-                or self.scale_bits != 4
-            ):
-                raise FormatError(
-                    f"A format with a codebook is one of {', '.join(CODEBOOKS)}, read by NumberFormat.parse; "
-                    f"got {self!r}."
-                )
-            return
-        if self.bits is None:
-            other = self.group is not None or self.zero_point or self.table or self.scale_bits
-            if other or self.dtype not in (None, torch.bfloat16):
-                raise FormatError(
-                    f"A floating-point format is one of {', '.join(_FLOATS)}, without groups and zero "
-                    f"points; got {self!r}."
-                )
-            return
-        if self.bits not in BITS or self.dtype is not None:
-            raise FormatError(f"An integer format has 2 to 8 bits and no dtype, got {self.bits!r} bits.")
-        if self.table and (self.bits not in LEVELS or self.zero_point):
-            raise FormatError(f"Tables of levels have 2 to 4 bits and no zero points; got {self!r}.")
-        if self.group not in GROUPS:
-            raise FormatError(
-                f"Groups have 16, 32, 64 or 128 inputs, or None for one group per row; got {self.group!r}."
-            )
-        if self.zero_point and (self.bits == 7 or self.group not in ZERO_POINT_GROUPS):
-            raise FormatError(
-                "Zero points need 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128 inputs, as in the "
-                f"files of other runtimes; got {self!r}. Leave out ':zero'."
-            )
-        if self.scale_dtype not in SCALE_DTYPES.values():
-            names = ", ".join(map(str, SCALE_DTYPES.values()))
-            raise FormatError(f"Scales are one of {names}; got {self.scale_dtype}.")
-        if self.minimum:
-            if self.table or self.scale_bits != MINIMA.get((self.bits, self.group or 0), 0):
-                names = ", ".join(f"int{bits}:g{group}:s{n}:min" for (bits, group), n in MINIMA.items())
-                raise FormatError(f"Formats with minima are {names}; got {self!r}.")
-        elif self.scale_bits is not None and self.scale_bits not in SCALE_BITS:
-            raise FormatError(f"Integer scales have 6 or 8 bits, or 4 with minima; got {self!r}.")
-        if self.scale_bits is not None and (
-            self.group is None or self.zero_point or self.scale_dtype != torch.float16
-        ):
-            raise FormatError(
-                f"Integer scales have steps in torch.float16, and groups without zero points; got {self!r}."
-            )
+    def __init__(
+        self,
+        name: str = "float",
+        points: Points | None = None,
+        scales: Scales | None = None,
+        group: int | None = None,
+        *,
+        minima: StepScales | None = None,
+        span: int | None = None,
+        wide: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.name, self.group, self.minima, self.dtype = name, group, minima, dtype
+        self._points, self._scales, self._wide = points, scales, wide
+        shared = 1 if scales is None else scales.count
+        self.span = group * shared if span is None and group is not None else span
 
     @classmethod
     def parse(cls, name: "str | NumberFormat") -> "NumberFormat":
-        """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"` or `"int3:g64:zero"`.
+        """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"` or `"nl4:g32:float16"`.
 
         Args:
-            name: `"float"`, `"bf16"`, `"mxfp4"`, `"nvfp4"`, the name of a codebook, such as `"iq3_s"`, or the
-                name of another integer format. It begins with `int2` ... `int8` or, with a table, `nl2` ...
-                `nl4`. Optional suffixes, in this order: the group, `:g16`, `:g32`, `:g64` (the default),
-                `:g128` or `:row`; `:zero` for zero points; `:float16` or `:float8` for the dtype of scales,
-                or `:s6` or `:s8` for integer scales; `:min` after integer scales for minima.
+            name: a key of `FORMATS`, such as `"float"`, `"mxfp4"` or `"iq3_s"`, or a key of `POINTS`, such as
+                `"int4"` or `"nl4"`. Optional suffixes of the latter, in this order: the group, `:g16`,
+                `:g32`, `:g64` (the default), `:g128` or `:row`; `:float16` or `:float8` for the dtype of
+                scales, or `:s6` or `:s8` for integer scales; `:min` after integer scales for minima.
 
         Raises:
-            FormatError: the name is unknown; the message lists the known names.
+            FormatError: the name is unknown, or its parts cannot be combined; the message lists the known
+                names.
         """
         if isinstance(name, NumberFormat):
             return name
-        if name == "float":
-            return cls()
-        if name == "bf16":
-            return cls(dtype=torch.bfloat16)
-        if isinstance(name, str) and name in FP4:
-            return cls(4, FP4[name][0], scale_dtype=FP4[name][1], table=True, fp4=name)
-        if isinstance(name, str) and name in CODEBOOKS:
-            return cls(
-                _code_bits(CODEBOOKS[name]),
-                CODEBOOKS[name].group,
-                scale_dtype=torch.float16,
-                table=True,
-                scale_bits=4,
-                codebook=name,
-            )
+        if isinstance(name, str) and name in FORMATS:
+            return FORMATS[name]
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
-        if found is None or int(found["bits"]) not in (BITS if found["kind"] == "int" else LEVELS):
+        if found is None or found["points"] not in POINTS:
             raise FormatError(
                 f"Unknown number format {name!r}; known are {', '.join(format_names())}. Integer formats may "
-                "add a group size, zero points and a dtype of scales: 'int4:g128', 'int8:row', "
-                "'int3:g64:zero', 'int4:g32:float8'."
+                "add a group size and a kind of scales: 'int4:g128', 'int8:row', 'int4:g32:float8'."
             )
         group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
-        scale_bits = int(found["scale"]) if found["scale"] else None
-        return cls(
-            int(found["bits"]),
-            group,
-            found["zero"] is not None,
-            torch.float16 if scale_bits else SCALE_DTYPES[found["dtype"] or ""],
-            table=found["kind"] == "nl",
-            scale_bits=scale_bits,
-            minimum=found["minimum"] is not None,
-        )
+        if group not in GROUPS:
+            raise FormatError(
+                f"Groups have 16, 32, 64 or 128 inputs, or None for one group per row; got {name!r}."
+            )
+        kind = f"s{found['bits']}" if found["bits"] else found["dtype"] or ""
+        return _composed(found["points"], group, kind, minima=found["min"] is not None)
 
-    @property
-    def name(self) -> str:
-        """Shortest name that `parse` accepts for this format."""
-        if self.bits is None:
-            return "float" if self.dtype is None else "bf16"
-        if self.codebook is not None or self.fp4 is not None:
-            return self.codebook or self.fp4 or ""
-        parts = [f"nl{self.bits}" if self.table else f"int{self.bits}"]
-        if self.group != DEFAULT_GROUP:
-            parts.append("row" if self.group is None else f"g{self.group}")
-        if self.zero_point:
-            parts.append("zero")
-        if self.scale_bits is not None:
-            return ":".join([*parts, f"s{self.scale_bits}", *(["min"] if self.minimum else [])])
-        parts += [suffix for suffix, dtype in SCALE_DTYPES.items() if suffix and dtype == self.scale_dtype]
-        return ":".join(parts)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NumberFormat) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return f"NumberFormat.parse({self.name!r})"
 
     def __str__(self) -> str:
         return self.name
 
     @property
+    def points(self) -> Points:
+        """What the codes mean.
+
+        Raises:
+            FormatError: this is a floating-point format.
+        """
+        if self._points is None:
+            raise self._without_codes()
+        return self._points
+
+    @property
+    def scales(self) -> Scales:
+        """How scales are stored.
+
+        Raises:
+            FormatError: this is a floating-point format.
+        """
+        if self._scales is None:
+            raise self._without_codes()
+        return self._scales
+
+    def _without_codes(self) -> FormatError:
+        return FormatError(
+            f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4, mxfp4, nvfp4, "
+            "iq2_xxs ... iq3_s."
+        )
+
+    @property
     def is_integer(self) -> bool:
         """True if elements are stored as integer codes with scales."""
-        return self.bits is not None
+        return self._points is not None
+
+    @property
+    def bits(self) -> int | None:
+        """Number of bits of a code before packing; None for floating-point formats."""
+        return None if self._points is None else self._points.bits
 
     @property
     def for_networks(self) -> bool:
         """True if plans may use this format for cores of networks, and not only for dense matrices."""
-        return not self.table and self.scale_bits is None
+        return not self.is_integer or (self.points.equal_steps and self.scales.count == 1)
 
     @property
-    def span(self) -> int | None:
-        """Number of neighbouring elements of a row that share a scale or a step, or a block of `nvfp4`.
-
-        None means the whole row.
-        """
-        if self.fp4 == "nvfp4":
-            return _NVFP4_BLOCK
-        return self.group if self.scale_bits is None else SUPER_BLOCK
-
-    @property
-    def book(self) -> Codebook | None:
-        """The codebook that restricts the codes of neighbouring weights; None without one."""
-        return None if self.codebook is None else CODEBOOKS[self.codebook]
-
-    @property
-    def level_values(self) -> tuple[int, ...]:
-        """Levels of all codes as multiples of the scale, in formats with a table."""
-        if self.fp4 is not None:
-            return FP4_LEVELS
-        return LEVELS[self._integer_bits()] if self.book is None else self.book.levels
-
-    @property
-    def top(self) -> int:
-        """Largest code."""
-        return (len(self.level_values) if self.table else 2 ** self._integer_bits()) - 1
-
-    @property
-    def center(self) -> float:
-        """Code of the value 0 in formats without zero points (may be a half-integer); 0 with a table."""
-        if self.table:
-            return 0.0
-        half = 2.0 ** (self._integer_bits() - 1)
-        return half - 0.5 if self.bits == 2 else half
-
-    @property
-    def lowest(self) -> float:
-        """Value of the code 0, divided by the scale, in formats without zero points."""
-        return float(self.level_values[0]) if self.table else -self.center
-
-    def levels(self, like: Tensor) -> Levels | None:
-        """Return the table of levels in the dtype and on the device of `like`, or None without a table."""
-        return _levels(self.level_values, like.dtype, like.device) if self.table else None
+    def wide(self) -> "NumberFormat":
+        """Format with 16-bit scales that takes about as many bytes; the same format if it has such scales."""
+        return self if self._wide is None else NumberFormat.parse(self._wide)
 
     def check_real(self, weight: Tensor) -> None:
         """Check that a weight is real, unless this is the format `float`, which stores complex numbers too.
@@ -348,20 +228,21 @@ class NumberFormat:
 
     def fits(self, size: int) -> bool:
         """Return True if rows of `size` elements can be stored: super-blocks, if any, must be complete."""
-        return self.scale_bits is None or self.divides(size)
+        return not self.is_integer or self.scales.count == 1 or self.divides(size)
 
     def groups(self, size: int) -> int:
         """Count the groups in a row of `size` elements.
 
         Raises:
-            FormatError: scales are integers, and `size` is not a multiple of `SUPER_BLOCK`.
+            FormatError: the format has no groups, or a step is shared by groups that a row of `size` elements
+                does not complete.
         """
-        self._integer_bits()
+        if not self.is_integer:
+            raise self._without_codes()
         if not self.fits(size):
-            other = f"int{self.bits}:g32" if self.codebook else replace(self, scale_bits=None).name
             raise FormatError(
-                f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, but {size} inputs are "
-                f"not a multiple of {SUPER_BLOCK}; use {other!r}."
+                f"{self.name!r} stores one step for {self.span} weights of a row, but {size} inputs are not "
+                f"a multiple of {self.span}; use {self.wide.name!r}."
             )
         return 1 if self.group is None else math.ceil(size / self.group)
 
@@ -390,135 +271,21 @@ class NumberFormat:
                 absent, all weights are equal.
 
         Returns:
-            Scales in `scale_dtype`, or in float32 if they are integers times steps or count half.
+            Scales in the dtype of `scales`, or in float32 if they are integers times steps or have a unit.
         """
-        if self.scale_bits is not None:
-            return self.scales_of(*self.factored(scales, importance))
-        limit = torch.finfo(self.scale_dtype).max
-        if self.fp4 is not None:  # these scales have no sign
-            found = (scales.abs() / self.scale_unit).clamp(max=limit).to(self.scale_dtype)
-            return found.float() * self.scale_unit
-        return scales.clamp(-limit, limit).to(self.scale_dtype)
+        return self.scales.storable(scales, importance)
 
-    def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Approximate scales by integers times a step that each super-block of `SUPER_BLOCK` weights shares.
+    def ratios(self, scales: Tensor, minima: Tensor) -> Tensor:
+        """Return minima divided by the scales, which are the codes of zero."""
+        return minima / torch.where(scales == 0, torch.ones_like(scales), scales)
 
-        Candidates for the step are the largest scale of the super-block divided by large integers, and the
-        three smallest steps. With a candidate of the first kind, the integer of the largest scale must also
-        be large. Then results of `scales_of` are factored exactly, so that a layer stores the very scales for
-        which its codes were chosen.
-
-        Args:
-            scales, importance: see `storable`.
-
-        Returns:
-            Integers as `torch.uint8`, shape `(..., groups)`, and steps in `torch.float16`, shape `(...,
-            groups * group / SUPER_BLOCK)`. Integers have an offset of half their range, unless there are
-            minima. With a codebook, the odd integer `2 k + 1` is returned as `k`.
-        """
-        assert self.scale_bits is not None
-        assert self.group is not None
-        zero, each, odd = self._zero_scale(), SUPER_BLOCK // self.group, self.book is not None
-        lowest, highest = -zero, 2**self.scale_bits - 1 - zero
-        blocks = scales.reshape(*scales.shape[:-1], scales.shape[-1] // each, each)
-        blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32)) / self.scale_unit
-        blocks = blocks if zero else blocks.abs()
-
-        def rounded(x: Tensor) -> Tensor:
-            """Round to integers of the range, or to odd integers."""
-            if odd:
-                x = (x - 1) / 2
-            x = x.round().clamp_(lowest, highest)
-            return 2 * x + 1 if odd else x
-
-        weights = (
-            torch.ones_like(blocks) if importance is None else importance.to(blocks).reshape(blocks.shape)
-        )
-        place = blocks.abs().argmax(-1, keepdim=True)
-        largest = blocks.gather(-1, place)[..., 0]
-        limit = torch.finfo(torch.float16).max
-        step, integers = torch.zeros_like(largest, dtype=torch.float16), rounded(torch.zeros_like(blocks))
-        least = (weights * blocks.square()).sum(-1)
-        farthest, smallest, toward = (lowest, -(2.0**-24), 1) if zero else (highest, 2.0**-24, -1)
-        if odd:
-            farthest, toward = 2 * highest + 1, -2
-        steps = [(k * smallest * largest.sign()).half() for k in (1, 2, 3)]
-        numbers = range(farthest, farthest * 3 // 4 + toward, toward)
-        for number in numbers:
-            tried = (largest / number).clamp(-limit, limit).half()
-            steps.append(tried)
-        for k, tried in enumerate(steps):
-            divisor = torch.where(tried == 0, 1, tried.to(blocks))[..., None]
-            found = rounded(blocks / divisor)
-            error = (weights * (blocks - found * tried.to(blocks)[..., None]).square_()).sum(-1)
-            better = error < least
-            if k >= 3:
-                better &= found.gather(-1, place)[..., 0].abs() >= abs(numbers[-1])
-            least, step = torch.where(better, error, least), torch.where(better, tried, step)
-            integers = torch.where(better[..., None], found, integers)
-        integers = (integers - 1) / 2 if odd else integers + zero
-        return integers.to(torch.uint8).reshape(scales.shape), step
-
-    def scales_of(self, integers: Tensor, steps: Tensor) -> Tensor:
-        """Compute scales in float32, shape `(..., groups)`, from the two results of `factored`."""
-        assert self.scale_bits is not None
-        blocks = integers.reshape(*steps.shape, -1) if steps.numel() else integers.unsqueeze(-1)
-        whole = blocks.float() - self._zero_scale() if self.book is None else 2 * blocks.float() + 1
-        values = whole * steps.float().unsqueeze(-1) * self.scale_unit
-        return values.reshape(integers.shape)
-
-    @property
-    def scale_unit(self) -> float:
-        """Factor of all stored scales, a power of two."""
-        if self.fp4 is not None:
-            return 0.5
-        return 1.0 if self.book is None else self.book.unit
-
-    def _zero_scale(self) -> int:
-        """Return the stored integer of a scale of zero."""
-        assert self.scale_bits is not None
-        return 0 if self.minimum or self.book is not None else 2 ** (self.scale_bits - 1)
-
-    def pack_zeros(self, zeros: Tensor) -> Tensor:
-        """Pack zero points, or the integers of minima followed by the bytes of their steps.
-
-        Args:
-            zeros: zero points in `torch.uint8`, or minima, shape `(..., groups)`.
-        """
-        if not self.minimum:
-            return pack(zeros, self._integer_bits())
-        assert self.scale_bits is not None
-        integers, steps = self.factored(zeros)
-        return torch.cat([pack(integers, self.scale_bits), steps.contiguous().view(torch.uint8)], -1)
-
-    def unpack_zeros(self, packed: Tensor, groups: int) -> Tensor:
-        """Unpack zero points, or minima in float32, shape `(..., groups)`: the inverse of `pack_zeros`."""
-        if not self.minimum:
-            return unpack(packed, self._integer_bits(), groups)
-        assert self.scale_bits is not None
-        length = packed_bytes(groups, self.scale_bits)
-        integers = unpack(packed[..., :length], self.scale_bits, groups)
-        steps = packed[..., length:]
-        if is_exporting():  # the same bits in wider integers, since bytes cannot be viewed as others
-            steps = steps.to(torch.int32)
-            steps = steps[..., ::2] + 256 * steps[..., 1::2]
-        else:
-            steps = steps.contiguous().view(torch.int16)
-        return self.scales_of(integers, floating(steps, torch.float16))
-
-    def ratios(self, scales: Tensor, zeros: Tensor) -> Tensor:
-        """Return zero points as they are, and minima divided by the scales, which are codes of zero too."""
-        if not self.minimum:
-            return zeros
-        return zeros / torch.where(scales == 0, torch.ones_like(scales), scales)
-
-    def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    def encode(self, values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
         """Round values to the nearest codes for given scales.
 
         Args:
             values: values, shape `(..., out, in)`.
             scales: scales, shape `(..., out, groups)`; a scale of zero makes all values of its group zero.
-            zeros: zero points in `torch.uint8`, or minima, shape `(..., out, groups)`; None without them.
+            minima: minima, shape `(..., out, groups)`; None without them.
 
         Returns:
             Codes in `torch.uint8`, shape `(..., out, in)`.
@@ -529,43 +296,33 @@ class NumberFormat:
             >>> int4.encode(torch.tensor([[-9.0, 0.1, 0.6]]), scales)
             tensor([[0, 8, 9]], dtype=torch.uint8)
         """
-        size = values.shape[-1]
-        spread = self.spread(scales.to(values.dtype), size)
-        if zeros is not None:
-            zeros = self.ratios(scales.to(values.dtype), zeros.to(values.dtype))
-        zero = self.center if zeros is None else self.spread(zeros, size)
-        found = values / torch.where(spread == 0, torch.ones_like(spread), spread) + zero
-        if self.book is not None:
-            return self.to_codes(self.book.nearest(found.reshape(1, -1, RUN)).view(found.shape))
-        return self.to_codes(nearest(found, self.top, self.levels(found)))
-
-    def to_codes(self, found: Tensor) -> Tensor:
-        """Convert the results of `nearest`, which are codes or levels, to codes in `torch.uint8`."""
-        levels = self.levels(found)
-        if levels is None:
-            return found.to(torch.uint8)
-        places = (found - levels.values[0]).int()
-        return levels.codes.index_select(0, places.reshape(-1)).view(found.shape)
+        size, own = values.shape[-1], scales.to(values.dtype)
+        spread, zero = self.spread(own, size), self.points.center
+        found = values / torch.where(spread == 0, torch.ones_like(spread), spread)
+        if minima is not None:
+            found = found + self.spread(self.ratios(own, minima.to(values.dtype)), size)
+        else:
+            found = found + zero
+        return self.points.to_codes(self.points.closest(found))
 
     def decode(
         self,
         codes: Tensor,
         scales: Tensor,
-        zeros: Tensor | None = None,
+        minima: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Compute the values of codes, differentiably.
 
-        They are `scale * (code - zero)`, `scale * level[code]` or `scale * code - minimum`.
+        They are `scale * (code - center)`, `scale * level[code]` or `scale * code - minimum`.
 
         Codes that are trained are floating-point numbers. They are rounded here, but their gradient is
-        computed as if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013). The
-        derivative of a level with respect to its code is the mean distance to the neighbouring levels.
+        computed as if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013).
 
         Args:
             codes: codes in `torch.uint8`, or in floating point for training, shape `(..., out, in)`.
             scales: scales, shape `(..., out, groups)`.
-            zeros: zero points in `torch.uint8`, or minima, shape `(..., out, groups)`; None without them.
+            minima: minima, shape `(..., out, groups)`; None without them.
             dtype: dtype of the values.
 
         Example:
@@ -574,50 +331,35 @@ class NumberFormat:
             >>> NumberFormat.parse("int4").decode(codes, torch.tensor([[0.5]]))
             tensor([[-4.0000,  0.0000,  0.5000]])
         """
-        if codes.is_floating_point():
-            whole, slope = codes.detach().round().clamp_(0, self.top), None
-            if (levels := self.levels(codes)) is not None:
-                places = whole.long()
-                whole, slope = levels.values[places], torch.gradient(levels.values)[0][places]
-            moved = codes - codes.detach()
-            whole = whole + (moved if slope is None else moved * slope)
-            if self.minimum:
-                assert zeros is not None
-                products = self.grouped(whole) * scales.to(codes).unsqueeze(-1)
-                return (
-                    (products - zeros.to(codes).unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]].to(dtype)
-                )
-            zero = self.center if zeros is None else zeros.to(codes).unsqueeze(-1)
-            values = (self.grouped(whole) - zero) * scales.to(codes).unsqueeze(-1)
-            return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
-        if self.table:
-            table = torch.tensor(self.level_values, dtype=torch.int8, device=codes.device)
-            points = table.index_select(0, codes.reshape(-1).long()).view(codes.shape)
-            return _scaled(self.grouped(points), scales, dtype)[..., : codes.shape[-1]]
-        grouped, halves = self.grouped(codes), False
-        if self.minimum:
-            assert zeros is not None
+        if not codes.is_floating_point():
+            return self._scaled(*self.points.values(codes), scales, minima, dtype)
+        values = self.grouped(self.points.trained_values(codes)) * scales.to(codes).unsqueeze(-1)
+        if minima is not None:
+            values = values - minima.to(codes).unsqueeze(-1)
+        return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
+
+    def _scaled(
+        self, points: Tensor, divisor: float, scales: Tensor, minima: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Multiply integers `(..., in)` by scales `(..., groups)`, and round each value only once.
+
+        For the other arguments, see `parts.Points.values` and `decode`.
+        """
+        size, points = points.shape[-1], self.grouped(points)
+        if minima is not None:
             wide = torch.promote_types(dtype, torch.float32)
-            products = grouped.to(wide) * scales.to(wide).unsqueeze(-1)
-            values = (products - zeros.to(wide).unsqueeze(-1)).to(dtype)
-            return values.flatten(-2)[..., : codes.shape[-1]]
-        # Differences `code - zero` are exact and fast in 8-bit integers. For int2, whose center is 1.5, twice
-        # the difference is computed.
-        if zeros is not None:
-            kind = torch.int16 if self.bits == 8 else torch.int8
-            points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
-        elif self.center % 1:
-            points, halves = 2 * _signed(grouped) - int(2 * self.center), True
-        elif self.bits == 8:
-            points = grouped.to(torch.int16) - 128 if is_compiling() else (grouped ^ 128).view(torch.int8)
-        else:
-            points = _signed(grouped) - int(self.center)
-        return _scaled(points, scales, dtype, halves=halves)[..., : codes.shape[-1]]
+            products = points.to(wide) * scales.to(wide).unsqueeze(-1)
+            values = (products - minima.to(wide).unsqueeze(-1)).to(dtype)
+            return values.flatten(-2)[..., :size]
+        # Small bfloat16 scales underflow in float16, and 16-bit types take twice the time on CPUs.
+        wide_factors = dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu)
+        factor = scales.to(torch.float32 if wide_factors else dtype).unsqueeze(-1)
+        factor = factor if divisor == 1 else factor / divisor
+        values = ((points if wide_factors else points.to(dtype)) * factor).to(dtype)
+        return values.flatten(-2)[..., :size]
 
     def pack(self, codes: Tensor) -> Tensor:
         """Pack codes `(..., in)` to bytes for storage, shape `(..., packed_bytes(in))`.
-
-        8-bit codes are stored as signed integers `code - 128`, as torch's kernels need them.
 
         Example:
             >>> from tensornet.quantization import NumberFormat
@@ -626,27 +368,17 @@ class NumberFormat:
             >>> packed.shape, int4.unpack(packed, 3).tolist()
             (torch.Size([1, 2]), [[0, 8, 9]])
         """
-        if self.book is not None:
-            return self.book.pack(codes)
-        packed = pack(codes, self._integer_bits())
-        return packed ^ 128 if self.bits == 8 else packed
-
-    def packed_bytes(self, size: int) -> int:
-        """Compute the number of bytes of a packed row of `size` codes."""
-        return packed_bytes(size, self._integer_bits()) if self.book is None else self.book.packed_bytes(size)
+        return self.points.pack(codes)
 
     def unpack(self, packed: Tensor, size: int) -> Tensor:
         """Unpack rows of `size` codes; this is the inverse of `pack`."""
-        if self.book is not None:
-            return self.book.unpack(packed, size)
-        codes = unpack(packed, self._integer_bits(), size)
-        return codes ^ 128 if self.bits == 8 else codes
+        return self.points.unpack(packed, size)
 
     def decode_packed(
         self,
         packed: Tensor,
         scales: Tensor,
-        zeros: Tensor | None,
+        minima: Tensor | None,
         size: int,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
@@ -655,23 +387,24 @@ class NumberFormat:
         Args:
             packed: packed codes, as returned by `pack`.
             scales: scales, shape `(..., out, groups)`.
-            zeros: result of `pack_zeros`; None without zero points and minima.
+            minima: packed minima; None without them.
             size: number of columns.
             dtype: dtype of the values.
         """
-        if self.bits == 8 and zeros is None and not is_exporting():  # signed bytes are `code - zero`
-            return _scaled(self.grouped(packed).view(torch.int8), scales, dtype)[..., :size]
-        if self.book is not None:
-            levels = self.book.unpack_levels(packed, size)
-            return _scaled(self.grouped(levels), scales, dtype)[..., :size]
-        if zeros is not None:
-            zeros = self.unpack_zeros(zeros, scales.shape[-1])
-        return self.decode(self.unpack(packed, size), scales, zeros, dtype)
+        return self._scaled(
+            *self.points.packed_values(packed, size), scales, self.unpacked_minima(minima, scales), dtype
+        )
+
+    def unpacked_minima(self, packed: Tensor | None, scales: Tensor) -> Tensor | None:
+        """Unpack minima, which have the shape of the scales; None without them."""
+        if packed is None or self.minima is None:
+            return None
+        return self.minima.unpack(packed, scales.shape[-1])
 
     # --- size ------------------------------------------------------------------------------------
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
-        """Compute the exact number of bytes of a tensor, including scales, zero points and padding.
+        """Compute the exact number of bytes of a tensor, including scales, minima and padding.
 
         Args:
             shape: shape `(..., out, in)` of the tensor.
@@ -679,97 +412,83 @@ class NumberFormat:
         """
         sizes = check_sizes("shape", shape, least=0)
         rows, size = math.prod(sizes[:-1]), sizes[-1]
-        if self.bits is None:
+        if not self.is_integer:
             return rows * size * (self.dtype or dtype).itemsize
         groups = self.groups(size)
-        each = self.packed_bytes(size)
-        if self.scale_bits is None:
-            each += groups * self.scale_dtype.itemsize
-        else:
-            each += packed_bytes(groups, self.scale_bits) + size // SUPER_BLOCK * self.scale_dtype.itemsize
-        return rows * (each + self.zero_bytes(size))
-
-    def zero_bytes(self, size: int) -> int:
-        """Compute the number of bytes of the packed zero points or minima of a row; 0 without them."""
-        if self.minimum:
-            assert self.scale_bits is not None
-            return packed_bytes(self.groups(size), self.scale_bits) + size // SUPER_BLOCK * 2
-        return packed_bytes(self.groups(size), self._integer_bits()) if self.zero_point else 0
+        parts = sum(length * kind.itemsize for _, length, kind, _ in self.scales.layout(groups))
+        minima = 0 if self.minima is None else self.minima.packed_bytes(groups)
+        return rows * (self.points.packed_bytes(size) + parts + minima)
 
     def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-        """Compute the mean number of bits per element, including scales, zero points and padding."""
+        """Compute the mean number of bits per element, including scales, minima and padding."""
         return 8 * self.nbytes(shape, dtype) / math.prod(shape)
-
-    def _integer_bits(self) -> int:
-        if self.bits is None:
-            raise FormatError(
-                f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4, mxfp4, "
-                "nvfp4, iq2_xxs ... iq3_s."
-            )
-        return self.bits
 
 
 def format_names() -> tuple[str, ...]:
-    """List all format names without suffixes: floats, integers, tables of levels, 4-bit floats, codebooks."""
-    return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS), *FP4, *CODEBOOKS)
+    """List all format names without suffixes."""
+    return (*FORMATS, *POINTS)
 
 
-def _code_bits(book: Codebook) -> int:
-    """Return the number of bits of the code of one weight before packing."""
-    return (len(book.levels) - 1).bit_length()
+def _composed(name: str, group: int | None, kind: str, *, minima: bool) -> NumberFormat:
+    """Combine an entry of `POINTS` with a group, and with an entry of `SCALES` or integer scales."""
+    points, suffix = POINTS[name], f":{kind}" if kind else ""
+    size = "" if group == DEFAULT_GROUP else ":row" if group is None else f":g{group}"
+    full = f"{name}{size}{suffix}" + (":min" if minima else "")
+    wider = "row" if group is None else f"g{min(128, group * _WIDER.get(kind, 1))}"
+    wide = f"{name}:{wider}" if kind else None
+    if kind in SCALES:
+        return NumberFormat(full, points, SCALES[kind], group, wide=wide)
+    bits = int(kind[1:])
+    if minima:
+        if _MINIMA.get((name, group or 0)) != bits:
+            known = ", ".join(f"{x}:g{width}:s{n}:min" for (x, width), n in _MINIMA.items())
+            raise FormatError(f"Formats with minima are {known}; got {full!r}.")
+        steps = StepScales(bits, SUPER_BLOCK // (group or 1))
+        return NumberFormat(full, Integers(points.bits, 0.0), steps, group, minima=steps, wide=wide)
+    if bits not in _SCALE_BITS or group is None:
+        raise FormatError(f"Integer scales have 6 or 8 bits, and need groups; got {full!r}.")
+    steps = StepScales(bits, SUPER_BLOCK // group, start=-(2 ** (bits - 1)))
+    return NumberFormat(full, points, steps, group, wide=wide)
 
 
-def nearest(x: Tensor, top: int, levels: Levels | None, out: Tensor | None = None) -> Tensor:
-    """Round `x` to the nearest codes from 0 to `top`, or to the nearest levels; `x` may be overwritten."""
-    if levels is None:
-        return torch.clamp(x.round_(), 0, top, out=out)
-    places = x.mul_(2).floor_().sub_(2 * levels.values[0]).clamp_(0, len(levels.nearest) - 1).int()
-    found = levels.nearest.index_select(0, places.reshape(-1)).view(x.shape)
-    return found if out is None else out.copy_(found)
+def codebook_format(name: str, book: Codebook, group: int, unit: float) -> NumberFormat:
+    """Make a format of the points of a codebook, with scales `unit * step * (2 k + 1)` for `k` of 4 bits.
 
-
-@lru_cache(maxsize=64)
-def _levels(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Levels:
-    with torch.inference_mode(False):
-        values = torch.tensor(levels, dtype=dtype, device=device)
-        inside = torch.arange(2 * levels[0], 2 * levels[-1] + 1, device=device) / 2 + 0.25
-        codes = torch.zeros(levels[-1] - levels[0] + 1, dtype=torch.uint8, device=device)
-        codes[(values - values[0]).long()] = torch.arange(len(values), dtype=torch.uint8, device=device)
-        return Levels(values, values[(inside[:, None] - values).abs().argmin(1)], codes)
-
-
-def floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the floating-point numbers whose bits are stored as integers of the same size."""
-    if not is_exporting():
-        return bits.view(dtype)
-    # ONNX cannot reinterpret bits, so numbers are computed from sign, exponent and mantissa.
-    exponents, digits = _PARTS[dtype]
-    whole = bits.to(torch.int32) & (2 ** (exponents + digits + 1) - 1)
-    sign = 1 - 2 * (whole >> (exponents + digits)).float()
-    exponent = ((whole >> digits) & (2**exponents - 1)).float()
-    mantissa = (whole & (2**digits - 1)).float() / 2**digits
-    # Subnormal numbers have no leading one.
-    leading = (exponent > 0).float()
-    power = torch.exp2(exponent + (1 - leading) - (2 ** (exponents - 1) - 1))
-    found = sign * (leading + mantissa) * power
-    return found if dtype == torch.float8_e8m0fnu else found.to(dtype)  # nor can ONNX convert to this dtype
-
-
-def _signed(codes: Tensor) -> Tensor:
-    """Convert codes below 128 to signed bytes.
-
-    The result is a view, except in compiled code, since ONNX has no such views.
+    Args:
+        name: name of the format.
+        book: the codebook.
+        group: number of neighbouring elements that share a scale.
+        unit: factor of all scales, a power of two.
     """
-    return codes.to(torch.int8) if is_compiling() else codes.view(torch.int8)
+    steps = StepScales(4, SUPER_BLOCK // group, start=1, stride=2, unit=unit)
+    return NumberFormat(name, book, steps, group, wide=f"int{book.bits - 1}")
 
 
-def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
-    """Multiply integers `(..., groups, group)` by scales `(..., groups)`, and round each product only once.
-
-    If `halves` is True, the integers count halves.
-    """
-    # Use float32: small bfloat16 scales underflow in float16, and 16-bit types take twice the time on CPUs.
-    wide = dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu)
-    factor = scales.to(torch.float32 if wide else dtype).unsqueeze(-1)
-    factor = factor / 2 if halves else factor
-    return ((points if wide else points.to(dtype)) * factor).to(dtype).flatten(-2)
+#: Formats by names that have no suffixes.
+FORMATS: dict[str, NumberFormat] = {
+    x.name: x
+    for x in (
+        NumberFormat(),
+        NumberFormat("bf16", dtype=torch.bfloat16),
+        NumberFormat(
+            "mxfp4",
+            Levels(FP4_LEVELS),
+            FloatScales(torch.float8_e8m0fnu, unit=0.5, signed=False),
+            32,
+            wide="int4",
+        ),
+        NumberFormat(
+            "nvfp4",
+            Levels(FP4_LEVELS),
+            FloatScales(torch.float8_e4m3fn, unit=0.5, signed=False),
+            16,
+            span=64,  # the number of weights in a block of files
+            wide="int4",
+        ),
+        codebook_format("iq3_s", CODEBOOKS["iq3_s"], 32, 1.0),
+        codebook_format("iq3_xxs", CODEBOOKS["iq3_xxs"], 32, 0.25),
+        codebook_format("iq2_s", CODEBOOKS["iq2_s"], 16, 0.125),
+        codebook_format("iq2_xs", CODEBOOKS["iq2_xs"], 16, 0.125),
+        codebook_format("iq2_xxs", CODEBOOKS["iq2_xxs"], 32, 0.125),
+    )
+}

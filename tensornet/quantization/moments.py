@@ -16,7 +16,6 @@ from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, largest_element
 from tensornet.linalg.weighted_svd import cholesky
-from tensornet.quantization.codebooks import RUN
 
 #: Rounding computes in float32 only if the binary exponents of squared weights, of moments, and of their
 #: products are at most this number. It is less than 127, the largest exponent of float32, since sums exceed
@@ -65,10 +64,13 @@ class Moment:
         order = sums.argsort(dim=1, descending=True, stable=True)
         return (order[..., None] * self.run + torch.arange(self.run, device=order.device)).flatten(1)
 
+    def in_runs(self, run: int) -> "Moment":
+        """Return the same moment with an order that keeps runs of neighbouring rows or columns together."""
+        return self if run == self.run else self._by_run.setdefault(run, Moment(self.values, run))
+
     @cached_property
-    def in_runs(self) -> "Moment":
-        """Return the same moment with an order that keeps the runs of codebooks together."""
-        return Moment(self.values, RUN)
+    def _by_run(self) -> "dict[int, Moment]":
+        return {}
 
     @cached_property
     def feedback(self) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,7 @@ def predict_losses(
     formats, chosen = [NumberFormat.parse(name) for name in number_formats], weightings[0]
     for number_format in formats:
         number_format.check_real(weight)
+        number_format.groups(weight.shape[1])  # raise an error if rows of this length cannot be stored
     check_finite(weight, "The weight")
     if not formats:
         return torch.zeros(0, len(weightings), dtype=torch.float64, device=weight.device)
@@ -98,16 +99,16 @@ def predict_losses(
     ways = possible_roundings(rounding, rows, columns, work.shape[1])
     losses = []
     for number_format in formats:
-        if number_format.book is not None:
+        if number_format.points.run > 1:
             seen = columns, row_damping, rounding, sample
             losses.append(_losses_of_rows(work, part, number_format, weightings, rows, *seen))
             continue
         # 2. Predict the residuals for each rounding method that may be the best.
-        scales, zeros = search_scales(part, number_format, importance(columns, ways[-1]))
-        zeros = None if zeros is None else number_format.ratios(scales, zeros)
-        tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
+        scales, minima = search_scales(part, number_format, importance(columns, ways[-1]))
+        ratios = None if minima is None else number_format.ratios(scales, minima)
+        tried = ways if number_format.points.bits <= _CLAMPED_BITS else ways[-1:]
         expected = [
-            expect(work, part, number_format, scales, zeros, rows, columns, way, sample)
+            expect(work, part, number_format, scales, ratios, rows, columns, way, sample)
             for way in reversed(tried)
         ]
         # 3. Compute the losses of these residuals under every weighting.
@@ -155,7 +156,7 @@ def _losses_of_rows(
     """
     out, size = work.shape[1:]
     sample = torch.arange(work.shape[1], device=work.device) if sample is None else sample
-    fed = None if columns is None else columns.in_runs
+    fed = None if columns is None else columns.in_runs(number_format.points.run)
     way = possible_roundings(rounding, None, fed, out)[-1]
     scales, _ = search_scales(part, number_format, importance(fed, way))
     codes, _ = round_with_feedback(part, scales, None, number_format, *fed_back(way, None, fed))
@@ -260,8 +261,9 @@ def _expect_factor(
     sample = spaced_rows(factor, SAMPLED_ROWS)
     part = work if sample is None else work[:, sample]
     way = possible_roundings(rounding, r, c, work.shape[1])[-1]
-    scales, zeros = search_scales(part, number_format, importance(c, way))
-    return expect(work, part, number_format, scales, zeros, r, c, way, sample)
+    scales, minima = search_scales(part, number_format, importance(c, way))
+    ratios = None if minima is None else number_format.ratios(scales, minima)
+    return expect(work, part, number_format, scales, ratios, r, c, way, sample)
 
 
 # --- residuals of every element --------------------------------------------------------------------
@@ -343,14 +345,14 @@ def expect(
         part: their sampled rows in the dtype of computations, shape `(stack, sampled, in)`.
         number_format: integer format.
         scales: scales of the sampled rows.
-        zeros: zero points of the same rows, or the result of `NumberFormat.ratios`.
+        zeros: result of `NumberFormat.ratios` for the same rows; None without minima.
         rows: moment of the gradients.
         columns: moment of the inputs.
         way: rounding method.
         sample: indices of the sampled rows; all rows if absent.
     """
     size = weight.shape[2]
-    zero = number_format.center if zeros is None else number_format.spread(zeros.to(part.dtype), size)
+    zero = number_format.points.center if zeros is None else number_format.spread(zeros.to(part.dtype), size)
     grid = Grid.of(number_format, number_format.spread(scales.to(part.dtype), size), zero)
     along = fed_back(way, rows, columns)
     by_row, by_column = (
@@ -359,10 +361,10 @@ def expect(
     )
     fed = along[1]
     if way == "nearest":
-        square = (part - grid.points(grid.codes(part))).square_()
-    elif along[0] is None and fed is not None and (number_format.bits or 0) <= _ROUNDED_BITS:
+        square = (part - grid.values(grid.codes(part))).square_()
+    elif along[0] is None and fed is not None and number_format.points.bits <= _ROUNDED_BITS:
         codes, _ = round_with_feedback(part, scales, zeros, number_format, None, fed)
-        error = (part - grid.points(codes)).gather(2, fed.order[:, None].expand(part.shape))
+        error = (part - grid.values(codes)).gather(2, fed.order[:, None].expand(part.shape))
         residual = torch.baddbmm(error, error, fed.feedback[0].expand(len(part), -1, -1))
         square = residual.square_().gather(2, fed.order.argsort(1)[:, None].expand(part.shape))
     else:
@@ -371,7 +373,7 @@ def expect(
         square = expected_residuals(part, grid, number_format, spread.clamp_min_(0))
     ranges = None
     if sample is not None:
-        shifted = number_format.zero_point or number_format.minimum
+        shifted = number_format.minima is not None
         ranges = group_ranges(weight, number_format.group, shifted).to(part).square()
     return ExpectedResiduals(square, by_row, by_column, number_format, sample, ranges)
 
@@ -403,7 +405,7 @@ def expected_residuals(weight: Tensor, grid: Grid, number_format: NumberFormat, 
         number_format: integer format.
         spread: variance of the feedback to each element, in units of the group's mean squared residual.
     """
-    own = (weight - grid.points(grid.codes(weight))).square_()
+    own = (weight - grid.values(grid.codes(weight))).square_()
     counts = number_format.grouped(torch.ones_like(own[:1, :1])).sum(-1)
     means = number_format.grouped(own).sum(-1) / counts
     sigma = (number_format.spread(means, weight.shape[2]) * spread).sqrt_()
@@ -411,7 +413,7 @@ def expected_residuals(weight: Tensor, grid: Grid, number_format: NumberFormat, 
     nodes, shares = np.polynomial.hermite_e.hermegauss(_NODES)
     for node, share in zip(nodes.tolist(), (shares / shares.sum()).tolist(), strict=True):
         target = weight + node * sigma
-        expected.add_((target - grid.points(grid.codes(target))).square_(), alpha=share)
+        expected.add_((target - grid.values(grid.codes(target))).square_(), alpha=share)
     return expected
 
 

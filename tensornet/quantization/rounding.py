@@ -53,7 +53,7 @@ class RoundedWeight:
         codes: codes in `torch.uint8`, shape `(..., out, in)`.
         scales: scales in the dtype of the format, or in float32 if they are integers times steps, shape
             `(..., out, groups)`.
-        zeros: zero points in `torch.uint8`, or minima, shape `(..., out, groups)`; None without them.
+        minima: minima in float32, shape `(..., out, groups)`; None without them.
         number_format: the number format.
         rounding: the best rounding method for each matrix of the stack. The rows of a large matrix are
             rounded in parts; then it is the method with the most feedback among the parts.
@@ -68,19 +68,19 @@ class RoundedWeight:
 
     codes: Tensor
     scales: Tensor
-    zeros: Tensor | None
+    minima: Tensor | None
     number_format: NumberFormat
     rounding: tuple[Rounding, ...]
     loss_increase: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes in packed form, including scales and zero points."""
+        """Number of bytes in packed form, including scales and minima."""
         return self.number_format.nbytes(self.codes.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Convert the codes to values, shape `(..., out, in)`."""
-        return self.number_format.decode(self.codes, self.scales, self.zeros, dtype)
+        return self.number_format.decode(self.codes, self.scales, self.minima, dtype)
 
 
 class _Solution(NamedTuple):
@@ -133,7 +133,8 @@ def round_weight(
         sweeps: number of sweeps of coordinate descent afterwards.
 
     Raises:
-        FormatError: the format is not an integer format, or the weight is complex.
+        FormatError: the format is not an integer format or needs rows of another length, or the weight is
+            complex.
         NonFiniteError: the weight or a moment contains NaN or infinity.
         ShapeError: a moment has the wrong shape, or `rounding` is unknown.
 
@@ -157,13 +158,14 @@ def round_weight(
     check_finite(weight, "The weight")
     lead, dtype = tuple(weight.shape[:-2]), rounding_dtype(weight, rows, columns)
     out, size = weight.shape[-2:]
+    groups = (*weight.shape[:-1], number_format.groups(size))
     like = weight.new_empty(0, dtype=dtype)
     r = damped_moment(rows, out, lead, row_damping, like, "rows")
     c = damped_moment(columns, size, lead, column_damping, like, "columns")
-    if number_format.book is not None and c is not None:
-        c = c.in_runs
-    # With a codebook, there is feedback between rows only if there is feedback between columns.
-    alone = number_format.book is not None and (c is None or not c.full)
+    run = number_format.points.run
+    c = None if c is None else c.in_runs(run)
+    # In runs, there is feedback between rows only if there is feedback between columns.
+    alone = run > 1 and (c is None or not c.full)
     ways = possible_roundings(rounding, None if alone else r, c, out)
 
     # 2. Round the rows in parts, which need less memory, unless there is feedback between rows.
@@ -173,12 +175,11 @@ def round_weight(
         start = sum(part[0].shape[1] for part in parts)
         seen = r if r is None or together else Moment(r.diagonal[:, start : start + work.shape[1]])
         parts.append(_rounded(work.to(dtype), number_format, seen, c, ways, refits, sweeps))
-    codes, scales, zeros, losses, found = map(list, zip(*parts, strict=True))
-    groups = (*weight.shape[:-1], number_format.groups(size))
+    codes, scales, minima, losses, found = map(list, zip(*parts, strict=True))
     return RoundedWeight(
         torch.cat(codes, 1).reshape(weight.shape),
         torch.cat(scales, 1).reshape(groups),
-        None if zeros[0] is None else torch.cat(zeros, 1).reshape(groups),
+        None if minima[0] is None else torch.cat(minima, 1).reshape(groups),
         number_format,
         tuple(ROUNDINGS[k] for k in torch.stack(found).amax(0).tolist()),
         torch.stack(losses).sum(0).reshape(lead),
@@ -203,18 +204,19 @@ def _rounded(
         ways: rounding methods to try, in the order of increasing feedback.
 
     Returns:
-        Codes, scales, zero points or None, the loss increase of each matrix, and its rounding method as an
+        Codes, scales, minima or None, the loss increase of each matrix, and its rounding method as an
         index of `ROUNDINGS`.
     """
     stack, out, size = work.shape
     dtype = work.dtype
 
-    # 1. Find the scale and zero point of each group.
-    start, zeros = search_scales(work, number_format, importance(c, ways[-1]))
-    ratios = None if zeros is None else number_format.ratios(start.to(dtype), zeros.to(dtype))
-    zero = number_format.center if ratios is None else number_format.spread(ratios, size)
-    if number_format.minimum:  # scales and minima belong together
-        refits = 0
+    # 1. Find the scale and the minimum of each group. They belong together, so scales are not refitted if
+    # there are minima.
+    start, minima = search_scales(work, number_format, importance(c, ways[-1]))
+    ratios = None if minima is None else number_format.ratios(start.to(dtype), minima.to(dtype))
+    zero = number_format.points.center if ratios is None else number_format.spread(ratios, size)
+    refits = refits if minima is None else 0
+    final = refits_final_scales(number_format)
 
     def grid(scales: Tensor) -> Grid:
         return Grid.of(number_format, number_format.spread(scales.to(dtype), size), zero)
@@ -226,7 +228,7 @@ def _rounded(
         if way == "two_sided" and losses is not None:
             loss = 0.5 * losses
         elif losses is None or (across is not None and across.full):
-            loss = loss_increase(work - grid(scales).points(codes), seen, c)
+            loss = loss_increase(work - grid(scales).values(codes), seen, c)
         else:
             losses = losses if across is None else losses * across.diagonal
             loss = 0.5 * losses.sum(1, dtype=torch.float64)
@@ -247,9 +249,9 @@ def _rounded(
         return number_format.storable(refit_scales(work, solution.codes - zero, number_format, moment))
 
     def keep_codes(scales: Tensor) -> list[_Solution]:
-        if not refits_final_scales(number_format):
+        if not final:
             return []
-        loss = loss_increase(work - grid(scales).points(best.codes), seen, c)
+        loss = loss_increase(work - grid(scales).values(best.codes), seen, c)
         return [best._replace(scales=scales, loss=loss)]
 
     for k in range(refits):
@@ -257,15 +259,17 @@ def _rounded(
         # Methods with less feedback are tried again only if they were the best for some matrix.
         before = [] if later and k == 0 else [w for w in ways[:-1] if ROUNDINGS.index(w) in best.way.tolist()]
         best = _best([best, *keep_codes(scales), *(rounded(scales, way) for way in (*before, ways[-1]))])
-    if refits_final_scales(number_format):
+    if final:
         best = _best([best, *keep_codes(refitted(best))])
     if estimates and bool((best.way < ROUNDINGS.index("two_sided")).any()):
-        best = best._replace(loss=loss_increase(work - grid(best.scales).points(best.codes), r, c))
+        best = best._replace(loss=loss_increase(work - grid(best.scales).values(best.codes), r, c))
 
     # 4. Lower the exact loss increase by coordinate descent.
     if sweeps:
-        best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps)])
-    return number_format.to_codes(best.codes), best.scales, zeros, best.loss, best.way
+        # Scales stay if minima would not fit others, or if they have just been refitted to the codes.
+        refit = minima is None and not final
+        best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps, refit=refit)])
+    return number_format.points.to_codes(best.codes), best.scales, minima, best.loss, best.way
 
 
 def possible_roundings(
@@ -337,6 +341,8 @@ def _descended(
     rows: Moment | None,
     columns: Moment | None,
     sweeps: int,
+    *,
+    refit: bool,
 ) -> _Solution:
     stack, out, size = weight.shape
 
@@ -359,6 +365,7 @@ def _descended(
             inner if inner.ndim == 3 else torch.diag_embed(inner),
             sweeps,
             solution.loss[some],
+            refit=refit,
         )
     return _Solution(codes, scales, loss, solution.way)
 
@@ -366,7 +373,7 @@ def _descended(
 def _nothing(weight: Tensor, number_format: NumberFormat) -> RoundedWeight:
     groups = (*weight.shape[:-1], number_format.groups(weight.shape[-1]))
     codes = weight.new_zeros(weight.shape, dtype=torch.uint8)
-    zeros = codes.new_zeros(groups) if number_format.zero_point else None
     scales = number_format.storable(weight.new_zeros(groups))
+    minima = None if number_format.minima is None else scales.clone()
     nothing = weight.new_zeros(weight.shape[:-2], dtype=torch.float64)
-    return RoundedWeight(codes, scales, zeros, number_format, ROUNDINGS[:1] * nothing.numel(), nothing)
+    return RoundedWeight(codes, scales, minima, number_format, ROUNDINGS[:1] * nothing.numel(), nothing)

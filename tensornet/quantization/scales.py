@@ -1,4 +1,4 @@
-"""Search and refit the scales and zero points of groups.
+"""Search and refit the scales and minima of groups.
 
 The search minimizes `sum_j c_j (w_j - q_j)^2` for every group, with weights `c` such as the diagonal of `C`.
 It tries several ranges, since clamping a few elements is often better than a coarse grid. The refit minimizes
@@ -6,7 +6,6 @@ It tries several ranges, since clamping a few elements is often better than a co
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,16 +15,8 @@ from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, safe_scale
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.quantization.codebooks import RUN
-from tensornet.quantization.formats import DEFAULT_GROUP, NumberFormat, nearest
+from tensornet.quantization.formats import NumberFormat
 
-#: Largest range that is tried, as a multiple of the largest element.
-_WIDEST = 1.1
-#: Number of ranges that are tried, by number of bits. With few bits, further ranges hardly lower the error.
-#: With many bits, each of them is a new chance that large elements are close to the grid.
-_TRIED = {2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
-#: Smallest range, and number of ranges, for formats with a codebook, with which rounding takes more time.
-_CODEBOOK_NARROWEST, _CODEBOOK_TRIED = 0.76, 5
 #: With minima, smallest and largest fraction of both ends of the range, and number of fractions to try.
 _MINIMUM_ENDS, _MINIMUM_TRIED = {2: (0.4, 1.0), 4: (0.7, 1.0), 5: (0.8, 1.0)}, 5
 #: Number of alternations of rounding and weighted least squares after the search.
@@ -41,9 +32,6 @@ _CACHED, _CHUNK = 1 << 16, 1 << 22
 #: Scales may be out of range in groups that together have at most this fraction of the matrix's weighted sum
 #: of squares. Losing this fraction would cause the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: New group size for each old one, when 16-bit scales replace scales of at most 8 bits. Doubling the group
-#: size keeps the number of bytes about the same.
-_WIDER = {16: 32, 32: 64, 64: 128}
 #: Number of inputs in the smallest groups; all larger groups consist of these.
 _SMALL_GROUP = 16
 
@@ -52,7 +40,7 @@ _SMALL_GROUP = 16
 def search_scales(
     weight: Tensor, number_format: NumberFormat, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Find a scale and zero point for each group such that the weighted rounding error is small.
+    """Find a scale, and a minimum if the format has minima, for each group such that its error is small.
 
     Args:
         weight: matrices, shape `(..., out, in)`.
@@ -62,9 +50,8 @@ def search_scales(
             equal.
 
     Returns:
-        Scales in the dtype of the format, and zero points in `torch.uint8`, minima in float32, or None,
-        shapes `(..., out, groups)`. A negative scale mirrors the grid, which has one more value below zero
-        than above.
+        Scales in the dtype of the format, and minima in float32 or None, shape `(..., out, groups)`. A
+        negative scale mirrors the grid, which may have one more value below zero than above.
 
     Raises:
         NonFiniteError: the weight or the importance contains NaN or infinity.
@@ -94,73 +81,59 @@ def search_scales(
         return number_format.grouped(x).flatten(0, 1).T.contiguous()
 
     weights = None if by_row else by_group(shared)
-    scales, zeros, totals = [], [], []
+    scales, ratios, totals = [], [], []
     for start in range(0, len(flat), step):
         part = by_group(flat[start : start + step])
         seen = by_group(shared[start : start + step]) if weights is None else weights[:, : part.shape[1]]
-        scale, zero = _search(part, number_format, seen)
+        scale, ratio = _search(part, number_format, seen)
         scales.append(scale)
-        zeros.append(zero)
+        ratios.append(ratio)
         totals.append(seen.sum(0))
     shape = (*weight.shape[:-1], number_format.groups(size))
-    found = torch.cat(scales).reshape(shape)
-    if number_format.scale_bits is not None:
-        weight_of = torch.cat(totals).reshape(shape)
-        stored = number_format.storable(found, weight_of)
-        if not number_format.minimum:
-            return stored, None
-        minima = torch.where(stored == 0, 0.0, found * torch.cat(zeros).reshape(shape))
-        return stored, number_format.storable(minima, weight_of)
-    found = number_format.storable(found)
-    if not number_format.zero_point:
-        return found, None
-    return found, torch.cat(zeros).reshape(shape).to(torch.uint8)
+    found, weight_of = torch.cat(scales).reshape(shape), torch.cat(totals).reshape(shape)
+    stored = number_format.storable(found, weight_of)
+    if number_format.minima is None:
+        return stored, None
+    minima = torch.where(stored == 0, 0.0, found * torch.cat(ratios).reshape(shape))
+    return stored, number_format.minima.storable(minima, weight_of)
 
 
 def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the best scale and zero point of each group, shape `(groups,)`; a group is a column of `flat`."""
-    center, top, against = number_format.center, number_format.top, -flat
-    levels = number_format.levels(flat)
+    """Find the best scale, and the ratio of minimum and scale, of each group, shape `(groups,)`.
+
+    A group is a column of `flat`. Without minima, ratios are zero.
+    """
+    against, shifted = -flat, number_format.minima is not None
     best_scale = flat.new_zeros(flat.shape[1])
-    shifted = number_format.zero_point or number_format.minimum
-    best_zero = torch.full_like(best_scale, 0.0 if shifted else center)
+    best_ratio = torch.zeros_like(best_scale)
     best_cost = (flat * flat).mul_(importance).sum(0)
     buffer, better = torch.empty_like(flat), torch.empty_like(best_scale)
 
-    def points(scale: Tensor, zero: Tensor) -> Tensor:
-        """Round each element to the grid, in units of the scale: to `code - zero`, or to a level."""
+    def points(scale: Tensor, ratio: Tensor) -> Tensor:
+        """Round each element to the grid, in units of the scale."""
         found = torch.div(flat, torch.where(scale == 0, 1.0, scale), out=buffer)
-        if number_format.book is not None:  # approximately: the cost of comparing points would prevail
-            runs = found.T.reshape(1, -1, RUN)
-            return number_format.book.nearest(runs, compare=False).view(found.shape[::-1]).T
-        if levels is not None:
-            return nearest(found, top, levels)
         if shifted:
-            return found.add_(zero).round_().clamp_(0, top).sub_(zero)
-        if center % 1:  # points are half-integers
-            found.sub_(0.5).round_().add_(0.5)
-        else:
-            found.round_()
-        return found.clamp_(-center, top - center)
+            return number_format.points.searched(found.add_(ratio)).sub_(ratio)
+        return number_format.points.searched(found)
 
-    def offer(scale: Tensor, zero: Tensor) -> None:
-        """Adopt the given scale and zero point in the groups where their error is the smallest so far."""
-        error = torch.addcmul(against, points(scale, zero), scale, out=buffer)
+    def offer(scale: Tensor, ratio: Tensor) -> None:
+        """Adopt the given scale and ratio in the groups where their error is the smallest so far."""
+        error = torch.addcmul(against, points(scale, ratio), scale, out=buffer)
         cost = error.mul_(error).mul_(importance).sum(0)
         # Interpolation with the weights 0 and 1 is exact, and several times as fast as `torch.where`.
         torch.lt(cost, best_cost, out=better)
         best_scale.lerp_(scale, better)
         torch.minimum(best_cost, cost, out=best_cost)
         if shifted:
-            best_zero.lerp_(zero, better)
+            best_ratio.lerp_(ratio, better)
 
-    for scale, zero in _candidates(flat, number_format):
-        offer(scale, zero)
+    for scale, ratio in (_with_minima if shifted else _candidates)(flat, number_format):
+        offer(scale, ratio)
     for _ in range(_POLISHED):  # fit the scale to the codes by least squares
-        found = points(best_scale, best_zero)
+        found = points(best_scale, best_ratio)
         weighed = found * importance
-        if number_format.minimum:  # fit the minimum too
-            found = found + best_zero
+        if shifted:  # fit the minimum too
+            found = found + best_ratio
             weighed = found * importance
             total, mean = importance.sum(0).clamp_min(1e-30), weighed.sum(0)
             value = (importance * flat).sum(0)
@@ -172,49 +145,31 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
             continue
         size = (weighed * found).sum(0)
         fitted = (weighed * flat).sum(0) / torch.where(size > 0, size, 1.0)
-        offer(_stored(torch.where(size > 0, fitted, best_scale), number_format), best_zero.clone())
-    return best_scale, best_zero
+        offer(number_format.scales.early(torch.where(size > 0, fitted, best_scale)), best_ratio)
+    return best_scale, best_ratio
 
 
-def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
-    """Round scales to the dtype in which they are stored.
-
-    Integer scales are not rounded here, since they depend on the other scales of their super-block.
-    """
-    return scale if number_format.scale_bits is not None else number_format.storable(scale).to(scale.dtype)
+def _with_minima(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield scales, and ratios of minima and scales, that cover various fractions of each group's range."""
+    low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
+    ends = torch.linspace(*_MINIMUM_ENDS[number_format.points.bits], _MINIMUM_TRIED).tolist()
+    for lower in ends:
+        for upper in ends:
+            scale = (upper * high - lower * low) / number_format.points.top
+            yield scale, -lower * low / torch.where(scale > 0, scale, 1.0)
 
 
 def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield scales and zero points with which the grid covers various fractions of each group's range."""
+    """Yield scales with which the grid covers various fractions of each group's range, and ratios of zero."""
     low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
-    top, center = number_format.top, number_format.center
-    if number_format.minimum:
-        ends = torch.linspace(*_MINIMUM_ENDS[number_format.bits or 0], _MINIMUM_TRIED).tolist()
-        for lower in ends:
-            for upper in ends:
-                scale = (upper * high - lower * low) / top
-                yield scale, -lower * low / torch.where(scale > 0, scale, 1.0)
-        return
-    if number_format.zero_point:
-        whole = (high - low) / top
-        middle = (-low / torch.where(whole == 0, 1.0, whole)).round()
-        others = [(1, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
-    else:
-        whole = torch.where(high > -low, high, low) / number_format.lowest
-        symmetric = center % 1 != 0 or number_format.book is not None or number_format.fp4 is not None
-        others = [(sign, torch.full_like(low, center)) for sign in ((1,) if symmetric else (1, -1))]
-    narrowest = 1 - 1.6 / top**0.7 if top > 3 else 0.3
-    tried = _TRIED[number_format.bits or 0]
-    if number_format.book is not None:
-        narrowest, tried = _CODEBOOK_NARROWEST, _CODEBOOK_TRIED
-    if number_format.scale_dtype == torch.float8_e8m0fnu:  # two neighbouring powers of two
-        narrowest = 0.5
-    shares = torch.linspace(narrowest, _WIDEST, tried, device=flat.device)
-    scales = _stored(shares.to(flat)[:, None] * whole, number_format)
-    few = number_format.scale_dtype.itemsize == 1
-    for scale in _distinct(scales) if few else scales:
-        for sign, zero in others:
-            yield sign * scale, zero
+    points, scales, nothing = number_format.points, number_format.scales, torch.zeros_like(low)
+    whole = torch.where(high > -low, high, low) / points.lowest
+    tried = scales.early(points.ranges(scales.least_range, flat)[:, None] * whole)
+    for scale in _distinct(tried) if scales.dtype.itemsize == 1 else tried:
+        for sign in (1,) if points.symmetric else (1, -1):  # a negative scale mirrors the grid
+            yield sign * scale, nothing
+    for scale in points.scales_of_even(flat):
+        yield scale, nothing
 
 
 def _distinct(scales: Tensor) -> Tensor:
@@ -237,7 +192,7 @@ def refits_final_scales(number_format: NumberFormat) -> bool:
 
     This lowers the loss increase by 2 to 6 % for codebooks of few levels, and hardly for others.
     """
-    return number_format.book is not None and (number_format.bits or 0) <= _REFITTED_BITS
+    return number_format.points.run > 1 and number_format.points.bits <= _REFITTED_BITS
 
 
 @torch.no_grad()
@@ -251,7 +206,7 @@ def refit_scales(
 
     Args:
         weight: matrices, shape `(..., out, in)`.
-        points: codes minus their zero points, or levels, shape `(..., out, in)`.
+        points: codes minus `Points.center`, or levels, shape `(..., out, in)`.
         number_format: integer format.
         columns: moment of the inputs, shape `(..., in, in)`, or `(in,)` if diagonal; the identity if absent.
 
@@ -305,17 +260,10 @@ def scale_fault(
     """
     if not number_format.is_integer:
         return None
-    limits, bits = torch.finfo(number_format.scale_dtype), number_format.scale_bits
-    smallest, largest = 4 * limits.smallest_normal * limits.eps, limits.max
-    if bits is not None:  # small multiples of the smallest step are inaccurate
-        smallest, largest = {4: 8, 6: 4, 8: 16}[bits] * smallest, 2.0 ** (bits - 1) * largest
-    if number_format.book is not None:
-        smallest, largest = smallest / 2, 31 * limits.max
-    smallest, largest = number_format.scale_unit * smallest, number_format.scale_unit * largest
-    shifted = number_format.zero_point or number_format.minimum
+    points, scales, shifted = number_format.points, number_format.scales, number_format.minima is not None
     ranges = group_ranges(weight, number_format.group, shifted).double()
-    steps = ranges / (number_format.top if shifted else -number_format.lowest)
-    small, large = steps < smallest, steps > largest
+    steps = ranges / (points.top if shifted else -points.lowest)
+    small, large = steps < scales.accurate, steps > scales.largest
     if not bool((small | large).any()):
         return None
     divisor, seen, found = safe_scale(weight), weighting or Weighting(), []
@@ -345,7 +293,7 @@ def group_ranges(weight: Tensor, group: int | None, shifted: bool) -> Tensor:
 def _extremes(weight: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
     """Compute the largest and the smallest value of each group, shape `(..., out, groups)`."""
     if group is None or group == _SMALL_GROUP:
-        groups = NumberFormat(8, group).grouped(weight)
+        groups = NumberFormat.parse("int8:row" if group is None else f"int8:g{group}").grouped(weight)
         return groups.amax(-1), groups.amin(-1)
     # The values of the smallest groups are computed once for formats with all group sizes.
     count = group // _SMALL_GROUP
@@ -356,29 +304,8 @@ def _extremes(weight: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
     return high.amax(-1), low.amin(-1)
 
 
-def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
-    """Widen the scales of a format to 16 bits, and enlarge its groups to keep about the same number of bytes.
-
-    Groups become twice as large, or four times as large if scales had 4 bits, provided such sizes exist. A
-    format with a codebook or with levels of E2M1 becomes one of integers with about as many bits.
-    """
-    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
-        return number_format
-    if number_format.book is not None:
-        return NumberFormat((number_format.bits or 0) - 1, DEFAULT_GROUP)
-    if number_format.fp4 is not None:
-        return NumberFormat(4, DEFAULT_GROUP)
-    group = number_format.group
-    few = number_format.scale_dtype.itemsize == 1 or number_format.scale_bits is not None
-    if few and group is not None:
-        group = _WIDER.get(group, group)
-    if number_format.scale_bits == 4 and group is not None:
-        group = _WIDER.get(group, group)
-    return replace(number_format, group=group, scale_dtype=torch.bfloat16, scale_bits=None, minimum=False)
-
-
 def storable_formats(
     weight: Tensor, number_formats: Sequence[NumberFormat], weighting: Weighting | None = None
 ) -> tuple[NumberFormat, ...]:
     """Replace each format whose scales would be out of range in this matrix by one with bfloat16 scales."""
-    return tuple(with_wide_scales(x) if scale_fault(weight, x, weighting) else x for x in number_formats)
+    return tuple(x.wide if scale_fault(weight, x, weighting) else x for x in number_formats)

@@ -543,16 +543,16 @@ def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
         >>> laws.check_nearest(NumberFormat.parse("int4:g32"), torch.randn(3, 40))
     """
     rounded = round_weight(matrix, number_format, refits=0)
-    scales, zeros, size = rounded.scales.double(), rounded.zeros, matrix.shape[1]
-    codes = number_format.encode(matrix.double(), scales, zeros)
+    scales, minima, size = rounded.scales.double(), rounded.minima, matrix.shape[1]
+    codes = number_format.encode(matrix.double(), scales, minima)
     assert codes.dtype == torch.uint8, f"codes are {codes.dtype}, not torch.uint8"
-    if number_format.book is not None:
+    if number_format.points.run > 1:
         values = number_format.decode(codes, scales, dtype=torch.float64)
         again = number_format.decode(number_format.encode(values, scales), scales, dtype=torch.float64)
         assert torch.equal(values, again), "values change when they are rounded again"
     else:
-        every = [torch.full_like(codes, code) for code in range(number_format.top + 1)]
-        points = torch.stack([number_format.decode(x, scales, zeros, torch.float64) for x in every])
+        every = [torch.full_like(codes, code) for code in range(number_format.points.top + 1)]
+        points = torch.stack([number_format.decode(x, scales, minima, torch.float64) for x in every])
         errors = (points - matrix.double()).abs()
         found = errors.gather(0, codes.long()[None])[0]
         steps = number_format.spread(scales.abs(), size).clamp_min(1e-30)
@@ -587,6 +587,36 @@ def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
         tensor.zero_()
     layers[1].load_state_dict(layers[0].state_dict())
     assert torch.equal(layers[0].to_matrix(), layers[1].to_matrix()), "loading changes the matrix"
+
+
+def check_scales(number_format: NumberFormat, matrix: Tensor) -> None:
+    """Check that rounded scales can be stored exactly, that they have limits, and that the ranges tried fit.
+
+    Example:
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.testing import laws
+        >>> laws.check_scales(NumberFormat.parse("int4:g32"), torch.randn(3, 40))
+    """
+    scales, groups = number_format.scales, number_format.groups(matrix.shape[1])
+    wanted = number_format.grouped(matrix.abs()).amax(-1)
+    for factor in (1.0, 1e30, -1e30):
+        found = scales.storable((factor * wanted).clamp(-3e38, 3e38))
+        sizes = found.double().abs()
+        assert bool((sizes <= scales.largest).all()), (
+            f"a scale of {sizes.max():.3g} is above {scales.largest}"
+        )
+        tensors = scales.tensors(found)
+        layout = [(x.shape[-1], x.dtype) for x in tensors.values()]
+        assert layout == [(length, kind) for _, length, kind, _ in scales.layout(groups)], "another layout"
+        again = scales.values(tensors, groups)
+        assert again.dtype == found.dtype, f"scales are stored as {again.dtype}"
+        assert torch.equal(again.double(), found.double()), "storing changes scales"
+        twice = scales.storable(again.float())
+        assert torch.equal(twice.double(), found.double()), "rounding changes stored scales"
+    assert 0 < scales.smallest <= scales.accurate < scales.largest, "limits of scales are not in order"
+    ranges = number_format.points.ranges(scales.least_range, wanted)
+    assert 0 < float(ranges[0]) <= scales.least_range, "the smallest range is above that of the scales"
+    assert torch.equal(ranges, ranges.sort().values), "ranges are not ascending"
 
 
 def check_rounded_loss(number_format: NumberFormat, matrix: Tensor) -> None:
@@ -774,6 +804,7 @@ class FormatLaws(_Laws):
         return {
             "test_nearest": Law(check_nearest, matrix),
             "test_stored_bytes": Law(check_stored_bytes, matrix),
+            "test_scales": Law(check_scales, matrix),
             "test_rounded_loss": Law(check_rounded_loss, matrix),
         }
 

@@ -98,7 +98,7 @@ def round_dense(
             refits=0,
         )
     sweeps = _SWEEPS.get(number_format.bits or 0, 0)
-    if number_format.book is not None:
+    if number_format.points.run > 1:
         sweeps = 0 if weighting.full else _CODEBOOK_SWEEPS
     return round_weight(
         matrix,

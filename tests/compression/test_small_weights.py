@@ -81,10 +81,28 @@ def test_a_format_that_underflows_is_warned_of(objective: str) -> None:
     assert report.plan["0"].error == pytest.approx(error, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["int4:float16", "int4:g32:float8"])
-def test_a_format_that_overflows_is_warned_of(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("int4:float16", 1e8),
+        ("int4:g32:float8", 1e8),
+        ("nvfp4", 1e5),
+        ("iq3_s", 1e10),
+        ("int6:g16:s8", 1e11),
+        ("int4:g32:s6:min", 1e10),
+    ],
+)
+def test_a_format_that_overflows_is_warned_of(name: str, scale: float) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(256, 32, bias=False))
+    with torch.no_grad():
+        layers[0].weight.mul_(scale)
+    weight = layers[0].weight.detach().double()
+    config = CompressionConfig(target_modules="all", formats=(name,), objective="weight")
     with pytest.warns(UserWarning, match=rf"'0'.*'{name}'.*overflow"):
-        compressed(1e8, formats=(name,))
+        tn.compress(layers, config, progress=False)
+    error = torch.linalg.norm(layers[0].to_matrix().detach().double() - weight)
+    assert error > 0.2 * torch.linalg.norm(weight)
 
 
 @pytest.mark.parametrize("size", [1e-26, 1e24])

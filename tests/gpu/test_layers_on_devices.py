@@ -20,7 +20,7 @@ LAYERS = {
     "padded": mpo(out_dims=(8, 9), in_dims=(8, 9), max_bond=12, out_features=70, in_features=64),
     "low rank": low_rank(out_features=64, in_features=64, rank=16),
 }
-FORMATS = ("int8:row", "int8", "int4", "int4:zero", "int3", "int2")
+FORMATS = ("int8:row", "int8", "int4", "int3", "int2")
 TOKENS = (1, 5, 300)
 
 

@@ -25,7 +25,7 @@ from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_moe.rounding import BankExtension, round_banks
 
 IDS = torch.tensor([[5, 7, 9, 11, 13, 6]])
-FORMATS = ["float", "bf16", "int8", "int6:g32", "int4", "int3:g32:zero", "int2:g32:float8"]
+FORMATS = ["float", "bf16", "int8", "int6:g32", "int4", "int3:g32", "int2:g32:float8"]
 INTEGERS = FORMATS[2:]
 
 

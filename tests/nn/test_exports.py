@@ -43,7 +43,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "int4": lambda: compressed(formats=("int4",), bits_per_weight=5.5),
     "mxfp4": lambda: compressed(formats=("mxfp4",), bits_per_weight=5),
     "nvfp4": lambda: compressed(formats=("nvfp4",), bits_per_weight=5),
-    "int3 with zero points": lambda: compressed(formats=("int3:g32:zero",), bits_per_weight=5),
+    "int3": lambda: compressed(formats=("int3:g32",), bits_per_weight=5),
     "mixture": mixture,
 }
 EACH_MODEL = pytest.mark.parametrize("name", MODELS)

@@ -70,9 +70,9 @@ def test_values_are_those_of_the_stored_integers(
     assert number_format.bits is not None
     torch.manual_seed(0)
     groups = (rows, number_format.groups(columns))
-    codes = torch.randint(0, number_format.top + 1, shape, dtype=torch.uint8)
-    codes[0, :2] = torch.tensor([0, number_format.top])
-    scales = torch.rand(groups).to(number_format.scale_dtype)
+    codes = torch.randint(0, number_format.points.top + 1, shape, dtype=torch.uint8)
+    codes[0, :2] = torch.tensor([0, number_format.points.top])
+    scales = torch.rand(groups).to(number_format.scales.dtype)
     matrix = to_kernel(number_format, number_format.pack(codes), scales, columns)
     assert matrix.shape == shape
     assert matrix.nbytes == layout_bytes(number_format, shape)
@@ -113,12 +113,12 @@ def test_products(name: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("int4:zero", SHAPE),
+        ("nl4:g32", SHAPE),
         ("int8:row", SHAPE),
         ("int4:float16", SHAPE),
         ("int3", (100, 128)),
         ("int4", (64, 100)),
-        ("int5:zero", (63, 65)),
+        ("int5", (63, 65)),
     ],
 )
 def test_other_formats_and_shapes_stay_as_they_are(name: str, shape: tuple[int, int]) -> None:
@@ -226,7 +226,7 @@ def test_compiled_exported_and_under_autocast(name: str, count: int) -> None:
         ("int8:row", 3, "int8 kernel"),
         ("int8", 1, "int4 kernel twice"),
         ("int5", KERNEL_TOKENS // 2 + 1, "unpacked"),
-        ("int8:zero", 1, "unpacked"),
+        ("nl4", 1, "unpacked"),
     ],
 )
 def test_explain_names_the_kernel(name: str, count: int, kernel: str) -> None:

@@ -48,7 +48,7 @@ def shown_pictures(path: Path) -> list[str]:
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Restore what a page may change: the hypothesis profile, and tables of formats and export targets."""
-    tables: tuple[dict[Any, Any], ...] = (formats.LEVELS, MENUS._items, TARGETS)
+    tables: tuple[dict[Any, Any], ...] = (formats.POINTS, formats.FORMATS, MENUS._items, TARGETS)
     before = [dict(table) for table in tables]
     yield
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

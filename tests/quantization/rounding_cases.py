@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tensornet.quantization.feedback import Grid
+from tensornet.quantization.parts import Levels
 
 
 def moment(size: int, seed: int, *, tokens: int | None = None) -> Tensor:
@@ -41,7 +42,9 @@ def assert_nearest(codes: Tensor, target: Tensor, grid: Grid) -> None:
     Targets depend on all codes before. So the codes of two algorithms may differ after a tie within rounding,
     and this law still holds for both.
     """
-    points = torch.arange(grid.top + 1).to(target) if grid.levels is None else grid.levels.values
+    points = torch.arange(grid.points.top + 1).to(target)
+    if isinstance(grid.points, Levels):
+        points = torch.tensor(grid.points.numbers).to(target)
     assert bool(torch.isin(codes, points).all())
     nearest = (target[..., None] - points).abs().amin(-1)
     torch.testing.assert_close((target - codes).abs(), nearest, rtol=1e-9, atol=1e-9)
@@ -49,7 +52,7 @@ def assert_nearest(codes: Tensor, target: Tensor, grid: Grid) -> None:
 
 def fed_back(matrix: Tensor, codes: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:
     """What each element was rounded from, in steps: `w + (U_R^T E U_C - E)`, with errors of those before."""
-    error = matrix - grid.points(codes)[0]
+    error = matrix - grid.values(codes)[0]
     return ((matrix + rows.T @ error @ columns - error) / grid.divisor + grid.zero)[0]
 
 

@@ -12,8 +12,8 @@ class TestInt4(laws.FormatLaws):
     number_format = "int4:g32"
 
 
-class TestInt3WithZeroPoints(laws.FormatLaws):
-    number_format = "int3:g32:zero:float8"
+class TestEightBitScales(laws.FormatLaws):
+    number_format = "int3:g32:float8"
 
 
 class TestRows(laws.FormatLaws):

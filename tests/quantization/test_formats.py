@@ -11,24 +11,19 @@ from devices import DEVICES
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import tensornet as tn
 from tensornet.errors import FormatError, ShapeError, TopologyError
-from tensornet.quantization import NumberFormat, round_weight
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.quantization import NumberFormat, predict_losses, round_weight
 from tensornet.quantization.formats import format_names
 from tensornet.quantization.packing import pack, packed_bytes, unpack
+from tensornet.quantization.parts import StepScales
 
-CHOICES = {
-    "group": st.sampled_from([32, 64, 128, None]),
-    "scale_dtype": st.sampled_from([torch.bfloat16, torch.float16, torch.float8_e5m2]),
-}
-INTEGERS = (
-    st.builds(NumberFormat, bits=st.integers(2, 8), **CHOICES)
-    | st.builds(NumberFormat, bits=st.integers(2, 4), table=st.just(True), **CHOICES)
-    | st.builds(
-        NumberFormat,
-        bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
-        zero_point=st.just(True),
-        **CHOICES | {"group": st.sampled_from([32, 64, 128])},
-    )
+INTEGERS = st.builds(
+    lambda points, group, scales: NumberFormat.parse(f"{points}:{group}{scales}"),
+    st.sampled_from([*(f"int{bits}" for bits in range(2, 9)), "nl2", "nl3", "nl4"]),
+    st.sampled_from(["g32", "g64", "g128", "row"]),
+    st.sampled_from(["", ":float16", ":float8"]),
 )
 #: Formats with integer scales, for rows of a multiple of 256.
 SUPER_BLOCKS = st.sampled_from(
@@ -52,14 +47,10 @@ LEVELS = {
 
 def fitting(number_format: NumberFormat, size: int) -> int:
     """Size of a row that a format can store."""
-    return size if number_format.scale_bits is None else 256 * (1 + size % 2)
+    return size if number_format.scales.count == 1 else 256 * (1 + size % 2)
 
 
-@given(
-    st.one_of(
-        FORMATS, CODEBOOKS, FLOATS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])
-    )
-)
+@given(st.one_of(FORMATS, CODEBOOKS, FLOATS, st.sampled_from([NumberFormat(), NumberFormat.parse("bf16")])))
 def test_names_are_read_back(number_format: NumberFormat) -> None:
     assert NumberFormat.parse(number_format.name) == number_format
     assert NumberFormat.parse(number_format) is number_format
@@ -94,52 +85,61 @@ def test_four_bit_floats_are_those_of_their_standards(
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "group", "zero"),
+    ("name", "bits", "group", "equal"),
     [
-        ("int4", 4, 64, False),
-        ("int4:g128", 4, 128, False),
-        ("int8:row", 8, None, False),
-        ("int3:zero", 3, 64, True),
+        ("int4", 4, 64, True),
+        ("int4:g64", 4, 64, True),
+        ("int4:g128", 4, 128, True),
+        ("int8:row", 8, None, True),
         ("nl4:g32", 4, 32, False),
-        ("int4:g16", 4, 16, False),
+        ("int4:g16", 4, 16, True),
     ],
 )
-def test_names_of_integers(name: str, bits: int, group: int | None, zero: bool) -> None:
-    assert NumberFormat.parse(name) == NumberFormat(bits, group, zero, table=name.startswith("nl"))
+def test_names_of_integers(name: str, bits: int, group: int | None, equal: bool) -> None:
+    found = NumberFormat.parse(name)
+    assert (found.bits, found.group, found.points.equal_steps) == (bits, group, equal)
+    assert found.name == name.removesuffix(":g64")
 
 
 @pytest.mark.parametrize("name", ["int9", "int1", "int4:g48", "fp8", "", "int4:g64:", "INT4", "nl5", 4, None])
 def test_unknown_names_list_the_known(name: object) -> None:
-    with pytest.raises(FormatError, match=r"float, bf16, int8.*int2, nl4|Groups have 16, 32, 64 or 128"):
+    with pytest.raises(FormatError, match=r"float, bf16.*int8.*int2, nl4|Groups have 16, 32, 64 or 128"):
         NumberFormat.parse(name)  # type: ignore[arg-type]
 
 
 def test_combinations_that_do_not_exist() -> None:
-    with pytest.raises(FormatError, match="mxfp4"):
-        NumberFormat(4, 16, table=True, fp4="mxfp4")
-    with pytest.raises(FormatError, match="floating-point format"):
-        NumberFormat(group=64)
-    with pytest.raises(FormatError, match="no dtype"):
-        NumberFormat(16)
-    with pytest.raises(FormatError, match="no zero points"):
-        NumberFormat.parse("nl4:zero")
-    for name in ("int4:row:zero", "int4:g16:zero", "int7:zero"):  # no export target stores these
-        with pytest.raises(FormatError, match="Zero points"):
+    for name in ("mxfp4:g16", "float:row", "nl5", "int4:zero", "iq3_s:s6"):
+        with pytest.raises(FormatError, match="Unknown number format"):
             NumberFormat.parse(name)
-    with pytest.raises(FormatError, match="4 bits"):
-        NumberFormat(5, table=True)
+    for name in ("nl2:g16:s4:min", "int3:g16:s6:min"):
+        with pytest.raises(FormatError, match="minima are int2:g16:s4:min"):
+            NumberFormat.parse(name)
     for name in ("int4:s6", "int4:g32:s6"):
         with pytest.raises(FormatError, match="multiple"):
             round_weight(torch.randn(2, 320), name)
-    for name in ("int4:row:s6", "int4:g32:zero:s6", "int4:g32:s5", "int4:g16:s4", "nl2:g16:s4"):
+    for name in ("int4:row:s6", "int4:g32:s5", "int4:g16:s4", "nl2:g16:s4"):
         with pytest.raises(FormatError, match="Integer scales"):
             NumberFormat.parse(name)
-    with pytest.raises(FormatError, match="Integer scales"):
-        NumberFormat(4, 32, scale_bits=6)
-    with pytest.raises(FormatError, match=r"torch\.float8_e5m2"):
-        NumberFormat(4, scale_dtype=torch.float32)
-    with pytest.raises(FormatError, match="no codes"):
-        _ = NumberFormat(dtype=torch.bfloat16).top
+    for read in (lambda x: x.points, lambda x: x.scales, lambda x: x.groups(64)):
+        with pytest.raises(FormatError, match="no codes"):
+            read(NumberFormat.parse("bf16"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "int4:g32:s6:min", "int2:g16:s4:min", "nl4:g32:s6"],
+)
+def test_rows_of_no_whole_super_blocks_are_refused_with_moments_too(name: str) -> None:
+    weight = torch.randn(3, 300)
+    for moments in ({}, {"columns": torch.eye(300)}, {"rows": torch.eye(3), "columns": torch.ones(300)}):
+        with pytest.raises(FormatError, match="not a multiple of 256"):
+            round_weight(weight, name, **moments)
+        with pytest.raises(FormatError, match="not a multiple of 256"):
+            predict_losses(weight, [name], [Weighting(**moments)])
+    model = torch.nn.Sequential(torch.nn.Linear(300, 40))
+    config = tn.CompressionConfig(target_modules="all", formats=("int8",), objective="weight")
+    with pytest.raises(FormatError, match="not a multiple of 256"):
+        tn.plan(model, config).replace_layer("0", None, name)
 
 
 @given(FORMATS | CODEBOOKS, st.integers(1, 5), st.integers(1, 200))
@@ -148,13 +148,14 @@ def test_bytes_are_those_of_the_stored_tensors(number_format: NumberFormat, rows
     rounded = round_weight(torch.randn(rows, size), number_format, refits=0)
     assert number_format.bits is not None
     stored = [number_format.pack(rounded.codes), rounded.scales]
-    if number_format.scale_bits is not None:
-        integers, steps = number_format.factored(rounded.scales)
-        stored[1:] = [pack(integers, number_format.scale_bits), steps]
-        assert torch.equal(number_format.scales_of(integers, steps), rounded.scales)
-    if rounded.zeros is not None:
-        packed = number_format.pack_zeros(rounded.zeros)
-        assert torch.equal(number_format.unpack_zeros(packed, rounded.zeros.shape[-1]), rounded.zeros)
+    tensors = number_format.scales.tensors(rounded.scales)
+    stored[1:] = tensors.values()
+    again = number_format.scales.values(tensors, rounded.scales.shape[-1])
+    assert torch.equal(again.float(), rounded.scales.float())
+    if rounded.minima is not None:
+        assert number_format.minima is not None
+        packed = number_format.minima.pack(rounded.minima)
+        assert torch.equal(number_format.minima.unpack(packed, rounded.minima.shape[-1]), rounded.minima)
         stored.append(packed)
     assert rounded.nbytes == number_format.nbytes((rows, size)) == sum(x.nbytes for x in stored)
 
@@ -183,19 +184,17 @@ def test_two_bits_have_four_points_around_zero() -> None:
     scales = torch.ones(1, 1, dtype=torch.bfloat16)
     values = NumberFormat.parse("int2").decode(codes, scales)
     assert values.tolist() == [[-1.5, -0.5, 0.5, 1.5]]
-    assert NumberFormat.parse("int2").center == 1.5
+    assert NumberFormat.parse("int2").points.center == 1.5
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
-@pytest.mark.parametrize(
-    "name", ["int8:row", "int8:g32:zero", "int5:g32", "int4:zero", "int2:float8", "nl4:g32"]
-)
+@pytest.mark.parametrize("name", ["int8:row", "int5:g32", "int4", "int2:float8", "nl4:g32"])
 def test_values_in_float16_are_the_exact_ones_rounded_once(name: str, size: float, device: str) -> None:
     """Whatever the scales are, which float16 may hold with fewer digits or not at all."""
     made = round_weight(torch.randn(5, 70) * size, name)
     exact = made.dequantize(torch.float64)
-    parts = [x if x is None else x.to(device) for x in (made.codes, made.scales, made.zeros)]
+    parts = [x if x is None else x.to(device) for x in (made.codes, made.scales, made.minima)]
     assert parts[0] is not None
     assert parts[1] is not None
     values = made.number_format.decode(parts[0], parts[1], parts[2], torch.float16)
@@ -225,12 +224,13 @@ def test_integer_scales_are_close_and_stay_as_they_are(
     scales[1] = 0
     scales[2, :2] = torch.tensor([4.0, -4.0]) * 2.0**power  # only one of both is the lowest integer
     stored = number_format.storable(scales)
-    assert number_format.scale_bits is not None
-    assert int(number_format.factored(scales)[0].max()) < 2**number_format.scale_bits
+    steps = number_format.scales
+    assert isinstance(steps, StepScales)
+    assert int(steps.factored(scales)[0].max()) < 2**steps.bits
     assert torch.equal(number_format.storable(stored), stored)
     largest = scales.reshape(3, 2, -1).abs().amax(-1, keepdim=True)
-    scales = scales.abs() if number_format.minimum else scales  # without a sign
-    room = (2.0**-11 + 0.5 / (11 if number_format.scale_bits == 4 else 24)) * largest + 40 * 2.0**-24
+    scales = scales.abs() if steps.start >= 0 else scales  # without a sign
+    room = (2.0**-11 + 0.5 / (11 if steps.bits == 4 else 24)) * largest + 40 * 2.0**-24
     assert bool(((stored - scales).reshape(3, 2, -1).abs() <= room).all())
     assert not stored[1].any()
 
@@ -241,31 +241,30 @@ def test_values_codes_and_bytes_convert(number_format: NumberFormat, rows: int, 
     torch.manual_seed(seed)
     assert number_format.bits is not None
     size = fitting(number_format, size)
-    top, groups = number_format.top, (rows, number_format.groups(size))
+    top, groups = number_format.points.top, (rows, number_format.groups(size))
     codes = torch.randint(0, top + 1, (rows, size), dtype=torch.uint8)
     scales = number_format.storable(torch.rand(groups) + 0.5)
-    zeros = torch.randint(0, top + 1, groups, dtype=torch.uint8) if number_format.zero_point else None
-    if number_format.minimum:
-        zeros = number_format.storable(2 * torch.rand(groups))
-    values = number_format.decode(codes, scales, zeros)
-    assert torch.equal(number_format.encode(values, scales, zeros), codes)
+    minima = packed_minima = None
+    if number_format.minima is not None:
+        minima = number_format.minima.storable(2 * torch.rand(groups))
+        packed_minima = number_format.minima.pack(minima)
+    values = number_format.decode(codes, scales, minima)
+    assert torch.equal(number_format.encode(values, scales, minima), codes)
     packed = number_format.pack(codes)
     assert torch.equal(number_format.unpack(packed, size), codes)
-    packed_zeros = None if zeros is None else number_format.pack_zeros(zeros)
-    assert torch.equal(number_format.decode_packed(packed, scales, packed_zeros, size), values)
+    assert torch.equal(number_format.decode_packed(packed, scales, packed_minima, size), values)
     # Against all points of the grid, written out.
     wanted = 3 * torch.randn(rows, size)
     width = number_format.group or size
     spread = scales.float().repeat_interleave(width, 1)[:, :size, None]
-    zero = (
-        number_format.center if zeros is None else zeros.float().repeat_interleave(width, 1)[:, :size, None]
-    )
-    units = torch.tensor(LEVELS[number_format.bits]) if number_format.table else torch.arange(top + 1) - zero
+    units = torch.arange(top + 1) - number_format.points.center
+    if not number_format.points.equal_steps:
+        units = torch.tensor(LEVELS[number_format.bits])
     points = units * spread
-    if number_format.minimum:
-        points = torch.arange(top + 1) * spread - zero
+    if minima is not None:
+        points = points - minima.repeat_interleave(width, 1)[:, :size, None]
     best = (points - wanted[..., None]).abs().amin(-1)
-    made = number_format.decode(number_format.encode(wanted, scales, zeros), scales, zeros)
+    made = number_format.decode(number_format.encode(wanted, scales, minima), scales, minima)
     torch.testing.assert_close((made - wanted).abs(), best, rtol=1e-5, atol=1e-5)
 
 

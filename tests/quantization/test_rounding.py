@@ -19,9 +19,7 @@ from tensornet.quantization.moments import Moment
 from tensornet.quantization.rounding import ROUNDINGS, Rounding
 
 SIZES = {"m": st.integers(1, 24), "n": st.integers(1, 80), "seed": st.integers(0, 1000)}
-NAMES = st.sampled_from(
-    ["int2", "int3:zero", "int4:g32", "int5:row", "int3:g32:float8", "int8", "nl4:g32:float16"]
-)
+NAMES = st.sampled_from(["int2", "int4:g32", "int5:row", "int3:g32:float8", "int8", "nl4:g32:float16"])
 
 
 def damped(matrix: torch.Tensor, amount: float) -> torch.Tensor:
@@ -29,8 +27,8 @@ def damped(matrix: torch.Tensor, amount: float) -> torch.Tensor:
 
 
 def same(a: RoundedWeight, b: RoundedWeight) -> bool:
-    zeros = a.zeros is b.zeros or torch.equal(a.zeros, b.zeros)  # type: ignore[arg-type]
-    return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and zeros
+    minima = a.minima is b.minima or torch.equal(a.minima, b.minima)  # type: ignore[arg-type]
+    return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and minima
 
 
 @pytest.mark.slow
@@ -158,7 +156,7 @@ def test_integer_scales_round_and_descend(name: str) -> None:
         increases.append(price(error, damped(rows, 0.1), damped(columns, 0.01)))
         assert float(made.loss_increase) == pytest.approx(increases[-1], rel=1e-9)
     assert increases == sorted(increases, reverse=True)
-    equal = made.number_format.book is not None  # without feedback between rows, a refit need not help
+    equal = made.number_format.points.run > 1  # without feedback between rows, a refit need not help
     assert len(set(increases)) >= len(increases) - equal
 
 
@@ -203,7 +201,7 @@ def test_missing_moments_fall_back_and_say_so() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["int3", "int3:zero", "nl4"])
+@pytest.mark.parametrize("name", ["int3", "nl4"])
 def test_a_stack_is_its_matrices(name: str) -> None:
     matrices = torch.stack([weight(12, 70, k) for k in range(4)]).reshape(2, 2, 12, 70)
     rows = torch.stack([moment(12, k) for k in range(4)]).reshape(2, 2, 12, 12)
@@ -223,7 +221,7 @@ def test_zero_groups_stay_zero_and_half_types_are_computed_in_single() -> None:
     matrix = weight(4, 128, 0).float()
     matrix[1, :64] = 0
     matrix[2] = 0
-    for name in ("int2", "int4", "int3:zero", "nl4"):
+    for name in ("int2", "int4", "nl4"):
         got = round_weight(matrix, name, columns=moment(128, 0).float(), sweeps=1)
         assert not got.dequantize()[2].any()
     half = matrix.bfloat16()
@@ -241,7 +239,7 @@ def test_values_are_differentiable_by_the_scales() -> None:
 
 
 @pytest.mark.parametrize("power", [-110, -80, -64, 60, 100])
-@pytest.mark.parametrize("name", ["int4", "nl4:g32", "int3:zero"])
+@pytest.mark.parametrize("name", ["int4", "nl4:g32"])
 def test_powers_of_two_change_nothing_but_scales(name: str, power: int) -> None:
     """Squares of these weights underflow or overflow in float32; bfloat16 scales can be as small or large."""
     matrix, columns, rows = weight(9, 70, 0).float(), moment(70, 0).float(), moment(9, 1).float()
@@ -280,10 +278,10 @@ def test_complex_weights_are_refused() -> None:
 def test_no_elements_have_no_codes(shape: tuple[int, ...]) -> None:
     """Such as the free rows of a pivoted factor of full rank."""
     assert round_weight(torch.zeros(3, 0), "nl4:g32:s6").scales.shape == (3, 0)
-    made = round_weight(torch.zeros(shape), "int4:g32:zero", columns=torch.ones(shape[-1]))
+    made = round_weight(torch.zeros(shape), "int4:g32", columns=torch.ones(shape[-1]))
     assert made.codes.shape == made.dequantize().shape == shape
     assert made.nbytes == 0
-    assert made.scales.shape == made.zeros.shape == (*shape[:-1], made.number_format.groups(shape[-1]))  # type: ignore[union-attr]
+    assert made.scales.shape == (*shape[:-1], made.number_format.groups(shape[-1]))
 
 
 def test_bad_input() -> None:

@@ -78,7 +78,9 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
     Without statistics there is no GPTQ baseline, since GPTQ needs second moments of the inputs.
     """
     names = [layer.name for layer in plan]
-    formats = [NumberFormat(bits, group) for bits in BITS for group in (64, 32, 128)]  # with 16-bit scales
+    formats = [
+        NumberFormat.parse(f"int{bits}:g{group}") for bits in BITS for group in (64, 32, 128)
+    ]  # with 16-bit scales
     sizes = {x: sum(x.nbytes(layer.shape) for layer in plan) for x in formats}
     fitting = [x for x in formats if sizes[x] <= 1.01 * plan.bytes_after]
     largest = max(fitting, key=sizes.__getitem__) if fitting else min(formats, key=sizes.__getitem__)

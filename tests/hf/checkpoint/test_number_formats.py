@@ -27,7 +27,7 @@ from tensornet.topologies import topology_family
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.inspect import inspect_folder
 
-FORMATS = ["int8:row", "int5:g32", "int4:g32:zero", "int3", "int2:g32:float8", "bf16"]
+FORMATS = ["int8:row", "int5:g32", "int4:g32", "int3", "int2:g32:float8", "bf16"]
 TABLE = "transformer.wte"
 
 
@@ -172,7 +172,7 @@ def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
 
     model = fresh()
     topology = topology_family("dense").build(24, 40)
-    storage = Storage(number_format=NumberFormat.parse("int3:g32:zero"))
+    storage = Storage(number_format=NumberFormat.parse("int3:g32"))
     plan = tn.CompressionPlan((LayerPlan("0", (24, 40), topology, "edited", None, storage=storage),))
     plan.save(tmp_path / "plan.json")
     assert tn.CompressionPlan.load(tmp_path / "plan.json") == plan

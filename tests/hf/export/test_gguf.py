@@ -89,7 +89,6 @@ def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
         "int5:g64",
         "int8:g32:float8",
         "int6:row",
-        "int4:g32:zero",
         "nl4:g32:float16",
     )
     plain = model_of(name).config  # without the entry of this library

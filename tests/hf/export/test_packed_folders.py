@@ -50,9 +50,9 @@ LAYERS = {
     "model.layers.0.mlp.up_proj": ("int3:row", "int3:row", "MLX has"),
     "model.layers.0.mlp.down_proj": ("int7", "int7", "MLX has"),
     "model.layers.1.self_attn.q_proj": ("int2:g32", "int3:g32", "int2:g32"),
-    "model.layers.1.self_attn.k_proj": ("int2:zero", "int3", "int2"),
-    "model.layers.1.self_attn.v_proj": ("int3:g32:zero:float8", "int4:g32", "int3:g32"),
-    "model.layers.1.self_attn.o_proj": ("int8:zero", "8 bits allow", "int8"),
+    "model.layers.1.self_attn.k_proj": ("int2", "int3", "int2"),
+    "model.layers.1.self_attn.v_proj": ("int3:g32:float8", "int3:g32", "int3:g32"),
+    "model.layers.1.self_attn.o_proj": ("nl4:g32", "int8:g32", "MLX has"),
     "model.layers.1.mlp.gate_proj": ("int6", "int6", "int6"),
     "model.layers.1.mlp.up_proj": ("low_rank", "low_rank", "low_rank"),
     "model.layers.1.mlp.down_proj": ("int5:g128", "divide", "divide"),
@@ -246,10 +246,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     th.save(mixed(), tmp_path / "small")
     arguments = ["export", str(tmp_path / "small"), str(tmp_path / "out"), "--target", "compressed-tensors"]
     assert run(arguments) == 0
-    assert "12 tensors packed" in capsys.readouterr().out
+    assert "13 tensors packed" in capsys.readouterr().out
     assert run([*arguments, "--force", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (len(found["packed"]), len(found["dense"])) == (12, 4)
+    assert (len(found["packed"]), len(found["dense"])) == (13, 3)
     assert found["num_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert run(arguments) != 0
     assert "exists already" in capsys.readouterr().err

@@ -132,26 +132,21 @@ class IntegerMatrix:
 
     @property
     def zeros(self) -> Tensor:
-        """Zero points, float32, shape `(out, groups)`; may be half-integers; 0 with minima."""
-        scales = self.core.scale_values
-        if "zeros" not in self.core.names:
-            return torch.full_like(scales, self.number_format.center, dtype=torch.float32)
-        zeros = self.number_format.unpack_zeros(self.core.zeros, scales.shape[-1]).float()
-        return torch.zeros_like(zeros) if self.number_format.minimum else zeros
+        """Codes of the value 0, float32, shape `(out, groups)`; may be half-integers; 0 with minima."""
+        center = self.number_format.points.center
+        return torch.full_like(self.core.scale_values, center, dtype=torch.float32)
 
     @property
     def minima(self) -> Tensor | None:
         """Minima, to subtract from scaled codes, float32, shape `(out, groups)`; None without them."""
-        if not self.number_format.minimum:
-            return None
-        return self.number_format.unpack_zeros(self.core.zeros, self.core.scale_values.shape[-1])
+        packed = self.core.tensors.get("zeros")
+        return self.number_format.unpacked_minima(packed, self.core.scale_values)
 
     @property
     def points(self) -> Tensor:
         """Unscaled values: `code - zero`, or `level[code]` for level tables; float32, shape `(out, in)`."""
-        if (levels := self.number_format.levels(self.scales)) is not None:
-            return levels.values[self.codes.long()]
-        return self.codes.float() - self.number_format.spread(self.zeros, self.core.columns)
+        points, divisor = self.number_format.points.values(self.codes)
+        return points.float() / divisor
 
     @property
     def spread_scales(self) -> Tensor:

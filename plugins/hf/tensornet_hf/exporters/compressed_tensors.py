@@ -6,9 +6,8 @@ stream of bits for each row; `weight_scale`, a scale for each group of inputs; a
 matrix, which is 1 here. The package unpacks both to bfloat16. The configuration lists the layers of each
 number format as a group. transformers cannot load packed embeddings.
 
-In exported layers, the middle code always means zero. The format supports zero points too, but transformers
-(5.24, with compressed-tensors 0.18 to 0.20) fails to load them. So codes of layers with zero points are
-shifted, which may take more bits.
+In exported layers, the middle code always means zero. In int2 zero lies between two codes, so int2 becomes
+int3; levels of a table become integers of 8 bits.
 """
 
 from collections.abc import Hashable, Mapping
@@ -150,10 +149,10 @@ def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
         weights["strategy"] = "channel" if found.group is None else "group"
         if found.group is not None:
             weights["group_size"] = found.group
-        if found.fp4 is not None:
+        if name in FP4:
             weights["type"] = "float"
             scales = {"mxfp4": ("group", "torch.uint8"), "nvfp4": ("tensor_group", "torch.float8_e4m3fn")}
-            weights["strategy"], weights["scale_dtype"] = scales[found.fp4]
+            weights["strategy"], weights["scale_dtype"] = scales[name]
         groups[f"group_{number}"] = {
             "targets": [EXPERTS] if experts else targets[name, experts],
             "weights": weights,
@@ -177,21 +176,21 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     rows, columns = points.shape
     if group is not None and columns % group:
         return f"groups of {group} do not divide {columns} inputs"
-    if matrix.number_format.minimum:
+    if matrix.number_format.minima is not None:
         return "its groups have minima, which compressed-tensors has not"
-    if (name := matrix.number_format.fp4) is not None:
+    if (name := matrix.number_format.name) in FP4:
         if dtype != torch.bfloat16:
             return f"compressed-tensors unpacks {name} to bfloat16, but the model has {dtype}"
         signed = matrix.codes.to(torch.int8) - len(FP4_LEVELS) // 2
         codes = torch.where(signed < 0, 8 - signed, signed).to(torch.uint8)
-        stored = (scales / matrix.number_format.scale_unit).to(matrix.number_format.scale_dtype)
+        stored = (2 * scales).to(matrix.number_format.scales.dtype)  # the levels are twice the values
         tensors = {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4}
         if name == "mxfp4":
             return matrix.number_format, {**tensors, "weight_scale": stored.view(torch.uint8)}
         return matrix.number_format, {**tensors, "weight_scale": stored, "weight_global_scale": torch.ones(1)}
     if torch.any(points % 1):  # halve the scale, so that the half-integers of int2 become odd integers
         points, scales = 2 * points, scales / 2
-    # Without zero points, codes may need more bits.
+    # Integers with zero in the middle may need more bits than the codes.
     least, most = int(points.min()), int(points.max())
     while least < -(2 ** (bits - 1)) or most >= 2 ** (bits - 1):
         bits += 1
@@ -205,4 +204,4 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
         "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns]),
     }
-    return NumberFormat(bits, group), tensors
+    return NumberFormat.parse(f"int{bits}:{'row' if group is None else f'g{group}'}"), tensors

@@ -485,9 +485,9 @@ def _layout(
     They are found by packing a single row that contains all codes.
     """
     number_format, (rows, columns) = matrix.number_format, matrix.shape
-    if number_format.zero_point or number_format.minimum:
-        return "its packed size depends on its zero points, which are not known before it is compressed"
-    codes = (torch.arange(columns) % (number_format.top + 1)).to(torch.uint8)[None]
+    if number_format.minima is not None:
+        return "its packed size depends on its minima, which are not known before it is compressed"
+    codes = (torch.arange(columns) % (number_format.points.top + 1)).to(torch.uint8)[None]
     scales = number_format.storable(torch.ones(1, number_format.groups(columns)))
     rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
     topology, storage = (

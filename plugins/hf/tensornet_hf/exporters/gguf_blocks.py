@@ -25,15 +25,16 @@ from numpy.typing import NDArray
 
 from tensornet.errors import FormatError
 from tensornet.quantization import NumberFormat, formats
+from tensornet.quantization.codebooks import Codebook
+from tensornet.quantization.parts import Levels, StepScales
 
 Array = NDArray[Any]
 #: Number of weights in a block, in the smallest group that has its own scale, and in a super-block.
 BLOCK, SMALL_BLOCK, SUPER_BLOCK = 32, 16, 256
 #: The 16 levels of `IQ4_NL` and `IQ4_XS`.
-LEVELS = np.array(formats.LEVELS[4])
-#: Code of each integer from the lowest level; 0 for an integer that is not a level.
-CODES = np.zeros(LEVELS[-1] - LEVELS[0] + 1, np.uint8)
-CODES[LEVELS - LEVELS[0]] = np.arange(len(LEVELS))
+_NL4 = formats.POINTS["nl4"]
+assert isinstance(_NL4, Levels)
+LEVELS = np.array(_NL4.numbers)
 
 
 class BlockType(NamedTuple):
@@ -107,9 +108,7 @@ def write_blocks(kind: str, points: Array, scales: Array, minima: Array | None =
             raise FormatError(f"{kind} has no minima in multiples of a step, but the matrix has.")
         minima = for_width(minima)
     if found.fp4 is not None:
-        codes = np.searchsorted(formats.FP4_LEVELS, points).clip(0, len(formats.FP4_LEVELS) - 1)
-        if not np.array_equal(np.array(formats.FP4_LEVELS)[codes], points):
-            raise FormatError(f"{kind} has 15 levels, but these weights have other values.")
+        codes = _codes_of_levels(kind, np.array(formats.FP4_LEVELS), points)
         magnitudes = codes - len(formats.FP4_LEVELS) // 2
         codes = np.where(magnitudes < 0, 8 - magnitudes, magnitudes).astype(np.uint8)
         parts = [codes.reshape(-1, found.block), found.fp4[2](kind, steps).reshape(-1, found.block // width)]
@@ -118,9 +117,7 @@ def write_blocks(kind: str, points: Array, scales: Array, minima: Array | None =
         steps = steps.reshape(rows, -1)
         return _with_codebook(kind, points.reshape(rows, -1), steps).reshape(rows, -1)
     if found.table:
-        codes = CODES[(points.clip(LEVELS[0], LEVELS[-1]) - LEVELS[0]).astype(np.int64)]
-        if not np.array_equal(LEVELS[codes], points):
-            raise FormatError(f"{kind} has a table of 16 levels, but these weights have other values.")
+        codes = _codes_of_levels(kind, LEVELS, points)
     else:
         if found.offset is not None and np.any(points % 1):  # half-integers become odd integers
             points, steps = 2 * points, steps / 2
@@ -154,14 +151,13 @@ def _with_codebook(kind: str, points: Array, scales: Array) -> Array:
     """Encode a matrix in a type with a codebook; see `write_blocks`. Return shape `(super-blocks, bytes)`."""
     found = TYPES[kind]
     number_format = NumberFormat.parse(found.codebook or "")
-    book, levels = number_format.book, np.array(number_format.level_values)
-    assert book is not None
-    codes = np.searchsorted(levels, points).clip(0, len(levels) - 1)
-    if not np.array_equal(levels[codes], points):
-        raise FormatError(f"{kind} has {len(levels)} levels, but these weights have other values.")
+    book, stored = number_format.points, number_format.scales
+    assert isinstance(book, Codebook)
+    assert isinstance(stored, StepScales)
+    codes = _codes_of_levels(kind, np.array(book.levels), points)
     indices, signs = book.split(torch.from_numpy(codes.astype(np.uint8)))
-    whole, steps = number_format.factored(torch.from_numpy(scales))
-    if not np.array_equal(number_format.scales_of(whole, steps).numpy(), scales):
+    whole, steps = stored.factored(torch.from_numpy(scales))
+    if not np.array_equal(stored.product(whole, steps).numpy(), scales):
         raise FormatError(
             f"{kind} needs scales that are odd integers from 1 to 31 times a common step in float16 within "
             f"{SUPER_BLOCK} weights, but some of these scales are not."
@@ -169,6 +165,14 @@ def _with_codebook(kind: str, points: Array, scales: Array) -> Array:
     count = steps.numel()
     parts = [x.numpy().reshape(count, -1) for x in (indices, signs, whole)]
     return np.concatenate(found.write(*parts, steps.numpy().reshape(-1, 1).view(np.uint8)), axis=-1)
+
+
+def _codes_of_levels(kind: str, levels: Array, points: Array) -> Array:
+    """Return the position of each point in a table of levels; raise FormatError if one is not a level."""
+    codes: Array = np.searchsorted(levels, points).clip(0, len(levels) - 1)
+    if not np.array_equal(levels[codes], points):
+        raise FormatError(f"{kind} has {len(levels)} levels, but these weights have other values.")
+    return codes
 
 
 def _half(kind: str, values: Array) -> Array:

@@ -2,8 +2,8 @@
 
 In this format the weight of a linear layer or an embedding becomes three tensors: `weight`, codes as a stream
 of bits for each row; and `scales` and `biases`, a number for each group of inputs. A weight is
-`scale * code + bias`, so zero points become biases `-scale * zero`. config.json lists the bits and the group
-size of each layer.
+`scale * code + bias`, so the code of zero becomes a bias `-scale * zero`. config.json lists the bits and the
+group size of each layer.
 
 Low-rank matrices that are added to integers become a LoRA adapter in the subfolder `lora`.
 """
@@ -288,7 +288,7 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     """Return the number format and tensors of a packed layer, or the reason why it cannot be packed."""
     codes, scales, zeros, number_format = matrix.codes, matrix.scales, matrix.zeros, matrix.number_format
     bits, group, columns = number_format.bits, number_format.group, codes.shape[1]
-    if bits not in BITS or group not in GROUPS or number_format.table:
+    if bits not in BITS or group not in GROUPS or not number_format.points.equal_steps:
         return f"stored as {number_format.name}; MLX has 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128"
     if columns % group:
         return f"groups of {group} do not divide {columns} inputs"
@@ -297,5 +297,8 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     for kind in (dtype, torch.float32):
         tensors = {name: x.to(kind) for name, x in exact.items()}
         if all(torch.equal(tensors[name].double(), x) for name, x in exact.items()):
-            return NumberFormat(bits, group), {"weight": pack_rows(codes, bits).view(torch.uint32), **tensors}
-    return f"scales times zero points are not exact in {dtype} and float32"
+            return NumberFormat.parse(f"int{bits}:g{group}"), {
+                "weight": pack_rows(codes, bits).view(torch.uint32),
+                **tensors,
+            }
+    return f"scales and biases are not exact in {dtype} and float32"
