@@ -135,8 +135,8 @@ class MPOEmbedding(NetworkModule):
         """Decompose the table of an embedding into a new layer that shares no memory with the old one.
 
         Args:
-            layer: an `nn.Embedding`, or an instance of a subclass that only multiplies the rows by a constant;
-                it is not changed.
+            layer: an `nn.Embedding`, or one of a subclass that only multiplies the rows by a constant; it is
+                not changed.
             topology, max_bond, rel_error, param_ratio, options: see `TensorNetworkLinear.from_linear`.
 
         Raises:
@@ -188,7 +188,8 @@ class MPOEmbedding(NetworkModule):
         """Show sizes, topology and bonds in `print(model)`."""
         bonds = list(self.topology.bond_dims.values())
         scale = "" if self.scale is None else f", scale={self.scale.factor:g}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{scale}, topology={self.topology.family}, bonds={bonds}"
+        topology = f"topology={self.topology.family}, bonds={bonds}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{scale}, {topology}"
 
 
 def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> Tensor:

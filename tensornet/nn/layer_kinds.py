@@ -130,6 +130,16 @@ class ScaledEmbedding(nn.Embedding):
 
     `tensornet.decompress` restores every such embedding as this class. The class that a model had before,
     such as `Gemma3TextScaledWordEmbedding`, computes the same.
+
+    Args:
+        num_embeddings, embedding_dim, options: as for `nn.Embedding`.
+        scale: the constant, and whether it is rounded to the dtype of the weight first.
+
+    Example:
+        >>> from tensornet.nn.layer_kinds import Scale
+        >>> table = tn.nn.ScaledEmbedding(10, 4, Scale(2.0, rounded=False))
+        >>> torch.equal(table(torch.tensor(3)), 2 * table.weight[3])
+        True
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, scale: Scale, **options: Any) -> None:
@@ -177,7 +187,9 @@ def _scale_attribute(module: nn.Embedding) -> tuple[str, bool] | None:
     if found is None:
         return None
     value = getattr(module, found[0], None)
-    constant = value.numel() == 1 and value.ndim == 0 if isinstance(value, Tensor) else type(value) in (int, float)
+    constant = (
+        value.numel() == 1 and value.ndim == 0 if isinstance(value, Tensor) else type(value) in (int, float)
+    )
     alone = module.state_dict(keep_vars=True).keys() == own_parameters(module).keys() == {"weight"}
     others = [*module.children(), *(name for name, _ in module.named_buffers() if name != found[0])]
     return found if constant and alone and not others else None
@@ -185,7 +197,8 @@ def _scale_attribute(module: nn.Embedding) -> tuple[str, bool] | None:
 
 #: Code of a `forward` that multiplies looked up rows by a constant.
 _PRODUCT = re.compile(
-    r"return super\(\)\.forward\((?P<ids>\w+)\) \* self\.(?P<constant>\w+)(?P<cast>\.to\(self\.weight\.dtype\))?"
+    r"return super\(\)\.forward\((?P<ids>\w+)\) \* self\.(?P<constant>\w+)"
+    r"(?P<cast>\.to\(self\.weight\.dtype\))?"
 )
 
 
@@ -208,7 +221,7 @@ def _product(forward: Callable[..., Tensor]) -> tuple[str, bool] | None:
 
 
 class _Embedding(LayerKind):
-    """Layer kind of embeddings: row `v` of the matrix is the vector of token `v`, apart from a constant factor.
+    """Layer kind of embeddings: row `v` of the matrix is the vector of token `v`, up to a constant factor.
 
     The factor (see `embedding_scale`) does not belong to the matrix, which may be that of an output head too.
     Embeddings with `max_norm` are excluded, since their `forward` changes the rows that it reads.

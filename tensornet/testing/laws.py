@@ -857,7 +857,8 @@ class LayerKindLaws:
         model.append(self.layer().eval())
         kind = kind_of(model[0])
         assert kind is not None
-        assert isinstance(weight := model[0].weight, nn.Parameter)
+        weight = model[0].weight
+        assert isinstance(weight, nn.Parameter)
         kind.share(model[1], weight)
         expected = [layer(x).detach() for layer in model]
         compress(model, _FULL_RANK, progress=False)
@@ -881,7 +882,9 @@ class LayerKindLaws:
         weight = model[0].weight
         assert isinstance(weight, Tensor)
         assert weight.grad is not None
-        traces = [float((x.diagonal() if x.ndim == 2 else x).sum()) for x in (stats.rows["0"], stats.columns["0"])]
+        traces = [
+            float((x.diagonal() if x.ndim == 2 else x).sum()) for x in (stats.rows["0"], stats.columns["0"])
+        ]
         expected = float(weight.grad.square().sum())
         assert math.isclose(traces[0] * traces[1], expected, rel_tol=1e-3), (traces, expected)
 

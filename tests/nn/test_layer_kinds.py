@@ -163,7 +163,9 @@ class Columns(Trained):
         self.register_buffer("factor", torch.ones(sizes[1]), persistent=False)
 
 
-MADE = type("Made", (nn.Embedding,), {"forward": eval("lambda self, ids: nn.Embedding.forward(self, ids) * 3")})
+MADE = type(
+    "Made", (nn.Embedding,), {"forward": eval("lambda self, ids: nn.Embedding.forward(self, ids) * 3")}
+)
 OTHERS = [Wrapped, Clamped, Shifted, OfAnother, Trained, Saved, Columns, MADE, BartLearnedPositionalEmbedding]
 
 
