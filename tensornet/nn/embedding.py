@@ -167,7 +167,8 @@ class MPOEmbedding(NetworkModule):
             if self.scale is None:
                 layer: Any = layer_kind("embedding").build(matrix, None)
             else:
-                layer = ScaledEmbedding(*matrix.shape, self.scale, device="meta")
+                rows, columns = matrix.shape
+                layer = ScaledEmbedding(rows, columns, self.scale, device="meta")
                 layer.weight = nn.Parameter(matrix)
         assert isinstance(layer, nn.Embedding)
         layer.padding_idx = self.padding_idx

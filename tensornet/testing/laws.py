@@ -863,6 +863,8 @@ class LayerKindLaws:
         expected = [layer(x).detach() for layer in model]
         compress(model, _FULL_RANK, progress=False)
         first, second = model
+        assert isinstance(first, NetworkModule)
+        assert isinstance(second, NetworkModule)
         assert all(a is b for a, b in zip(first.stored_cores, second.stored_cores, strict=True))
         for layer, values in zip(model, expected, strict=True):
             self._check(layer, x, values)
