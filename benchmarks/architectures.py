@@ -14,6 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,28 @@ Is my architecture supported? For each class in the table, the tests run the [st
 small model with random weights. This shows that the code of the class is handled correctly. It does not show
 how well a trained model can be compressed.
 """
+COVERAGE = (
+    'The numbers in brackets are percentages of the bytes that `target_modules="all"` covers. Most others '
+    "are vectors: biases and norms. They are a large part only of models as small as these."
+)
 WRITTEN = (
     "This page is generated, so do not edit it. Edit the table in `tests/hf_architectures.py`, then run "
     "`python benchmarks/architectures.py`."
 )
+#: Why the types of modules that hold most of the rest stay dense, by a pattern of their names.
+REASONS = {
+    "*PositionalEmbedding": "Computes its rows from a mask or a length. "
+    "At the default sizes of these classes, at most 1.3 % of the bytes.",
+    "*MambaMixer": "A_log is no factor of a product.",
+    "Conv?d (groups too small for low rank)": "Each group has too few inputs for a smaller network.",
+    "Linear (weight read outside of the layer)": "transformers uses the weight without calling the layer.",
+    "*QuantLinear": "Stores integers already.",
+    "QuantEmbedding": "Stores integers already.",
+    "Linear (tied to QuantEmbedding)": "Shares the weight of a table that stores integers.",
+    "ParametrizationList": "A convolution computes its weight from other parameters in each pass.",
+    "XLNetRelativeAttention": "Its projections are bare parameters of three axes, used without a layer.",
+    "FunnelRelMultiheadAttention": "Its projections of positions are bare parameters, used without a layer.",
+}
 #: Outcomes of a step, from worst to best.
 ORDER = ("fails", "refused", "transformers", "right")
 
@@ -52,26 +71,32 @@ def page(record: Mapping[str, Any]) -> str:
         "architectures fail even without this library."
     )
     names = [
-        {"group": title, "architectures": ", ".join(x.name for x in group)} for title, group in GROUPS.items()
+        {
+            "group": title,
+            "architectures": ", ".join(f"{x.name} {percent(record[x.name])}".strip() for x in group),
+        }
+        for title, group in GROUPS.items()
     ]
     way = "\n".join(
         f"- **{name}**: {(step.__doc__ or '').splitlines()[0]}" for name, step in steps.STEPS.items()
     )
     rows = [row(name, record[name]) for name in PAGE_ARCHITECTURES if outcome(name) != "right"]
     others = [{x: each[x] for x in ("architecture", "class", "result")} for each in rows]
-    low = [name for name in PAGE_ARCHITECTURES if record[name].get("left")]
+    low = [covered(name, record[name]) for name in PAGE_ARCHITECTURES if record[name].get("left")]
     parts = [
         HEADER,
         summary,
+        COVERAGE,
         table(names),
         "## The steps",
         way,
         "## Architectures that do not pass every step",
         table(others),
+        "## What stays dense",
+        f"In {len(low)} of these models, less than 95 % of the bytes of matrices are in layers that can be "
+        "compressed. [The record](../benchmarks/records/architectures.md) gives all shares.",
+        table(low),
         "## Limits",
-        f"- In {len(low)} of these models, less than 90 % of the parameters are in layers that can be "
-        "compressed. [The record](../benchmarks/records/architectures.md) gives this share for every model, "
-        "and the types of modules that contain the rest.\n"
         "- Other classes may work too, since linear layers are found by their type. The report of a "
         "compression counts the parameters that stay dense.",
         WRITTEN,
@@ -84,13 +109,40 @@ def tables(record: Mapping[str, Any]) -> str:
     columns = (
         "`parameters` are those of the model in the test. `default` is their share in layers that are "
         "considered for compression with `target_modules=None`, `all` the share with "
-        '`target_modules="all"`. If `all` is below 90 %, `not covered` lists the types of modules with the '
+        '`target_modules="all"`, `matrices` the same share without vectors. If `matrices` is below 95 %, '
+        "`not covered` lists the types of modules with the "
         "rest. No kind of layer describes these types, unless a reason is given in brackets."
     )
     parts = ["# Architectures, one by one", columns, WRITTEN]
     for title, group in GROUPS.items():
         parts += [f"## {title}", table([row(x.name, record[x.name]) for x in group])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def percent(measured: Mapping[str, Any]) -> str:
+    """Return the covered share of the bytes in whole percent, in brackets; empty if it was not measured."""
+    return "" if measured.get("all") is None else f"({100 * measured['all']:.0f})"
+
+
+def covered(name: str, measured: Mapping[str, Any]) -> dict[str, str]:
+    """Return the row of an architecture with large matrices that stay dense.
+
+    Raises:
+        KeyError: `REASONS` has no reason for a type of module.
+    """
+    reasons = []
+    for label in measured["left"]:
+        pattern = next((x for x in REASONS if fnmatchcase(label, x)), None)
+        if pattern is None:
+            raise KeyError(f"Say in REASONS why {label!r} of {name} stays dense.")
+        reasons.append(REASONS[pattern])
+    return {
+        "architecture": name,
+        "bytes": share(measured["all"]),
+        "of matrices": share(measured["matrices"]),
+        "stays dense": ", ".join(measured["left"]),
+        "why": " ".join(dict.fromkeys(reasons)),
+    }
 
 
 def outcome(name: str) -> str:
@@ -110,6 +162,7 @@ def row(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": f"{measured['parameters']:,}",
         "default": share(measured.get("usual")),
         "all": share(measured.get("all")),
+        "matrices": share(measured.get("matrices")),
         "result": " ".join(notes) or "right",
         "not covered": ", ".join(measured.get("left", ())),
     }

@@ -1109,6 +1109,13 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
             "therefore has nothing to load.",
         )
     },
+    "Marian": {
+        "file to file": Exceptional(
+            "refused",
+            "or does not store it",
+            "transformers does not save its tables of positions. Compress it in memory.",
+        )
+    },
     "NomicBERT": {
         "file to file": Exceptional(
             "refused", _NOT_STORED, "Query, key and value are stored as one matrix. Compress it in memory."

@@ -35,7 +35,7 @@ from tensornet.calibration.moment_sums import (
 )
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.errors import NonFiniteError, TargetError
-from tensornet.nn.layer_kinds import kind_of
+from tensornet.nn.layer_kinds import embedding_scale, kind_of
 from tensornet.nn.targets import LayerSelection, Target, find_targets
 from tensornet.nn.unfuse import unfused
 
@@ -489,8 +489,9 @@ def observed(
         wanted = [(p, p.requires_grad) for p in model.parameters()]
         handles = []
         for name, module in model.named_modules():
-            # Subclasses may be called with something other than indices, such as an attention mask.
-            if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+            # Other subclasses may be called with something other than indices, such as an attention mask.
+            plain = type(module).forward is nn.Embedding.forward
+            if isinstance(module, nn.Embedding) and (plain or kind_of(module) is not None):
                 handles.append(module.register_forward_pre_hook(_index_hook(name), with_kwargs=True))
                 # Reentrant checkpointing differentiates a block only if its input requires gradients.
                 handles.append(module.register_forward_hook(_start_graph))
@@ -553,7 +554,14 @@ def _output_hook(name: str, recorder: MomentRecorder) -> Any:
         (given,) = (*args, *kwargs.values())
         paired = given.is_floating_point() and given.shape[:-1] == output.shape[:-1]
         held = recorder.hold(name, given) if paired else []
-        output.register_hook(lambda gradient: recorder.see_gradient(name, gradient, held))
+        # Moments belong to the rows of an embedding before they are multiplied by a constant.
+        scale = embedding_scale(module)
+
+        def see(gradient: Tensor | None) -> None:
+            scaled = gradient if scale is None or gradient is None else scale.times(gradient)
+            recorder.see_gradient(name, scaled, held)
+
+        output.register_hook(see)
         return output
 
     return hook

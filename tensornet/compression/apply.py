@@ -20,7 +20,7 @@ from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind
+from tensornet.nn.layer_kinds import carry_hooks, embedding_scale, has_own_forward, layer_bias, layer_kind
 from tensornet.nn.linear import TensorNetworkLinear, empty_linear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage
@@ -209,6 +209,8 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 @torch.no_grad()
 def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Replace every tensor-network layer by a stock layer, such as `nn.Linear`; tied layers stay tied.
+
+    An embedding that multiplies its rows by a constant becomes a `ScaledEmbedding`, whatever its class was.
 
     Args:
         model: the compressed model.
@@ -429,7 +431,8 @@ def with_cores(target: Target, made: NetworkModule) -> list[nn.Module]:
         new: NetworkModule
         options: dict[str, Any] = {"storage": made.storage, "device": "meta", "dtype": made.dtype}
         if isinstance(module, nn.Embedding):
-            new = MPOEmbedding(made.topology, padding_idx=module.padding_idx, **options)
+            scale = embedding_scale(module)
+            new = MPOEmbedding(made.topology, padding_idx=module.padding_idx, scale=scale, **options)
         else:
             new = empty_linear(made.topology, bias=False, source=kind.name, **options)
             new.bias = layer_bias(module)  # not a copy, since another module may be tied to this parameter

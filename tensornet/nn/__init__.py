@@ -2,7 +2,7 @@
 
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import ModelExtension, register_extension
-from tensornet.nn.layer_kinds import LayerKind, register_layer_kind
+from tensornet.nn.layer_kinds import LayerKind, ScaledEmbedding, register_layer_kind
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import build_module, module_spec, register_module_type
 from tensornet.nn.prepare import prepare_for_inference
@@ -13,6 +13,7 @@ __all__ = [
     "MPOEmbedding",
     "MPOLinear",
     "ModelExtension",
+    "ScaledEmbedding",
     "TensorNetworkLinear",
     "build_module",
     "module_spec",

@@ -1,5 +1,6 @@
 """Embedding whose table is a tensor network: rows are computed from the cores without building the table."""
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.layer_kinds import kind_of, layer_kind
+from tensornet.nn.layer_kinds import Scale, ScaledEmbedding, embedding_scale, kind_of, layer_kind
 from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.storage import PLAIN, Storage, decode, row_cores, storage_entry
 from tensornet.nn.strategy import Strategy
@@ -33,6 +34,8 @@ class MPOEmbedding(NetworkModule):
     Args:
         topology: topology of `W`; its out-legs index the vocabulary, and its in-legs the embedding dimension.
         padding_idx: stored for information only; the row with this index is treated like any other row.
+        scale: constant by which the rows are multiplied after they have been computed. It does not belong to
+            `W`, which an output head may share.
         strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` and `"auto"` read slices;
             `"reconstruct"` builds the table in each call.
 
@@ -48,6 +51,7 @@ class MPOEmbedding(NetworkModule):
         topology: Topology,
         *,
         padding_idx: int | None = None,
+        scale: Scale | None = None,
         strategy: Strategy = "auto",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
@@ -57,15 +61,17 @@ class MPOEmbedding(NetworkModule):
             topology, source="embedding", strategy=strategy, storage=storage, device=device, dtype=dtype
         )
         self.num_embeddings, self.embedding_dim = topology.shape
-        self.padding_idx = padding_idx
+        self.padding_idx, self.scale = padding_idx, scale
         self.lookup = plan_lookup(topology)
         self._row_cores = row_cores(topology, storage)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map token indices `input: (...)` to vectors `(..., embedding_dim)`."""
         if self.strategy == "reconstruct":
-            return nn.functional.embedding(input, self.to_matrix())
-        return self._look_up(input)
+            rows = nn.functional.embedding(input, self.to_matrix())
+        else:
+            rows = self._look_up(input)
+        return rows if self.scale is None else self.scale.times(rows)
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """Compute the rows of the given indices from slices of the cores.
@@ -126,10 +132,11 @@ class MPOEmbedding(NetworkModule):
         param_ratio: float | None = None,
         **options: Any,
     ) -> "MPOEmbedding":
-        """Decompose the table of an `nn.Embedding` into a new layer that shares no memory with the old one.
+        """Decompose the table of an embedding into a new layer that shares no memory with the old one.
 
         Args:
-            layer: the embedding; it is not changed.
+            layer: an `nn.Embedding`, or one of a subclass that only multiplies the rows by a constant; it is
+                not changed.
             topology, max_bond, rel_error, param_ratio, options: see `TensorNetworkLinear.from_linear`.
 
         Raises:
@@ -145,17 +152,24 @@ class MPOEmbedding(NetworkModule):
         result = decompose(
             layer.weight, topology, max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio, **options
         )
-        return embedding_from_network(result.network.to(layer.weight.dtype), padding_idx=layer.padding_idx)
+        network = result.network.to(layer.weight.dtype)
+        return embedding_from_network(network, padding_idx=layer.padding_idx, scale=embedding_scale(layer))
 
     def to_embedding(self, matrix: Tensor | None = None) -> nn.Embedding:
-        """Convert to an `nn.Embedding`.
+        """Convert to an `nn.Embedding`, or to a `ScaledEmbedding` if the rows are multiplied by a constant.
 
         Args:
             matrix: table of the embedding, shape `(num_embeddings, embedding_dim)`; by default, the table
                 rebuilt from the cores.
         """
         with torch.no_grad():
-            layer = layer_kind("embedding").build(self.own_matrix() if matrix is None else matrix, None)
+            matrix = self.own_matrix() if matrix is None else matrix
+            if self.scale is None:
+                layer: Any = layer_kind("embedding").build(matrix, None)
+            else:
+                rows, columns = matrix.shape
+                layer = ScaledEmbedding(rows, columns, self.scale, device="meta")
+                layer.weight = nn.Parameter(matrix)
         assert isinstance(layer, nn.Embedding)
         layer.padding_idx = self.padding_idx
         return layer
@@ -166,6 +180,7 @@ class MPOEmbedding(NetworkModule):
             "type": "embedding",
             "source": self.source,
             "padding_idx": self.padding_idx,
+            **({} if self.scale is None else {"scale": self.scale._asdict()}),
             "topology": self.topology.to_dict(),
             **storage_entry(self.storage),
         }
@@ -173,7 +188,9 @@ class MPOEmbedding(NetworkModule):
     def extra_repr(self) -> str:
         """Show sizes, topology and bonds in `print(model)`."""
         bonds = list(self.topology.bond_dims.values())
-        return f"{self.num_embeddings}, {self.embedding_dim}, topology={self.topology.family}, bonds={bonds}"
+        scale = "" if self.scale is None else f", scale={self.scale.factor:g}"
+        topology = f"topology={self.topology.family}, bonds={bonds}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{scale}, {topology}"
 
 
 def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> Tensor:
@@ -211,6 +228,7 @@ def embedding_from_network(
     network: TensorNetwork,
     *,
     padding_idx: int | None = None,
+    scale: Scale | None = None,
     storage: Storage = PLAIN,
     weighting: Weighting | None = None,
     rounding: Rounding = "two_sided",
@@ -219,10 +237,12 @@ def embedding_from_network(
 
     Args:
         network: topology and cores of the table.
-        padding_idx, storage: arguments of `MPOEmbedding`.
+        padding_idx, scale, storage: arguments of `MPOEmbedding`.
         weighting, rounding: how cores are rounded to integers (see `NetworkModule.set_cores`).
     """
-    layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
+    layer = MPOEmbedding(
+        network.topology, padding_idx=padding_idx, scale=scale, storage=storage, device="meta"
+    )
     layer.set_cores(network.cores, weighting, rounding)
     return layer
 
@@ -231,8 +251,13 @@ def _build(
     spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> MPOEmbedding:
     topology, storage = Topology.from_dict(spec["topology"]), Storage.from_dict(spec.get("storage", {}))
+    scale = None
+    if (entry := spec.get("scale")) is not None:
+        scale = Scale(float(entry["factor"]), bool(entry["rounded"]))
+        if not math.isfinite(scale.factor):
+            raise ValueError(f"the factor of its rows is {scale.factor}")
     return MPOEmbedding(
-        topology, padding_idx=spec["padding_idx"], storage=storage, device=device, dtype=dtype
+        topology, padding_idx=spec["padding_idx"], scale=scale, storage=storage, device=device, dtype=dtype
     )
 
 

@@ -4,11 +4,19 @@ A layer kind describes modules with one matrix `W` that is applied as `x W^T`, o
 For modules with several matrices see `tensornet.nn.unfuse`.
 
 The kinds in this file match modules by their exact type. Subclasses are skipped on purpose, since their
-`forward` may compute something else.
+`forward` may compute something else. The exception are embeddings that multiply their rows by a constant, as
+those of Gemma and BART do: the code of their `forward` is read, not the names of their classes.
 """
 
+import ast
+import inspect
+import re
+import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,16 +108,133 @@ class _Conv1D(LayerKind):
         return _fill(layer, weight=matrix.T.contiguous(), bias=zeros if bias is None else bias)
 
 
-class _Embedding(LayerKind):
-    """Layer kind of `nn.Embedding`: row `v` of the matrix is the vector of token `v`.
+class Scale(NamedTuple):
+    """Constant by which an embedding multiplies the rows that it looks up.
 
+    Args:
+        factor: the constant.
+        rounded: whether the constant is rounded to the dtype of the rows before the product. Gemma does this;
+            BART does not.
+    """
+
+    factor: float
+    rounded: bool
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Multiply rows by the constant, exactly as the embedding does in the dtype of the rows."""
+        return rows * (rows.new_full((), self.factor) if self.rounded else self.factor)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embedding that multiplies its rows by a constant.
+
+    `tensornet.decompress` restores every such embedding as this class. The class that a model had before,
+    such as `Gemma3TextScaledWordEmbedding`, computes the same.
+
+    Args:
+        num_embeddings, embedding_dim, options: as for `nn.Embedding`.
+        scale: the constant, and whether it is rounded to the dtype of the weight first.
+
+    Example:
+        >>> from tensornet.nn.layer_kinds import Scale
+        >>> table = tn.nn.ScaledEmbedding(10, 4, Scale(2.0, rounded=False))
+        >>> torch.equal(table(torch.tensor(3)), 2 * table.weight[3])
+        True
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scale: Scale, **options: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, **options)
+        self.scale = scale
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """The constant as transformers names it; adapters of PEFT multiply their output by it."""
+        return self.weight.new_tensor(self.scale.factor)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map token indices `input: (...)` to vectors `(..., embedding_dim)`."""
+        return self.scale.times(super().forward(input))
+
+
+def embedding_scale(module: nn.Module) -> Scale | None:
+    """Return the constant by which an embedding multiplies its rows; None if it does not multiply them.
+
+    Raises:
+        TargetError: the constant is on the meta device, where it has no value.
+    """
+    if isinstance(module, ScaledEmbedding):
+        return module.scale
+    if not isinstance(module, nn.Embedding) or (found := _scale_attribute(module)) is None:
+        return None
+    name, rounded = found
+    value = getattr(module, name)
+    if isinstance(value, Tensor) and value.is_meta:
+        raise TargetError(
+            f"{name} of {type(module).__name__} is on the meta device and has no value. Load the model first."
+        )
+    return Scale(float(value), rounded)
+
+
+def _scale_attribute(module: nn.Embedding) -> tuple[str, bool] | None:
+    """Find the constant of an embedding whose `forward` is `super().forward(ids) * self.constant`.
+
+    Returns:
+        The name of the attribute, and whether it is rounded first (see `Scale`); None if `forward` may
+        compute anything else, or if the constant is trained or saved, so that a new layer would lose it.
+    """
+    forwards = [vars(x)["forward"] for x in type(module).__mro__ if "forward" in vars(x)]
+    found = _product(forwards[0]) if forwards[1] is nn.Embedding.forward else None
+    if found is None:
+        return None
+    value = getattr(module, found[0], None)
+    constant = (
+        value.numel() == 1 and value.ndim == 0 if isinstance(value, Tensor) else type(value) in (int, float)
+    )
+    alone = module.state_dict(keep_vars=True).keys() == own_parameters(module).keys() == {"weight"}
+    others = [*module.children(), *(name for name, _ in module.named_buffers() if name != found[0])]
+    return found if constant and alone and not others else None
+
+
+#: Code of a `forward` that multiplies looked up rows by a constant.
+_PRODUCT = re.compile(
+    r"return super\(\)\.forward\((?P<ids>\w+)\) \* self\.(?P<constant>\w+)"
+    r"(?P<cast>\.to\(self\.weight\.dtype\))?"
+)
+
+
+@lru_cache(maxsize=256)
+def _product(forward: Callable[..., Tensor]) -> tuple[str, bool] | None:
+    """Return the constant by which `forward` multiplies rows, and whether it is cast; None for other code."""
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return None
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # the code is not at hand, or a part of a line
+        return None
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        return None
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    match = _PRODUCT.fullmatch("\n".join(map(ast.unparse, body)))
+    if match is None or forward.__code__.co_varnames != ("self", match["ids"]):
+        return None
+    return match["constant"], match["cast"] is not None
+
+
+class _Embedding(LayerKind):
+    """Layer kind of embeddings: row `v` of the matrix is the vector of token `v`, up to a constant factor.
+
+    The factor (see `embedding_scale`) does not belong to the matrix, which may be that of an output head too.
     Embeddings with `max_norm` are excluded, since their `forward` changes the rows that it reads.
     """
 
     name = "embedding"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module) is nn.Embedding and module.max_norm is None and is_plain(module)
+        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+            return False
+        if type(module) in (nn.Embedding, ScaledEmbedding):
+            return is_plain(module)
+        return _scale_attribute(module) is not None
 
     def matrix(self, module: nn.Module) -> Tensor:
         return module.weight  # type: ignore[return-value]

@@ -8,7 +8,9 @@ A decomposition is a function `(matrix, budget) -> Outcome`.
 """
 
 import copy
+import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -21,15 +23,20 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from tensornet.budget import Budget
+from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.apply import apply_plan
+from tensornet.compression.apply import apply_plan, decompress
+from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import LayerPlan
 from tensornet.compression.planning import plan
+from tensornet.compression.serialization import load_model, save_model
 from tensornet.errors import BudgetError, NonFiniteError
 from tensornet.linalg.svd import result_dtype
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
+from tensornet.nn.layer_kinds import kind_of, layer_bias
+from tensornet.nn.module import NetworkModule, build_module, module_spec
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.testing import reference, strategies
 from tensornet.topologies import Decomposition, TopologyFamily, low_rank, registered
@@ -830,3 +837,126 @@ class NetworkLaws(_Laws):
             "test_apply": Law(check_apply, {**network, "batch": batches}),
             "test_gradients": Law(check_gradients, network),
         }
+
+
+class LayerKindLaws:
+    """Laws of a `LayerKind`. Subclass this, and define `layer` and `inputs`.
+
+    Example:
+        >>> from tensornet.testing import laws
+        >>> class TestTables(laws.LayerKindLaws):
+        ...     def layer(self):
+        ...         return torch.nn.Embedding(10, 6)
+        ...     def inputs(self, tokens):
+        ...         return torch.randint(10, (tokens,))
+        >>> TestTables().test_compressed()  # pytest runs every law
+    """
+
+    #: Largest difference of outputs, relative to the largest output. A layer is computed from its cores.
+    tolerance: ClassVar[float] = 1e-5
+
+    def layer(self) -> nn.Module:
+        """Build a stock layer of the kind under test, in float32, with random weights."""
+        raise NotImplementedError(f"{type(self).__name__} must define layer().")
+
+    def inputs(self, tokens: int) -> Tensor:
+        """Build the input of a layer for some tokens, of shape `(tokens, ...)`."""
+        raise NotImplementedError(f"{type(self).__name__} must define inputs(tokens).")
+
+    def _model(self, seed: int = 0) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(self.layer()).eval()
+
+    def _compressed(self) -> tuple[nn.Sequential, Tensor, Tensor]:
+        model, x = self._model(), self.inputs(7)
+        expected = model(x).detach()
+        compress(model, _FULL_RANK, progress=False)
+        return model, x, expected
+
+    def _check(self, model: nn.Module, x: Tensor, expected: Tensor) -> None:
+        difference = (model(x).detach() - expected).abs().max()
+        assert float(difference) <= self.tolerance * float(expected.abs().max()), float(difference)
+
+    def test_compressed(self) -> None:
+        """Check that the layer is found, and that its network of full rank computes the same."""
+        model, x, expected = self._compressed()
+        assert isinstance(model[0], NetworkModule)
+        self._check(model, x, expected)
+
+    def test_matrix(self) -> None:
+        """Check that outputs without the bias double if the matrix doubles."""
+        model, x, expected = self._compressed()
+        stock = self._model()[0]
+        kind = kind_of(stock)
+        assert kind is not None
+        bias = layer_bias(stock)
+        constant = torch.zeros(()) if bias is None else bias.detach()
+        decompress(model, {"0": 2 * kind.matrix(stock).detach()})
+        self._check(model, x, 2 * (expected - constant) + constant)
+
+    def test_decompressed(self) -> None:
+        """Check that decompressing restores a layer of the same kind that computes the same."""
+        model, x, expected = self._compressed()
+        kind = kind_of(decompress(model)[0])  # type: ignore[index]
+        assert kind is not None
+        assert kind is kind_of(self.layer())
+        self._check(model, x, expected)
+
+    def test_described(self) -> None:
+        """Check that the description in JSON and the saved tensors rebuild the layer."""
+        model, x, expected = self._compressed()
+        spec = json.loads(json.dumps(module_spec(model[0])))
+        again = build_module(spec)
+        again.load_state_dict(model[0].state_dict())
+        self._check(again, x, expected)
+
+    def test_saved(self) -> None:
+        """Check that a model is loaded as it was saved, into a model with other weights."""
+        model, x, expected = self._compressed()
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(model, f"{folder}/model.safetensors")
+            again = load_model(self._model(seed=1), f"{folder}/model.safetensors")
+        self._check(again.eval(), x, expected)
+
+    def test_tied(self) -> None:
+        """Check that layers that share a weight share their cores, and a weight again when decompressed."""
+        model, x = self._model(), self.inputs(7)
+        model.append(self.layer().eval())
+        kind = kind_of(model[0])
+        assert kind is not None
+        weight = model[0].weight
+        assert isinstance(weight, nn.Parameter)
+        kind.share(model[1], weight)
+        expected = [layer(x).detach() for layer in model]
+        compress(model, _FULL_RANK, progress=False)
+        first, second = model
+        assert isinstance(first, NetworkModule)
+        assert isinstance(second, NetworkModule)
+        assert all(a is b for a, b in zip(first.stored_cores, second.stored_cores, strict=True))
+        for layer, values in zip(model, expected, strict=True):
+            self._check(layer, x, values)
+        decompress(model)
+        assert model[0].weight is model[1].weight
+
+    def test_calibrated(self) -> None:
+        """Check the statistics of one token: their traces multiply to the squared gradient of the matrix."""
+        model, x = self._model(), self.inputs(1)
+        target = torch.randn_like(model(x))
+
+        def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+            return (model(**batch) * target).sum(-1)
+
+        stats = calibrate(model, [x], loss_fn=losses)
+        losses(model, {"input": x}).sum().backward()
+        weight = model[0].weight
+        assert isinstance(weight, Tensor)
+        assert weight.grad is not None
+        traces = [
+            float((x.diagonal() if x.ndim == 2 else x).sum()) for x in (stats.rows["0"], stats.columns["0"])
+        ]
+        expected = float(weight.grad.square().sum())
+        assert math.isclose(traces[0] * traces[1], expected, rel_tol=1e-3), (traces, expected)
+
+
+#: Without a budget, a network of full rank is made.
+_FULL_RANK = CompressionConfig(target_modules="all", topology="mpo", objective="weight")

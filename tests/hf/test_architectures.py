@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 NAMES = [name for name in PAGE_ARCHITECTURES if NIGHTLY or name not in RELATIVES]
 RECORD = json.loads(document.RECORD.read_text())
-SHARES = ("all", "usual")
+SHARES = ("all", "matrices", "usual")
 
 
 @pytest.mark.parametrize("name", NAMES)

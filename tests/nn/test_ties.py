@@ -101,7 +101,7 @@ def test_files_and_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, logits(model, ARCHITECTURES["gpt2"]), rtol=1e-4, atol=1e-4)
 
 
-# --- heads tied to an embedding of another type: they stay tied, whatever is asked for
+# --- heads tied to an embedding that multiplies its rows by a constant
 
 GEMMA = {
     "vocab_size": 64,
@@ -127,7 +127,7 @@ ENCODER_DECODER = {
     "scale_embedding": True,
     "pad_token_id": 0,
 }
-OUTSIDE = {
+SCALED = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA)),
     "bart": lambda: BartForConditionalGeneration(BartConfig(**ENCODER_DECODER)),
 }
@@ -139,26 +139,33 @@ def low_rank(targets: str | list[str] | None) -> tn.CompressionConfig:
     )
 
 
-@pytest.mark.filterwarnings("ignore:Left dense")
+@pytest.mark.parametrize("form", ["pivoted", "int8"])
 @pytest.mark.parametrize(
-    "name", ["gemma2", *(pytest.param(x, marks=pytest.mark.slow) for x in [*OUTSIDE][1:])]
+    "name", ["gemma2", *(pytest.param(x, marks=pytest.mark.slow) for x in [*SCALED][1:])]
 )
-def test_heads_of_scaled_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
-    model: PreTrainedModel = OUTSIDE[name]().eval()
-    before = sum(p.numel() for p in model.parameters())
-    head = model.lm_head.weight
-    with pytest.warns(UserWarning, match=r"lm_head .*Scaled"):
-        report = tn.compress(model, low_rank("all"), progress=False)
-    assert model.lm_head.weight is model.get_input_embeddings().weight is head
-    layers = [layer for layer in report.layers if layer.scheme != "dense"]
-    saved = sum(layer.params_before - layer.params_after for layer in layers)
-    assert sum(p.numel() for p in model.parameters()) == before - saved < before
+def test_heads_of_scaled_embeddings_stay_tied(name: str, form: str, tmp_path: Path) -> None:
+    model: PreTrainedModel = SCALED[name]().eval()
+    tn.compress(model, options(form), progress=False)
     model.save_pretrained(tmp_path)
     loaded = th.load(tmp_path)
-    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     ids = torch.arange(3, 12)[None]
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
-    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=1e-5)
+    expected = model(**inputs).logits
+    for each in (model, loaded):
+        table, head = each.get_input_embeddings(), each.get_output_embeddings()
+        assert all(head.stored[name] is tensor for name, tensor in table.stored.items())
+        torch.testing.assert_close(each(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="MPOEmbedding"):
+        loaded.resize_token_embeddings(70)
+    tn.decompress(loaded)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(tmp_path / "dense")
+    dense = type(model).from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(dense(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- heads tied to an embedding of an unknown type: they stay tied, whatever is asked for
 
 
 class Scaled(nn.Embedding):

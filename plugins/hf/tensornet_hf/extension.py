@@ -22,6 +22,8 @@ READ_OUTSIDE: Mapping[str, Sequence[str]] = {
     "*MambaMixer": ("dt_proj",),
     "Rwkv*": ("output", "value"),
     "Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"),
+    "Gemma4Model": ("language_model.embed_tokens",),
+    "DiffusionGemmaDecoderModel": ("embed_tokens",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "Deberta*Encoder": ("rel_embeddings",),
     "SEWDTransformerEncoder": ("rel_embeddings",),

@@ -331,6 +331,13 @@ def open_lazily(source: Checkpoint) -> LazyModel:
     unread = {k for name, x in stacked.items() if name not in origins for k in chain(*x.values())}
     others = {key: source.tensors[key] for key in source.tensors if key in unread}
     surplus = tuple(key for name, key in renamed.items() if name not in state)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
+    for module in model.modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()  # computes buffers that are not stored, such as rotary frequencies
     return LazyModel(model.eval(), origins, others, surplus, source)
 
 
@@ -351,12 +358,6 @@ def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] |
     for name, parameter in model.named_parameters():
         if id(parameter) not in lazy._known:
             raise _other_form(folder, name)
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
-    for module in model.modules():
-        for key, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                setattr(module, key, torch.empty_like(buffer, device="cpu"))
-    model.initialize_weights()  # computes buffers that are not stored, such as rotary frequencies
     return lazy
 
 

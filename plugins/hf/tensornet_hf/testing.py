@@ -43,6 +43,8 @@ class ExportLaws:
     destination = "exported"
     #: Number formats in which the target can pack layers whose number of inputs is a multiple of 64.
     formats = ("int4:g32", "int8:g32")
+    #: Layers to compress (see `tensornet.CompressionConfig`); None leaves embeddings and output heads dense.
+    target_modules: str | None = None
 
     def weights(self, destination: Path) -> dict[str, Tensor]:
         """Read the matrices `(out, in)` of all layers that were written, by their names in the model."""
@@ -111,6 +113,7 @@ class ExportLaws:
         config = tn.CompressionConfig(
             bits_per_weight=bits,
             formats=self.target,
+            target_modules=self.target_modules,
             exclude_modules=dense or None,
             objective="weight",
         )
@@ -120,19 +123,26 @@ class ExportLaws:
         assert len(report.packed) == len(_layers(model))
 
     def _mixed(self) -> PreTrainedModel:
-        """Compress the first layer to a low rank, and the others to integers."""
+        """Compress the second layer to a low rank, and the others to integers."""
         model = self.model()
-        config = tn.CompressionConfig(topology="low_rank", max_bond=4, objective="weight")
+        config = tn.CompressionConfig(
+            topology="low_rank", max_bond=4, objective="weight", target_modules=self.target_modules
+        )
         plan = tn.plan(model, config)
         for number, layer in enumerate(plan):
-            if number:
+            if number != 1:
                 plan = plan.replace_layer(layer.name, None, self.formats[number % len(self.formats)])
         tn.apply_plan(model, plan)
         return model
 
 
 def _layers(model: PreTrainedModel) -> dict[str, NetworkModule]:
-    return {name: x for name, x in model.named_modules() if isinstance(x, NetworkModule)}
+    """Return the compressed layers by name; of layers that share their cores, only the first."""
+    found: dict[tuple[int, ...], tuple[str, NetworkModule]] = {}
+    for name, x in model.named_modules():
+        if isinstance(x, NetworkModule):
+            found.setdefault(tuple(map(id, x.stored.values())), (name, x))
+    return dict(found.values())
 
 
 def _content(path: Path) -> dict[str, bytes]:

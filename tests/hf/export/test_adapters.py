@@ -30,7 +30,6 @@ from tests.hf.export.test_gguf import model_of, tokenizer
 
 pytestmark = [
     pytest.mark.slow,  # needs the extras `gguf`, `peft` and `export`
-    pytest.mark.filterwarnings("ignore:Left dense"),  # the scaled embedding of Gemma, and its head
     pytest.mark.filterwarnings("ignore:.*a bound on the error"),
 ]
 

@@ -29,7 +29,6 @@ from tensornet_hf.exporters.gguf import _encoded, _float_type
 
 pytestmark = [
     pytest.mark.slow,  # needs the extra `gguf`
-    pytest.mark.filterwarnings("ignore:Left dense"),  # the scaled embedding of Gemma, and its head
 ]
 
 #: What transformers itself reads of these.

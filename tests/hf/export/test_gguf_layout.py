@@ -30,7 +30,6 @@ from tests.hf.export.test_gguf import compressed, model_of
 
 pytestmark = [
     pytest.mark.slow,  # needs the extra `gguf`
-    pytest.mark.filterwarnings("ignore:Left dense"),
 ]
 
 FORMATS = ("int8:g32:float16", "int4:g32:float16", "nl4:g32:float16", "int5:g32:float16")

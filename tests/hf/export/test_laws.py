@@ -9,8 +9,10 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, PreTrainedModel
 
+import tensornet as tn
+import tensornet_hf as th
 from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.testing import ExportLaws
@@ -35,6 +37,46 @@ class TestGguf(ExportLaws):
 
     def weights(self, destination: Path) -> dict[str, Tensor]:
         return matrices(load_gguf(destination))
+
+
+class Gemma:
+    """A table of tokens whose rows are multiplied by a constant, and a head that is tied to it."""
+
+    target_modules = "all"
+    kind = Gemma3ForCausalLM
+
+    def model(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+        # llama.cpp does not read these two: it computes what the published models have.
+        fixed = {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention"] * 2}
+        return self.kind(self.kind.config_class(**sizes, **heads, **fixed)).eval()
+
+
+class TestGgufOfGemma(Gemma, TestGguf):
+    kind = Gemma2ForCausalLM  # the converter needs no tokenizer for it, but plans need a folder with one
+    test_planned_layers_are_packed = None
+
+
+@pytest.mark.parametrize("budget", [{"byte_ratio": 0.25}, {"bits_per_weight": 4.5}])
+def test_plans_for_gguf_reach_the_whole_of_gemma_3(budget: dict[str, float], tmp_path: Path) -> None:
+    """The table of tokens is most of a small Gemma; llama.cpp multiplies its rows by the same constant."""
+    from tests.hf.export.llama_cpp import logits
+
+    model = Gemma().model()
+    size = sum(p.nbytes for p in model.parameters())
+    config = tn.CompressionConfig(**budget, target_modules="all", formats="gguf", objective="weight")
+    tn.compress(model, config, progress=False)
+    report = th.export(model, tmp_path / "model.gguf", source=gpt2_path())
+    assert report.dense == {}
+    assert report.num_bytes < 0.25 * size
+    written, ids = load_gguf(tmp_path / "model.gguf"), torch.arange(5, 30)
+    assert torch.equal(written.model.embed_tokens.weight, model.model.embed_tokens.to_matrix())
+    with torch.no_grad():
+        ours = model(ids[None]).logits[0]
+    theirs = logits(tmp_path / "model.gguf", ids)  # products with activations of 8 bits
+    assert float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)) > 0.998
 
 
 class TestGgufFloats(TestGguf):
@@ -73,3 +115,7 @@ class TestMlx(ExportLaws):
         model, _ = load_model(destination)
         parts = [(name, x) for name, x in model.named_modules() if getattr(x, "weight", None) is not None]
         return {name: matrix(x) for name, x in parts if x.weight.ndim == 2}
+
+
+class TestMlxOfGemma(Gemma, TestMlx):
+    pass
