@@ -30,13 +30,11 @@ from tensornet.nn.targets import PATTERN_RULES, matches
 from tensornet.topologies import topology_family
 from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.quantizer import POOLS, put_pools
-from tensornet_hf.unrolling import find_stack, unroll_layers
 from tensornet_moe import (
     ExpertBank,
     ExpertFFN,
     ExpertPool,
     LowRankDeltaExperts,
-    PooledExperts,
     Router,
     SharedCoreExperts,
     SharedCoreMoE,
@@ -119,11 +117,6 @@ class UpcycleOptions:
     `"center"` or `"base"`, a single center or base must fit the different networks of the pool. The errors
     are then large (see the report), so the model must be trained.
 
-    With `passes=`, the stack of layers runs several times, and each pass has `experts` experts of its own. By
-    default they are small changes of the dense network (`share="base"`), so the model becomes deeper, but
-    hardly larger. At the start, every pass computes the same. The model as a whole computes something else
-    than before, so it must be trained.
-
     Args:
         experts: number of experts of each network, or of each pool. A pool of `g` layers needs at least
             `g * top_k`. In Python, this can also be a function that makes the bank of one matrix, as in
@@ -133,8 +126,6 @@ class UpcycleOptions:
             center, or none in a pool). See `tensornet_moe.mixture`.
         pool: use a single pool of experts for all layers (all), or one pool for each group of N neighbouring
             layers (N).
-        passes: how often the stack of layers runs, each pass with its own experts, routers and place in a KV
-            cache; all other parameters are shared. See `tensornet_moe.unroll`.
         rank: rank of the matrix that each expert adds to a shared base (default: a sixteenth of the shorter
             side of a matrix).
         router: type of the routers: topk, switch (one expert per token) or expert_choice. `"expert_choice"`
@@ -174,7 +165,6 @@ class UpcycleOptions:
     top_k: int | None = option(None, "experts", "integer")
     share: Share | None = option(None, "experts", choices=SHARES)
     pool: Literal["all"] | int | None = option(None, "experts", "pool")
-    passes: int = option(1, "experts", "integer")
     rank: int | None = option(None, "experts", "integer")
     router: str = option("topk", "routing", "text")
     shared_expert: int | None = option(None, "experts", "integer")
@@ -193,7 +183,6 @@ class UpcycleOptions:
     router_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_size("passes", self.passes, error=ValueError)
         check_capacity(self.capacity_factor)
         check_not_negative(noise=self.noise, z_coef=self.z_coef, balance_coef=self.balance_coef or 0.0)
         for name in ("matrices", "target_modules"):
@@ -206,11 +195,6 @@ class UpcycleOptions:
         )
         if not callable(self.experts):
             make_bank(torch.empty(0, 2**16, 2**16, device="meta"), **self._words())
-        if self.pool is not None and self.passes > 1:
-            raise ValueError(
-                f"pool={self.pool!r} and passes={self.passes} exclude each other: each pass has its own "
-                "experts, but a pool is used by several layers. Leave out one of the two."
-            )
         if self.pool is None:
             if self.balance is not None:
                 raise ValueError(
@@ -235,9 +219,7 @@ class UpcycleOptions:
             return {"experts": self.experts, "share": share, "rank": self.rank}
         if share is None and self.pool is not None:
             share = "none"
-        if share is None and self.passes > 1:
-            share = "base"
-        return {"experts": self.experts * self.passes, "share": share, "rank": self.rank}
+        return {"experts": self.experts, "share": share, "rank": self.rank}
 
     def make_router(self, num_features: int, num_experts: int, *, seed: int) -> Router:
         """Build a router in float32 on the CPU, with random weights that depend on `seed`."""
@@ -330,7 +312,7 @@ class UpcycleReport:
 
     Args:
         layers: an entry for each network that was replaced.
-        num_experts: number of experts of each network, or of each pool; with `passes`, of all passes.
+        num_experts: number of experts of each network, or of each pool.
         across_params: number of parameters that several layers share, including those of pools.
         pools: number of pools.
 
@@ -649,11 +631,6 @@ def upcycle(
     if not router_kind(config.router).causal and causal is not False:
         _refuse_causal(config, model, networks, causal)
     groups = _groups(model, networks, config)
-    if config.passes > 1:
-        stack = find_stack(model, config.passes)
-        _check_place(model)
-        if outside := [name for x in networks for name in x.names if not name.startswith(f"{stack}.")]:
-            raise TargetError(f"passes={config.passes} repeats {stack}, but {outside[0]} is outside of it.")
     pools: dict[str, ExpertPool] = {}
     made: list[SharedCoreMoE] = []
     entries = []
@@ -663,16 +640,7 @@ def upcycle(
         banks = _banks(members, config, seed=config.seed + group[0])
         network = _experts(members, banks)
         count = network.num_experts
-        experts: ExpertFFN | ExpertPool | PooledExperts = network
-        if config.passes > 1:
-            if count % config.passes:
-                raise ValueError(
-                    f"experts= made {count} experts, which passes={config.passes} cannot share evenly; make "
-                    "as many for each pass."
-                )
-            label = f"passes{number}"
-            pools[label] = ExpertPool(network, label=label, balance="layer")
-            experts = PooledExperts(pools[label], range(count // config.passes))
+        experts: ExpertFFN | ExpertPool = network
         if config.pool is not None:
             _check_number(count, len(group), config)
             label = "pool" if len(groups) == 1 else f"pool{number}"
@@ -688,8 +656,7 @@ def upcycle(
                 UpcycledLayer(
                     name=networks[index].names[0],
                     dense_params=sum(p.numel() for layer in layers for p in layer.parameters()),
-                    params=sum(p.numel() for p in mixture.parameters())
-                    + (config.passes - 1) * sum(p.numel() for p in mixture.router.parameters()),
+                    params=sum(p.numel() for p in mixture.parameters()),
                     shared_params=sum(shared.values()),
                     error=max(getattr(bank, "error", None) or 0.0 for bank in banks.values()),
                 )
@@ -700,9 +667,6 @@ def upcycle(
             if dense.inside is None:  # else the hooks belong to one linear layer, not to the network
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
-    if config.passes > 1:
-        assert isinstance(model, PreTrainedModel)  # as `find_stack` checks
-        unroll_layers(model, stack, config.passes)
     join_aux_losses(model)
     structure_changed(model)
     across = sum(p.numel() for pool in pools.values() for p in pool.parameters())
@@ -886,7 +850,7 @@ def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank]) ->
 
 def _mixture(
     network: FeedForward,
-    experts: ExpertFFN | ExpertPool | PooledExperts,
+    experts: ExpertFFN | ExpertPool,
     config: UpcycleOptions,
     *,
     seed: int,

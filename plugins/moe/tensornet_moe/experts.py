@@ -273,7 +273,7 @@ class SharedCoreExperts(ExpertBank):
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Multiply rows by their experts' matrices, or core by core if predicted faster; see `ExpertBank`."""
         if len(self.shared) == len(self.topology.cores):
-            return self.apply_expert(x, 0)
+            return self._apply_common(x)
         if groups.active is None or groups.sizes is None:  # sizes are unknown in compiled code
             return super().apply_rows(x, groups)
         rows = len(x) // len(groups.active)
@@ -301,15 +301,13 @@ class SharedCoreExperts(ExpertBank):
             ]
         )
 
-    def apply_expert(self, x: Tensor, expert: int) -> Tensor:
-        """Multiply rows by one expert's matrix, or core by core if predicted faster; see `ExpertBank`."""
+    def _apply_common(self, x: Tensor) -> Tensor:
+        """Multiply rows by the only matrix of a bank whose experts share all cores."""
         # The route cannot depend on the number of rows in compiled code, where this number is not a constant.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route == RECONSTRUCT:
-            return super().apply_expert(x, expert)
-        cores = self.cores(self.check_experts([expert])).items()
-        own = [core if name in self.shared else core[0] for name, core in cores]
-        return contract_with_input(plan_operator(self.topology), own, x, route=route)
+            return nn.functional.linear(x, self.expert_matrices([0])[0].to(x.dtype))
+        return contract_with_input(plan_operator(self.topology), list(self.cores().values()), x, route=route)
 
     def _apply_one(self, x: Tensor, cores: Sequence[Tensor], *, built_again: bool) -> Tensor:
         """Multiply rows by the matrix of one expert; if `built_again`, rebuild it in the backward pass."""

@@ -259,6 +259,23 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
     assert not torch.equal(before["experts.c_fc.core_matrix"], pool.experts.bank("c_fc").core("matrix"))
 
 
+def test_parameters_that_layers_share_by_hand_are_saved_once(tmp_path: Path) -> None:
+    model = upcycled("gpt2", **POOL).eval()
+    first, second = (model.get_submodule(f"transformer.h.{k}.attn.c_attn") for k in (0, 1))
+    second.weight = first.weight  # which the class of the model does not tie
+    for number in range(2):  # what was loaded can be saved again
+        th.save(model, tmp_path / str(number))
+        stored = load_file(tmp_path / str(number) / "model.safetensors")
+        assert not stored.keys() >= {f"transformer.h.{k}.attn.c_attn.weight" for k in (0, 1)}
+        loaded = th.load(tmp_path / str(number)).eval()
+        torch.testing.assert_close(
+            logits(loaded, ARCHITECTURES["gpt2"]), logits(model, ARCHITECTURES["gpt2"])
+        )
+        model = loaded
+        first, second = (model.get_submodule(f"transformer.h.{k}.attn.c_attn") for k in (0, 1))
+        assert first.weight is second.weight
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
