@@ -132,7 +132,7 @@ def test_bad_formats() -> None:
 
 def test_a_mixture_in_integers_saves_loads_and_trains(tmp_path: Path) -> None:
     model = gpt2().eval()
-    th.upcycle(model, th.MoEConfig(num_experts=3))
+    th.upcycle(model, experts=3, router="switch")
     dense = logits(model)
     for module in model.modules():
         if isinstance(module, tm.SharedCoreExperts):

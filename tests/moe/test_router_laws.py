@@ -104,7 +104,7 @@ class TestGuide(TestDocstring):
 
 def test_a_registered_router_is_upcycled_saved_and_loaded(tmp_path: Path) -> None:
     model = ARCHITECTURES["gpt2"].dense
-    th.upcycle(model, th.MoEConfig(num_experts=3, router="sharp", sites=2))
+    th.upcycle(model, experts=3, router="sharp")
     th.save(model, tmp_path / "m")
     again = th.load(tmp_path / "m")
     routers = [module for module in again.modules() if isinstance(module, Sharp)]

@@ -18,17 +18,16 @@ from tensornet_hf.recipes import Recipe, plan_recipe
 from tensornet_hf.rotation import rotate
 from tensornet_hf.specialist_files import Specialists, load_specialists, specialists
 from tensornet_hf.specializing import SpecializeReport, specialize
-from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
+from tensornet_hf.stock_mixtures import stock_mixture
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
-from tensornet_hf.upcycling import MoEConfig, UpcycleOptions, UpcycleReport, upcycle
+from tensornet_hf.upcycling import UpcycleOptions, UpcycleReport, upcycle
 
 __all__ = [
     "CompressOptions",
     "ExportReport",
     "FolderReport",
     "GradientMaskCallback",
-    "MoEConfig",
     "Recipe",
     "RouterBiasCallback",
     "RouterStatsCallback",
@@ -48,7 +47,6 @@ __all__ = [
     "plan_recipe",
     "rotate",
     "save",
-    "set_experts_implementation",
     "specialists",
     "specialize",
     "stock_mixture",

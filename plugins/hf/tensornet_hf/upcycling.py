@@ -27,7 +27,6 @@ from tensornet.nn import register_module_type
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, kind_of, layer_bias
 from tensornet.nn.targets import PATTERN_RULES, matches
-from tensornet.topologies import topology_family
 from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.quantizer import POOLS, put_pools
 from tensornet_moe import (
@@ -36,7 +35,6 @@ from tensornet_moe import (
     ExpertPool,
     LowRankDeltaExperts,
     Router,
-    SharedCoreExperts,
     SharedCoreMoE,
     TopKRouter,
 )
@@ -48,7 +46,6 @@ from tensornet_moe.mixtures import (
     MakeBank,
     Share,
     check_options,
-    experts_from,
     make_bank,
     make_layer,
     make_router,
@@ -56,7 +53,6 @@ from tensornet_moe.mixtures import (
 )
 from tensornet_moe.pool import BALANCES, Balance
 from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
-from tensornet_moe.stacked import resolve_shared
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
@@ -241,49 +237,6 @@ class UpcycleOptions:
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
         return router
-
-
-def MoEConfig(
-    num_experts: int = 8, *, sites: int = 5, router: str = "switch", **options: Any
-) -> UpcycleOptions:
-    """Return options of `upcycle` for experts as in the MPOE paper: each matrix is a chain of `sites` cores.
-
-    All experts share the center, which is the largest core of the chain. The bonds are not truncated, so the
-    model initially computes the same as before.
-
-    Args:
-        num_experts: number of experts of each network, or of each pool.
-        sites: number of cores of each matrix. With 1, every expert owns a dense matrix, as in Switch.
-        router: type of the routers, as in `UpcycleOptions`; the paper uses switch.
-        options: other options of `UpcycleOptions`, but not `experts`, `share` or `rank`.
-
-    Raises:
-        TypeError: one of these three options is given, or an option is unknown.
-
-    Reference:
-        Gao et al. 2022, section 4.1; the default of five cores is that of the paper.
-
-    Example:
-        >>> from transformers import AutoModelForCausalLM
-        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
-        >>> _ = th.upcycle(model, th.MoEConfig(num_experts=2, sites=3))
-        >>> model.transformer.h[0].mlp.experts.bank("c_fc").topology.core_names
-        ('0', '1', '2')
-    """
-    if chosen := sorted(options.keys() & {"experts", "share", "rank"}):
-        raise TypeError(
-            f"MoEConfig chooses {', '.join(chosen)} itself: its experts are chains of cores with a shared "
-            f"center. Set num_experts= and sites=, or pass {chosen[0]}= to upcycle without MoEConfig."
-        )
-    check_size("num_experts", num_experts, error=ValueError)
-    check_size("sites", sites, error=ValueError)
-
-    def chains(weights: Tensor) -> SharedCoreExperts:
-        topology = topology_family("mpo").build(*weights.shape[1:], sites=sites)
-        shared = resolve_shared(topology, "center" if sites > 1 else "none")
-        return experts_from(weights, num_experts, topology, shared)
-
-    return _options({"experts": chains, "router": router, **options})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Mixture-of-experts layer: a router, experts, and the auxiliary losses of the last forward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -149,8 +149,6 @@ class SharedCoreMoE(nn.Module):
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
-        #: Function that sends tokens to their experts; it may be replaced by one with the same arguments.
-        self.dispatch: Callable[..., Tensor] = dispatch
         #: Number of times each expert was chosen since the last `update_biases`, shape `(E,)`.
         self.assigned: Tensor | None = None
 
@@ -191,7 +189,7 @@ class SharedCoreMoE(nn.Module):
             routing = limit_capacity(chosen, self.capacity_factor)
         if not is_exporting():  # exported programs return only outputs
             self._remember(chosen, routing)
-        y = self.dispatch(flat, routing, self.experts)
+        y = dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat, one_group(flat))
         y = nn.functional.dropout(y, self.dropout, self.training)

@@ -310,7 +310,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         ),
         ({"num_experts": 3}, TypeError, r"num_experts; similar.*'experts'"),
         ({"d_ff": 3}, TypeError, "d_ff"),
-        ({"config": th.MoEConfig(), "experts": 3}, TypeError, "both"),
+        ({"config": th.UpcycleOptions(), "experts": 3}, TypeError, "both"),
     ],
 )
 def test_words_that_do_not_fit_leave_the_model_as_it_was(
@@ -321,12 +321,6 @@ def test_words_that_do_not_fit_leave_the_model_as_it_was(
     with pytest.raises(error, match=message):
         th.upcycle(model, **words)
     assert {name: type(module) for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize("word", ["experts", "share", "rank"])
-def test_the_papers_form_refuses_words_that_it_chooses(word: str) -> None:
-    with pytest.raises(TypeError, match=word):
-        th.MoEConfig(num_experts=4, **{word: 3})
 
 
 def test_layers_that_differ_cannot_use_one_pool() -> None:
