@@ -156,7 +156,7 @@ def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator:
 def separate(weights: Tensor) -> tm.SharedCoreExperts:
     """Build a bank of dense matrices without sharing, from weights `(experts, out, in)`."""
     topology = tn.topologies.dense(out_features=weights.shape[1], in_features=weights.shape[2])
-    bank = tm.SharedCoreExperts(topology, len(weights), shared="none")
+    bank = tm.SharedCoreExperts(topology, len(weights), share="none")
     with torch.no_grad():
         bank.core_matrix.copy_(weights)
     return bank
@@ -185,7 +185,7 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
         made = tm.SharedCoreExperts.from_dense(
             weight,
             num_experts=row.experts,
-            shared="center",
+            share="center",
             noise=0.05,
             seed=int(torch.randint(2**31, (), generator=generator)),
             **dims(row, sizes, len(weight)),

@@ -59,7 +59,7 @@ def chains(experts: int, sites: int = 5, *, router: str = "switch", **options: A
 
     def bank(weights: Tensor) -> tm.SharedCoreExperts:
         weight, share = weights[0], "none" if sites == 1 else "center"
-        return tm.SharedCoreExperts.from_dense(weight, num_experts=experts, sites=sites, shared=share)
+        return tm.SharedCoreExperts.from_dense(weight, num_experts=experts, sites=sites, share=share)
 
     return th.UpcycleOptions(experts=bank, router=router, **options)
 

@@ -85,7 +85,7 @@ def test_dtypes_stay_when_the_model_changes_its_own(name: str) -> None:
 
 
 def test_one_core_in_integers_and_back() -> None:
-    made = bank(shared="center")
+    made = bank(share="center")
     made.quantize(Storage(core_formats={"1": "int4"}))  # type: ignore[arg-type]
     assert {name for name, _ in made.named_parameters()} == {"core_0", "core_2"}
     assert list(made.shared_parameters()) == []

@@ -126,7 +126,7 @@ def test_banks_of_the_callers_own() -> None:
     def rings(weights: torch.Tensor) -> tm.SharedCoreExperts:
         seen.append(tuple(weights.shape))
         legs = {"out_dims": (8, weights.shape[1] // 8), "in_dims": (8, weights.shape[2] // 8)}
-        return tm.SharedCoreExperts(tn.topologies.tensor_ring(**legs, max_bond=2), 5, shared=("0",))
+        return tm.SharedCoreExperts(tn.topologies.tensor_ring(**legs, max_bond=2), 5, share=("0",))
 
     moe = tm.mixture(d_model=D, d_ff=F, experts=rings, gated=False)
     assert seen == [(0, F, D), (0, D, F)]  # there are no matrices that experts could start as
@@ -161,7 +161,7 @@ def test_bad_words_are_refused() -> None:
         tm.mixture(d_model=D, pool=pool, experts=8)
     with pytest.raises(IndexError, match="6 experts"):
         tm.mixture(d_model=D, pool=pool, experts=range(4, 7))
-    with pytest.raises(ValueError, match="share='all'"):
+    with pytest.raises(ValueError, match="share='all'; choose one of none, center, base"):
         tm.mixture(d_model=D, share="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank="):
         tm.mixture(d_model=D, rank=2)

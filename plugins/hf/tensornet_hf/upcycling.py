@@ -42,9 +42,8 @@ from tensornet_moe.bank import check_not_negative
 from tensornet_moe.experts import with_noise
 from tensornet_moe.ffn import ACTIVATIONS
 from tensornet_moe.mixtures import (
-    SHARES,
+    SHARES_OF_MIXTURES,
     MakeBank,
-    Share,
     check_options,
     make_bank,
     make_layer,
@@ -53,6 +52,7 @@ from tensornet_moe.mixtures import (
 )
 from tensornet_moe.pool import BALANCES, Balance
 from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
+from tensornet_moe.sharing import Share
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
@@ -159,7 +159,7 @@ class UpcycleOptions:
 
     experts: int | MakeBank = option(8, "experts", "integer")
     top_k: int | None = option(None, "experts", "integer")
-    share: Share | None = option(None, "experts", choices=SHARES)
+    share: Share | None = option(None, "experts", choices=SHARES_OF_MIXTURES)
     pool: Literal["all"] | int | None = option(None, "experts", "pool")
     rank: int | None = option(None, "experts", "integer")
     router: str = option("topk", "routing", "text")

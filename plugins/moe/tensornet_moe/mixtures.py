@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.routers import Combine, Router, TopKRouter, router_kind
+from tensornet_moe.sharing import Share, check_share
 
-Share = Literal["center", "none", "base"]
-SHARES = ("center", "none", "base")
+#: The words of `tensornet_moe.sharing` for the matrices of new experts.
+SHARES_OF_MIXTURES = ("none", "center", "base")
 #: Function that builds a bank of experts which start as the given matrices, shape `(networks, out, in)`.
 MakeBank = Callable[[Tensor], ExpertBank]
 
@@ -264,8 +265,7 @@ def make_bank(
         return bank
     experts, share = 8 if experts is None else experts, share or "center"
     check_size("experts", experts, error=ValueError)
-    if share not in SHARES:
-        raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARES)}.")
+    check_share(share, SHARES_OF_MIXTURES, instead="For other networks, pass a function as experts=.")
     if rank is not None and share != "base":
         raise ValueError(f'rank= is the rank of the deltas of share="base", got share={share!r}.')
     whole = dense(out_features=rows, in_features=columns)
@@ -321,9 +321,9 @@ def experts_from(
         NonFiniteError: NaN or infinity in `weights`.
     """
     if len(weights) == 0:
-        return SharedCoreExperts(topology, experts, shared=shared, device=weights.device, dtype=weights.dtype)
+        return SharedCoreExperts(topology, experts, share=shared, device=weights.device, dtype=weights.dtype)
     if len(weights) == 1:
-        return SharedCoreExperts.from_dense(weights[0], num_experts=experts, topology=topology, shared=shared)
+        return SharedCoreExperts.from_dense(weights[0], num_experts=experts, topology=topology, share=shared)
     error = 0.0
     if not shared and len(topology.cores) == 1:
         check_finite(weights, "The stack of expert matrices")

@@ -24,43 +24,6 @@ _EXHAUSTIVE_CORES = 7
 #: tensor takes almost no time.
 _SMALL = 1 / 8
 
-SHARED_KEYWORDS = ("center", "ends", "none", "all")
-
-
-def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str, ...]:
-    """Resolve `shared` to core names, in the order of the topology.
-
-    Args:
-        topology: topology of the matrix of one expert.
-        shared: `"center"` (the core with the most parameters), `"ends"` (first and last core), `"none"`,
-            `"all"`, or a sequence of core names.
-
-    Raises:
-        TopologyError: an unknown keyword or core name, or the topology is a sum of networks.
-    """
-    names = topology.core_names
-    if topology.terms:
-        raise TopologyError(
-            f"Experts that share cores must be single networks, but {topology.family!r} is a sum; use 'mpo', "
-            "'low_rank' or another family. Its cores may be stored in number formats, too."
-        )
-    if isinstance(shared, str):
-        keywords: dict[str, tuple[str, ...]] = {
-            "center": (topology.central_core,),
-            "ends": (names[0], names[-1]),
-            "none": (),
-            "all": names,
-        }
-        if shared not in keywords:
-            raise TopologyError(
-                f"shared={shared!r} is not one of {', '.join(SHARED_KEYWORDS)}; to share cores by name pass "
-                f"a sequence, for example shared=[{names[0]!r}]. The cores are {', '.join(names)}."
-            )
-        shared = keywords[shared]
-    if unknown := [name for name in shared if name not in names]:
-        raise TopologyError(f"No core is named {unknown}; the topology has {', '.join(names)}.")
-    return tuple(name for name in names if name in shared)
-
 
 def _described(topology: Topology) -> str:
     return f"{topology.family!r} of shape {topology.shape} with legs {topology.out_dims} x {topology.in_dims}"

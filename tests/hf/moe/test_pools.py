@@ -204,7 +204,7 @@ def test_experts_of_the_callers_own_in_a_pool() -> None:
 
     def every_layer_twice(weights: torch.Tensor) -> tm.SharedCoreExperts:
         seen.append(tuple(weights.shape))
-        return tm.SharedCoreExperts.from_experts(weights.repeat(2, 1, 1), shared="none")
+        return tm.SharedCoreExperts.from_experts(weights.repeat(2, 1, 1), share="none")
 
     report = th.upcycle(model, experts=every_layer_twice, pool="all")
     assert (report.num_experts, seen) == (4, [(2, 96, 24), (2, 24, 96)])

@@ -52,7 +52,7 @@ def with_ends(weights: torch.Tensor) -> tm.SharedCoreExperts:
     legs = {24: (2, 3, 4), 96: (4, 4, 6)}
     out_dims, in_dims = (legs[size] for size in weights.shape[1:])
     topology = tn.topologies.mpo(out_dims=out_dims, in_dims=in_dims)
-    return tm.SharedCoreExperts.from_dense(weights[0], num_experts=4, topology=topology, shared="ends")
+    return tm.SharedCoreExperts.from_dense(weights[0], num_experts=4, topology=topology, share="ends")
 
 
 #: Models and options after which a model computes what it did before, for any routing.

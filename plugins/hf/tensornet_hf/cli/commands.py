@@ -746,7 +746,7 @@ def specialize(
         source,
         destination,
         {name: str(file) for name, file in parse_pairs("--domain", domain).items()},
-        share=None if share == "none" else share,  # type: ignore[arg-type]  # checked by the function
+        share=share,  # type: ignore[arg-type]  # checked by the function
         rank=rank,
         steps=steps,
         lr=lr,
