@@ -165,6 +165,11 @@ def test_bad_words_are_refused() -> None:
         tm.mixture(d_model=D, share="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank="):
         tm.mixture(d_model=D, rank=2)
+    for word in ("num_experts", "num_features", "pooled", "name"):
+        with pytest.raises(TypeError, match=rf"no option {word}"):
+            tm.mixture(d_model=D, **{word: 5})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"num_experts; similar.*'experts'"):
+        tm.mixture(d_model=D, num_experts=5)
     with pytest.raises(TypeError, match=r"normalise; similar.*'normalize'"):
         tm.mixture(d_model=D, normalise=True)
     with pytest.raises(ValueError, match="top_k=4 with experts=3"):

@@ -130,6 +130,7 @@ class UpcycleOptions:
         shared_expert: number of hidden features of a new expert that processes every token (default: no such
             expert). Its output is zero at the start.
         capacity_factor: largest number of tokens of an expert, relative to an even load (default: no limit).
+            Only for encoders, since what an expert drops depends on later tokens.
             With `"expert_choice"`: average number of experts for each token (default 1).
         balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer)
             (default: pool). See `ExpertPool`.
@@ -543,16 +544,16 @@ def upcycle(
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (with or without a gate).
         config: options of the mixtures; alternatively, give `words`.
         causal: whether tokens must not depend on later tokens; this matters only for the router
-            `"expert_choice"`. By default, four kinds of models count as not causal: encoders of
-            encoder-decoder models, masked language models, image classifiers, and bare encoders of these
-            architectures.
+            `"expert_choice"` and for `capacity_factor`. By default, four kinds of models count as not causal:
+            encoders of encoder-decoder models, masked language models, image classifiers, and bare encoders
+            of these architectures.
         progress: show a progress bar.
         words: the options themselves: `experts`, `top_k`, `share`, `pool`, `router` and all others of
             `UpcycleOptions`, or arguments of a router that you registered.
 
     Raises:
-        TargetError: no feed-forward network is found, a network computes something else, or the router uses
-            later tokens and a network is or may be causal; the model is unchanged.
+        TargetError: no feed-forward network is found, a network computes something else, or the router or
+            a capacity uses later tokens and a network is or may be causal; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: a decomposition failed; the model is unchanged.
         ShapeError, ValueError: layers of different sizes cannot use the same pool, the size of a group does
             not divide the number of layers, or a pool has too few experts; the model is unchanged.
@@ -581,7 +582,8 @@ def upcycle(
             f"{type(model).__name__} and a {type(config).__name__}."
         )
     networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
-    if not router_kind(config.router).causal and causal is not False:
+    looks_ahead = not router_kind(config.router).causal or config.capacity_factor is not None
+    if looks_ahead and causal is not False:
         _refuse_causal(config, model, networks, causal)
     groups = _groups(model, networks, config)
     pools: dict[str, ExpertPool] = {}
@@ -727,7 +729,7 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
 def _refuse_causal(
     config: UpcycleOptions, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
-    """Raise TargetError if a router that uses later tokens would be in a network that may be causal."""
+    """Raise TargetError if a router or a capacity that uses later tokens would be in a causal network."""
     found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
@@ -739,16 +741,21 @@ def _refuse_causal(
     if not found:
         return
     others = [network.names[0] for network in networks if network not in found]
+    if not router_kind(config.router).causal:
+        what, instead = f"router={config.router!r} looks", 'Use router="switch" or "topk".'
+    else:
+        what = f"capacity_factor={config.capacity_factor!r} looks"
+        instead = "Leave out capacity_factor=, so that no token is dropped."
     rest = (
-        f" The other {len(others)} networks, such as {others[0]}, can use this router: select them with "
+        f" The other {len(others)} networks, such as {others[0]}, can use it: select them with "
         "target_modules=."
         if others
         else f" If every token of this {type(model).__name__} may depend on all others, set causal=False."
     )
     raise TargetError(
-        f"router={config.router!r} looks at later tokens, but {len(found)} of {len(networks)} feed-forward "
+        f"{what} at later tokens, but {len(found)} of {len(networks)} feed-forward "
         f"networks are not known to be in an encoder (the first is {found[0].names[0]}), so training could "
-        f'leak the tokens to be predicted. Use router="switch" or "topk".{rest}'
+        f"leak the tokens to be predicted. {instead}{rest}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ def mixture(
             `register_router`.
         shared_expert: number of hidden features of an expert that processes every token, in addition to the
             experts that the router chooses; no such expert if absent.
-        capacity_factor: slots of each expert relative to an even load; no limit if absent. See
-            `SharedCoreMoE`. With `"expert_choice"`: mean number of experts for each token; 1 if absent.
+        capacity_factor: slots of each expert relative to an even load; no limit if absent. Only for encoders:
+            see `SharedCoreMoE`. With `"expert_choice"`: mean number of experts for each token; 1 if absent.
         balance_coef: weight of the balancing loss. If absent: 0 if the load is balanced by biases
             (`bias_rate`) or by the router itself (`"expert_choice"`), otherwise 0.01.
         z_coef: weight of the router z-loss; see `router_z_loss`.
@@ -136,6 +137,10 @@ def mixture(
         (16, 2)
     """
     where: dict[str, Any] = {"device": device, "dtype": dtype}
+    if isinstance(router, str):
+        of_router = router_kind(router).options
+        known = [name for name in signature(mixture).parameters if name != "router_options"]
+        check_options([x for x in router_options if x not in of_router], "mixture", [*known, *of_router])
     if pool is not None:
         own = pool.experts
         have = {
@@ -355,9 +360,11 @@ def make_router(
 
     `pooled` is True if the experts belong to a pool, which changes the default of `bias_rate`.
 
+    `options` are the other arguments of the router; the caller checks their names.
+
     Raises:
         ValueError: an unknown name, or an option out of its range.
-        TypeError: an option that this router does not have.
+        TypeError: `top_k` for a router without it.
     """
     kind = router_kind(name)
     if "top_k" in kind.options:
@@ -368,8 +375,6 @@ def make_router(
         options["capacity_factor"] = capacity_factor
     if bias_rate is None:
         bias_rate = 0.001 if pooled and issubclass(kind, TopKRouter) else 0.0
-    known = ("combine", "normalize", "jitter", *kind.options)
-    check_options([key for key in options if key not in known], f"The router {name!r}", known)
     router = kind(num_features, num_experts, bias_rate=bias_rate, device=device, dtype=dtype, **options)
     if top_k is not None and "top_k" not in kind.options and top_k != router.experts_per_token:
         raise TypeError(f'top_k={top_k} needs router="topk"; {name!r} has no top_k.')

@@ -61,7 +61,7 @@ SAME = [
     ("gpt2", TOPK),
     ("gpt2", chains(experts=4, sites=1)),  # Switch: dense experts
     ("gpt2", th.UpcycleOptions(experts=with_ends)),
-    ("gpt2", replace(CONFIG, capacity_factor=4.0)),
+    ("bert", replace(CONFIG, capacity_factor=4.0)),
     *(("gpt2", replace(WORDS, share=share)) for share in ("none", "center", "base")),
     ("t5_gated", replace(WORDS, shared_expert=12)),
     ("bert", CHOICE),
@@ -381,6 +381,15 @@ def test_five_sites_by_default() -> None:
 
 
 # --- which networks may use later tokens ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_capacities_are_refused_where_tokens_see_only_earlier_ones(name: str) -> None:
+    model = ARCHITECTURES[name].dense
+    with pytest.raises(TargetError, match=r"capacity_factor=1.0 .* Leave out capacity_factor="):
+        th.upcycle(model, replace(CONFIG, capacity_factor=1.0))
+    assert len(mixtures(model)) == 0
+    th.upcycle(model, replace(CONFIG, capacity_factor=1.0), causal=False)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "opt"])
