@@ -18,7 +18,8 @@ from tensornet_hf.exporters.base import LowRank
 from tensornet_hf.exporters.compressed_tensors import peft_adapter
 from tensornet_hf.exporters.gguf import export_gguf_adapter
 from tensornet_hf.exporters.mlx import mlx_adapter
-from tensornet_hf.upcycling import UpcycleReport, find_feed_forwards, upcycle
+from tensornet_hf.feed_forwards import find_feed_forwards
+from tensornet_hf.upcycling import UpcycleReport, upcycle
 from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
 
 #: Formats of LoRA adapters, and who reads them.

@@ -21,7 +21,7 @@ import tensornet_moe as tm
 from tensornet.errors import FormatError, NonFiniteError, TargetError, TopologyError
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.upcycling import INSIDE, DoneBefore
+from tensornet_hf.feed_forwards import INSIDE, DoneBefore
 
 CONFIG = chains(experts=4, sites=3)
 THREE = chains(experts=3, sites=3)
