@@ -173,12 +173,6 @@ def test_large_matrices_are_built_one_by_one(
         assert torch.allclose(alone, together, rtol=1e-9, atol=1e-9)
 
 
-def test_small_private_cores_are_merged_first() -> None:
-    bank = tm.SharedCoreExperts(tn.topologies.mpo(**BASE), 8, device="meta")
-    assert sorted(group.cores for group in bank.plan.groups) == [("0", "1"), ("2",), ("3", "4")]
-    assert len(bank.plan.contraction.steps) == 2
-
-
 def test_new_experts_differ_and_have_unit_gain() -> None:
     topology = tn.topologies.mpo(out_dims=(8, 8), in_dims=(8, 8))
     matrices = tm.SharedCoreExperts(topology, 8, share=["0"]).expert_matrices().detach()

@@ -12,8 +12,8 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module
-from tensornet_moe.mixtures import end_leg
 from tensornet_moe.pool import connect_pools
+from tensornet_moe.sharing import end_leg
 
 D, F, E = 64, 128, 6  # ends of 16 on both sides
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tensornet._util import check_size, check_type
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
-from tensornet.topologies import dense, mpo
+from tensornet.topologies import dense
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
@@ -21,16 +21,13 @@ from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.routers import Combine, Router, TopKRouter, router_kind
-from tensornet_moe.sharing import Share, check_share
+from tensornet_moe.sharing import Share, center_chain, check_share
 
 #: The words of `tensornet_moe.sharing` for the matrices of new experts.
 SHARES_OF_MIXTURES = ("none", "center", "base")
 #: Function that builds a bank of experts which start as the given matrices, shape `(networks, out, in)`.
 MakeBank = Callable[[Tensor], ExpertBank]
 
-#: Largest leg (mode size) of the first and last core of a chain in `mixture`. With 64, rebuilding a matrix
-#: costs at most as much as multiplying `64 + 64` tokens by it.
-_LONGEST_END = 64
 #: By default the rank of deltas is the shorter side of the matrix divided by this number.
 _SIDE_PER_RANK = 16
 #: Largest number of sweeps of alternating least squares when a shared core is fitted to several matrices.
@@ -285,25 +282,8 @@ def make_bank(
             return LowRankDeltaExperts.from_dense(weights[0], num_experts=experts, rank=rank, seed=seed)
         base = experts_from(weights, experts, whole, whole.core_names)
         return LowRankDeltaExperts(base, rank, device=weights.device, dtype=weights.dtype)
-    # The first core has a leg only for rows, and the last core only for columns. Cores with legs for both
-    # train equally well. But a matrix that is built from them must be copied to bring its rows and columns
-    # into order, which makes a training step a third slower.
-    first, last = end_leg(rows), end_leg(columns)
-    if first == 1 or last == 1:
-        raise ShapeError(
-            f"Matrices of shape {rows} x {columns} have no legs for a shared center: each side needs a "
-            f"factor in 2..{_LONGEST_END}. Choose sizes with small factors, or share='base'."
-        )
-    chain = mpo(out_dims=(first, rows // first, 1), in_dims=(1, columns // last, last))
+    chain = center_chain(rows, columns)
     return experts_from(weights, experts, chain, ("1",))
-
-
-def end_leg(size: int) -> int:
-    """Choose the size of the leg of the first or last core.
-
-    It is the largest divisor of `size` that is at most 64 and at most four times the leg of the middle core.
-    """
-    return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 
 @torch.no_grad()

@@ -16,11 +16,16 @@ writes the outputs, and the last core reads the inputs.
 from collections.abc import Sequence
 from typing import Literal
 
-from tensornet.errors import TopologyError
+from tensornet.errors import ShapeError, TopologyError
+from tensornet.topologies import mpo
 from tensornet.topology import Topology
 
 Share = Literal["none", "in", "out", "ends", "center", "base"]
 SHARES = ("none", "in", "out", "ends", "center", "base")
+
+#: Largest leg (mode size) of the first and last core in `center_chain`. With 64, rebuilding a matrix costs at
+#: most as much as multiplying `64 + 64` tokens by it.
+_LONGEST_END = 64
 
 
 def check_share(share: object, known: Sequence[str] = SHARES, *, instead: str = "") -> None:
@@ -66,3 +71,35 @@ def shared_cores(topology: Topology, share: str | Sequence[str]) -> tuple[str, .
     if unknown := [name for name in share if name not in names]:
         raise TopologyError(f"No core is named {unknown}; the topology has {', '.join(names)}.")
     return tuple(name for name in names if name in share)
+
+
+def center_chain(out_features: int, in_features: int, *, max_bond: int | None = None) -> Topology:
+    """Return the chain of three cores whose middle core `"1"` is shared with `share="center"`.
+
+    The first core has a leg only for rows, and the last core only for columns. Cores with legs for both train
+    equally well. But a matrix that is built from them must be copied to bring its rows and columns into
+    order, which makes a training step a third slower.
+
+    Args:
+        out_features, in_features: shape of the matrix.
+        max_bond: largest size of the bonds; full bonds if absent.
+
+    Raises:
+        ShapeError: a side has no divisor that can be a leg.
+    """
+    first, last = end_leg(out_features), end_leg(in_features)
+    if first == 1 or last == 1:
+        raise ShapeError(
+            f"A matrix of shape {out_features} x {in_features} has no legs for a shared center: each side "
+            f"needs a factor in 2..{_LONGEST_END}. Choose sizes with small factors, or another share=."
+        )
+    outs, ins = (first, out_features // first, 1), (1, in_features // last, last)
+    return mpo(out_dims=outs, in_dims=ins, max_bond=max_bond)
+
+
+def end_leg(size: int) -> int:
+    """Choose the size of the leg of the first or last core.
+
+    It is the largest divisor of `size` that is at most 64 and at most four times the leg of the middle core.
+    """
+    return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)

@@ -34,8 +34,7 @@ from tensornet.nn.layer_kinds import kind_of, layer_bias
 from tensornet.nn.targets import LayerSelection, matches, output_head, shortened
 from tensornet.topologies import low_rank, mpo
 from tensornet.topology import Topology
-from tensornet_moe.mixtures import end_leg
-from tensornet_moe.sharing import Share, check_share, shared_cores
+from tensornet_moe.sharing import Share, center_chain, check_share, shared_cores
 
 #: The words of `tensornet_moe.sharing` for specialists, which always share the matrix of the trunk.
 SHARES_OF_SPECIALISTS = ("none", "in", "out", "ends", "center")
@@ -307,14 +306,7 @@ def change_form(
         outs, ins = (out_features, 1, 1), (1, 1, in_features)
         return mpo(out_dims=outs, in_dims=ins, bond_dims=(rank, rank)), ("0", "2")
     if share == "center":
-        first, last = end_leg(out_features), end_leg(in_features)
-        if first == 1 or last == 1:
-            raise ShapeError(
-                f"A {out_features} x {in_features} matrix has no legs for a shared center: each side needs a "
-                "small factor. Use share='ends', or exclude_modules=."
-            )
-        outs, ins = (first, out_features // first, 1), (1, in_features // last, last)
-        return mpo(out_dims=outs, in_dims=ins, max_bond=rank), ("1",)
+        return center_chain(out_features, in_features, max_bond=rank), ("1",)
     topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
     return topology, shared_cores(topology, share)
 
