@@ -140,6 +140,9 @@ class UpcycleOptions:
             given = getattr(self, name)
             if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
                 raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
+        named = [x.name for x in fields(self)]  # options that have an argument of their own
+        of_router = [x for x in router_kind(self.router).options if x not in named]
+        check_options([x for x in self.router_options if x not in of_router], "router_options", of_router)
         # These calls raise errors for options that are out of range, before a model is changed.
         router = self.make_router(
             1, 8 * (self.top_k or 1) if callable(self.experts) else self.experts, seed=0

@@ -318,6 +318,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         ({"rank": 0, "share": "base"}, ValueError, "rank"),
         ({"rank": 2}, ValueError, "rank= is"),
         ({"capacity_factor": float("nan")}, ValueError, "capacity_factor"),
+        ({"router_options": {"num_experts": 5}}, TypeError, "router_options has no option num_experts"),
+        ({"router_options": {"top_k": 5}}, TypeError, "router_options has no option top_k"),
         ({"noise": -0.1}, ValueError, "noise"),
         ({"z_coef": float("nan")}, ValueError, "z_coef"),
         ({"balance_coef": -1.0}, ValueError, "balance_coef"),
