@@ -119,7 +119,7 @@ def one_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:
     """Build a bank of one shared dense matrix and a low-rank delta for each expert."""
     base = tm.SharedCoreExperts(
-        tn.topologies.dense(out_features=rows, in_features=columns), experts, shared="all"
+        tn.topologies.dense(out_features=rows, in_features=columns), experts, share="base"
     )
     return tm.LowRankDeltaExperts(base, min(rows, columns) // 48 or 1)
 
@@ -127,7 +127,7 @@ def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 def block_trains(experts: int, rows: int, columns: int) -> tm.ExpertBank:
     """Build a bank of block tensor trains of two cores, without sharing."""
     topology = tn.topologies.block_tt(out_dims=_halves(rows), in_dims=_halves(columns), max_bond=1)
-    return tm.SharedCoreExperts(topology, experts, shared="none")
+    return tm.SharedCoreExperts(topology, experts, share="none")
 
 
 #: Maps names of ways of sharing to functions `(experts, rows, columns) -> bank`.

@@ -187,7 +187,7 @@ def experts_of(row: Row) -> Callable[[Tensor], tm.ExpertBank]:
         options: dict[str, Any] = {"out_dims": legs[rows], "in_dims": legs[columns], "max_bond": row.max_bond}
         if len(weights) == 1:
             return tm.SharedCoreExperts.from_dense(
-                weights[0], num_experts=row.experts, shared=row.shared, **options
+                weights[0], num_experts=row.experts, share=row.shared, **options
             )
         center = ("1",)
         return tm.mixtures.experts_from(weights, len(weights) * row.experts, mpo(**options), center)

@@ -54,7 +54,7 @@ class Row:
         top_k: number of experts that a token uses.
         hidden: hidden size of one expert, relative to the dense network.
         shared_hidden: hidden size of the always-on expert, relative to the dense network.
-        options: options of `kind`. With `passes`, a block runs so often; there are `layers / passes` blocks.
+        options: options of `kind`.
         root_rates: whether the learning rate of a shared tensor is divided by the square root of the number
             of experts or layers that share it, see `tensornet_moe.parameter_groups`.
         combine: how the router weights the experts, see `tensornet_moe.Router`.
@@ -114,11 +114,6 @@ def router_of(row: Row, sizes: Sizes, generator: torch.Generator) -> tm.TopKRout
     return router
 
 
-def blocks_of(row: Row, sizes: Sizes) -> int:
-    """Return the number of blocks with parameters of their own."""
-    return max(sizes.layers // int(row.options.get("passes", 1)), 1)
-
-
 Networks = tuple[list[nn.Module], nn.Module | None]
 Kind = Callable[[Row, Sizes, torch.Generator], Networks]
 
@@ -126,7 +121,7 @@ Kind = Callable[[Row, Sizes, torch.Generator], Networks]
 def dense(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
     """Build dense networks whose hidden size is `row.hidden` times the usual one."""
     hidden = round(row.hidden * sizes.hidden)
-    return [Dense(*gaussian(sizes, hidden, generator)) for _ in range(blocks_of(row, sizes))], None
+    return [Dense(*gaussian(sizes, hidden, generator)) for _ in range(sizes.layers)], None
 
 
 Banks = dict[str, tm.ExpertBank]
@@ -161,7 +156,7 @@ def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator:
 def separate(weights: Tensor) -> tm.SharedCoreExperts:
     """Build a bank of dense matrices without sharing, from weights `(experts, out, in)`."""
     topology = tn.topologies.dense(out_features=weights.shape[1], in_features=weights.shape[2])
-    bank = tm.SharedCoreExperts(topology, len(weights), shared="none")
+    bank = tm.SharedCoreExperts(topology, len(weights), share="none")
     with torch.no_grad():
         bank.core_matrix.copy_(weights)
     return bank
@@ -190,7 +185,7 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
         made = tm.SharedCoreExperts.from_dense(
             weight,
             num_experts=row.experts,
-            shared="center",
+            share="center",
             noise=0.05,
             seed=int(torch.randint(2**31, (), generator=generator)),
             **dims(row, sizes, len(weight)),
@@ -219,29 +214,6 @@ def pool(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
         owner = tm.ExpertPool(experts, label=f"experts{first}")
         pools.append(owner)
         networks += [mixture(row, sizes, owner, generator) for _ in range(span)]
-    return networks, pools
-
-
-def passes(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build a pool for each block that runs several times; `row.experts` are those of one pass.
-
-    The experts of all passes are low-rank changes of one matrix. The option `rank` is their rank.
-    """
-    networks: list[nn.Module] = []
-    pools = nn.ModuleList()
-    for number in range(blocks_of(row, sizes)):
-        banks = {
-            name: tm.LowRankDeltaExperts.from_dense(
-                weight,
-                num_experts=row.experts * row.options["passes"],
-                rank=row.options["rank"],
-                seed=int(torch.randint(2**31, (), generator=generator)),
-            )
-            for name, weight in zip(("up", "down"), expert_start(row, sizes, generator), strict=True)
-        }
-        experts = tm.ExpertFFN(banks, activation=ACTIVATION, bias=True)
-        pools.append(tm.ExpertPool(experts, label=f"block{number}", balance="layer"))
-        networks.append(mixture(row, sizes, tm.PooledExperts(pools[-1], range(row.experts)), generator))
     return networks, pools
 
 
@@ -277,7 +249,6 @@ KINDS: dict[str, Kind] = {
     "switch": mixtures(switch_banks),
     "mpoe": mixtures(mpoe_banks),
     "pool": pool,
-    "passes": passes,
 }
 
 
@@ -321,9 +292,6 @@ _TABLE = (
     fine("MPOE, mask 0.5", "mpoe", 30, mask=0.5),
     fine("pool with center", "pool", 120, center=True),
     fine("pool with center, 6", "pool", 120, center=True, ends=(5, 4), **_SIX),
-    # One block in four passes, whose experts are changes of one matrix: as many bytes as "dense x1/2".
-    Row("passes", "passes", experts=8, options={"passes": 4, "rank": 4}, combine="sigmoid"),
-    Row("passes, without experts", "dense", options={"passes": 4}),
     fine("pool with center, 6, root rates", "pool", 120, center=True, ends=(5, 4), root_rates=True, **_SIX),
 )
 ROWS = {row.name: row for row in _TABLE}

@@ -22,11 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import tensornet_moe as tm
-
 sys.path.insert(0, str(Path(__file__).parent))
 from mpoe_tasks import read_quotations
-from scratch_rows import KINDS, Row, Sizes, blocks_of
+from scratch_rows import KINDS, Row, Sizes
 from subjects import plain_text
 from train_embedded import read_chapters
 
@@ -227,7 +225,7 @@ def build_gpt2(row: Row, sizes: Sizes, seed: int) -> GPT2LMHeadModel:
         n_positions=sizes.context,
         n_embd=sizes.width,
         n_inner=sizes.hidden,
-        n_layer=blocks_of(row, sizes),
+        n_layer=sizes.layers,
         n_head=sizes.heads,
         initializer_range=sizes.width**-0.5 / 2,
         resid_pdrop=0.0,
@@ -243,7 +241,6 @@ def build_gpt2(row: Row, sizes: Sizes, seed: int) -> GPT2LMHeadModel:
         model.add_module("owner", owner)
     for block, network in zip(model.transformer.h, networks, strict=True):
         block.mlp = network
-    model.transformer.h = tm.unroll(list(model.transformer.h), row.options.get("passes", 1))
     return model
 
 

@@ -417,7 +417,7 @@ def step_times(trial: Trial, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for form, options in (
         ("ends", {"share": "ends", "rank": 32}),
-        ("LoRA", {"share": None, "rank": 8}),
+        ("LoRA", {"share": "none", "rank": 8}),
         ("center", {"share": "center", "rank": 24}),
     ):
         model = trial.trunk()

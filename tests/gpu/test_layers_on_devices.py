@@ -164,7 +164,7 @@ def test_calibrated_compression_and_healing(device: str) -> None:
 @pytest.mark.parametrize("granularity", ["core", "element"])
 def test_a_masked_training_step_of_a_mixture(device: str, granularity: str) -> None:
     model = gpt2()
-    th.upcycle(model, th.MoEConfig(num_experts=4, noise=0.1))
+    th.upcycle(model, experts=4, router="switch", noise=0.1)
     model.to(device).train()
     mask = tm.GradientMask(model, p=1.0, granularity=granularity)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

@@ -40,7 +40,7 @@ def logits(s: tm.Specialists, which: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("share", "pool"), [("ends", None), ("ends", "shape"), ("center", None), (None, None)]
+    ("share", "pool"), [("ends", None), ("ends", "shape"), ("center", None), ("none", None)]
 )
 def test_specialists_come_back_and_shared_cores_are_stored_once(
     trunk: Callable[[], PreTrainedModel], tmp_path: Path, share: Any, pool: Any

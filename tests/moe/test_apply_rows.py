@@ -28,7 +28,7 @@ def deltas(base: tm.ExpertBank) -> tm.ExpertBank:
 
 
 def shared(topology: tn.Topology, names: str | tuple[str, ...], experts: int = E) -> tm.SharedCoreExperts:
-    return tm.SharedCoreExperts(topology, experts, shared=names, dtype=torch.float64)
+    return tm.SharedCoreExperts(topology, experts, share=names, dtype=torch.float64)
 
 
 def tucker(rows: int, columns: int) -> tn.Topology:
@@ -42,12 +42,12 @@ BANKS = {
         tn.topologies.block_tt(out_dims=(4, 8), in_dims=(4, 4), max_bond=1), "none"
     ),
     "tucker": lambda: shared(tucker(OUT, IN), "center"),
-    "all shared": lambda: shared(one_sided(), "all"),
+    "all shared": lambda: shared(one_sided(), "base"),
     "padded": lambda: shared(
         tn.topologies.mpo(out_dims=(6, 6), in_dims=(4, 5), out_features=OUT, in_features=IN), ("0",)
     ),
-    "base and deltas": lambda: deltas(shared(tn.topologies.dense(out_features=OUT, in_features=IN), "all")),
-    "bypass": lambda: deltas(shared(one_sided(), "all")),
+    "base and deltas": lambda: deltas(shared(tn.topologies.dense(out_features=OUT, in_features=IN), "base")),
+    "bypass": lambda: deltas(shared(one_sided(), "base")),
     "MPOE and deltas": lambda: deltas(shared(one_sided(), "center")),
 }
 
@@ -115,8 +115,8 @@ def test_compiled_and_prepared_agree(name: str) -> None:
 
 def _turned(name: str) -> tm.ExpertBank:
     if name == "base and deltas":
-        return deltas(shared(tn.topologies.dense(out_features=IN, in_features=OUT), "all"))
+        return deltas(shared(tn.topologies.dense(out_features=IN, in_features=OUT), "base"))
     if name == "tucker":
         return shared(tucker(IN, OUT), "center")
     topology = tn.topologies.mpo(out_dims=(4, 4, 1), in_dims=(1, 8, 4))
-    return shared(topology, "all" if name == "all shared" else "center")
+    return shared(topology, "base" if name == "all shared" else "center")

@@ -22,7 +22,7 @@ E, FEATURES, TOP = 5, 8, 2
 
 def network(experts: int = E) -> tm.ExpertFFN:
     topology = tn.topologies.dense(out_features=FEATURES, in_features=FEATURES)
-    banks = {name: tm.SharedCoreExperts(topology, experts, shared="none") for name in ("up", "down")}
+    banks = {name: tm.SharedCoreExperts(topology, experts, share="none") for name in ("up", "down")}
     return tm.ExpertFFN(banks)
 
 

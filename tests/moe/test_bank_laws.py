@@ -46,12 +46,12 @@ class _OfTopology(BankLaws):
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
         topology = self.topology(shape, whole=False)
-        return tm.SharedCoreExperts(topology, num_experts, shared=self.shared, **DOUBLE)
+        return tm.SharedCoreExperts(topology, num_experts, share=self.shared, **DOUBLE)
 
     def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
         topology = self.topology(self.shape, whole=True)
         return tm.SharedCoreExperts.from_dense(
-            weight, num_experts=num_experts, topology=topology, shared=self.shared
+            weight, num_experts=num_experts, topology=topology, share=self.shared
         )
 
 
@@ -92,7 +92,7 @@ class TestSharedDown(BankLaws):
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
         topology = tn.topologies.dense(out_features=shape[0], in_features=shape[1])
-        return tm.SharedCoreExperts(topology, num_experts, shared="all", **DOUBLE)
+        return tm.SharedCoreExperts(topology, num_experts, share="base", **DOUBLE)
 
     test_starts_as_the_dense_network = None  # type: ignore[assignment]
 
@@ -102,7 +102,7 @@ class TestLowRankDeltas(BankLaws):
         base = tm.SharedCoreExperts(
             tn.topologies.dense(out_features=shape[0], in_features=shape[1]),
             num_experts,
-            shared="all",
+            share="base",
             **DOUBLE,
         )
         bank = tm.LowRankDeltaExperts(base, 2, **DOUBLE)
@@ -118,7 +118,7 @@ class TestBypass(BankLaws):
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
         bank = tm.LowRankDeltaExperts(
-            tm.SharedCoreExperts(chain(shape, 3), num_experts, shared="all", **DOUBLE), 2, **DOUBLE
+            tm.SharedCoreExperts(chain(shape, 3), num_experts, share="base", **DOUBLE), 2, **DOUBLE
         )
         nn.init.normal_(bank.left)
         return bank

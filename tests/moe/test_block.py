@@ -304,6 +304,14 @@ def test_a_description_makes_an_empty_twin(router: str) -> None:
     assert torch.equal(twin.eval()(x), moe.eval()(x))
 
 
+@pytest.mark.parametrize("experts", [E - 1, E + 1])
+def test_a_replaced_router_of_another_size_is_refused_when_the_layer_runs(experts: int) -> None:
+    moe = make_moe()
+    moe.router = tm.SwitchRouter(FEATURES, experts, dtype=torch.float64)
+    with pytest.raises(ShapeError, match=f"for {experts} experts"):
+        moe(torch.randn(5, FEATURES, dtype=torch.float64))
+
+
 def test_parts_that_do_not_fit_are_refused() -> None:
     banks = {"wi": tm.SharedCoreExperts(UP, E), "wo": tm.SharedCoreExperts(DOWN, E)}
     with pytest.raises(ShapeError, match="do not fit"):

@@ -17,11 +17,11 @@ E, D, F, VOCAB, TOKENS = 6, 32, 64, 50, 100
 def bank(kind: str, rows: int, columns: int) -> tm.ExpertBank:
     dense = tn.topologies.dense(out_features=rows, in_features=columns)
     if kind == "dense":
-        return tm.SharedCoreExperts(dense, E, shared="none")
+        return tm.SharedCoreExperts(dense, E, share="none")
     if kind == "deltas":
-        return tm.LowRankDeltaExperts(tm.SharedCoreExperts(dense, E, shared="all"), 3)
+        return tm.LowRankDeltaExperts(tm.SharedCoreExperts(dense, E, share="base"), 3)
     topology = tn.topologies.low_rank(out_features=rows, in_features=columns, rank=4)
-    return tm.SharedCoreExperts(topology, E, shared=topology.core_names[:1])
+    return tm.SharedCoreExperts(topology, E, share=topology.core_names[:1])
 
 
 #: Of a matrix `(o, i)`: numbers of all experts; those that two experts use; multiply-adds for two experts a

@@ -48,11 +48,11 @@ from tensornet_moe.shared_low_rank import (
 E, OUT, IN = 4, 36, 32
 FORMATS = tuple(NumberFormat.parse(x) for x in ("float", "int8", "int4:g32:float8"))
 PLANTED: dict[str, Callable[[int], Tensor]] = {
-    "inputs": lambda seed: (
+    "in": lambda seed: (
         gaussian(E, OUT, 6, seed=seed) @ gaussian(6, IN, seed=seed + 1) / 6**0.5
         + 0.1 * gaussian(E, OUT, IN, seed=seed + 2)
     ),
-    "outputs": lambda seed: (
+    "out": lambda seed: (
         gaussian(OUT, 6, seed=seed) @ gaussian(E, 6, IN, seed=seed + 1) / 6**0.5
         + 0.1 * gaussian(E, OUT, IN, seed=seed + 2)
     ),
@@ -96,8 +96,8 @@ def matrices_of(
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_planted_pattern_is_found_exactly_under_any_moments(pattern: str) -> None:
     made = {
-        "inputs": gaussian(E, OUT, 3).double() @ gaussian(3, IN, seed=1).double(),
-        "outputs": gaussian(OUT, 3, seed=1).double() @ gaussian(E, 3, IN).double(),
+        "in": gaussian(E, OUT, 3).double() @ gaussian(3, IN, seed=1).double(),
+        "out": gaussian(OUT, 3, seed=1).double() @ gaussian(E, 3, IN).double(),
         "base": gaussian(OUT, IN, seed=3).double().expand(E, OUT, IN),
     }[pattern]
     stored = fit_stored(pattern, list(made), [x.weighting for x in sensitivities()], 3)
@@ -108,12 +108,12 @@ def test_a_planted_pattern_is_found_exactly_under_any_moments(pattern: str) -> N
     assert pattern_of(pattern_topology(pattern, OUT, IN, 3), core) == pattern
 
 
-@pytest.mark.parametrize("pattern", ["inputs", "outputs"])
+@pytest.mark.parametrize("pattern", ["in", "out"])
 def test_private_factors_are_optimal_under_their_own_moments(pattern: str) -> None:
     matrices, weightings = list(gaussian(E, OUT, IN).double()), [x.weighting for x in sensitivities()]
     fits = fit_low_rank(pattern, matrices, weightings, 3)
     for matrix, weighting, cores in zip(matrices, weightings, fits, strict=True):
-        name = "0" if pattern == "inputs" else "1"
+        name = "0" if pattern == "in" else "1"
         private = cores[name].clone().requires_grad_()  # type: ignore[union-attr]
         cores = {**cores, name: private}
         error = matrix - cores["0"] @ cores["1"]  # type: ignore[operator]
@@ -160,7 +160,7 @@ def test_pooled_moments_are_exact_where_matrices_agree() -> None:
 # --- predictions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("planted", ["inputs", "base", "nothing"])
+@pytest.mark.parametrize("planted", ["in", "base", "nothing"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_predicted_losses_of_all_ranks_are_those_of_the_fits(pattern: str, planted: str) -> None:
     matrices = list(PLANTED[planted](3))
@@ -180,7 +180,7 @@ def test_predicted_losses_of_all_ranks_are_those_of_the_fits(pattern: str, plant
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["inputs", "outputs"])
+@pytest.mark.parametrize("pattern", ["in", "out"])
 def test_predicted_losses_and_bytes_in_number_formats_are_those_of_the_fits(pattern: str) -> None:
     matrices, weightings = list(PLANTED[pattern](3)), [x.weighting for x in sensitivities()]
     found = shared_candidates(pattern, matrices, sensitivities(), FORMATS)
@@ -204,7 +204,7 @@ def test_predicted_losses_and_bytes_in_number_formats_are_those_of_the_fits(patt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["inputs", "outputs"])
+@pytest.mark.parametrize("pattern", ["in", "out"])
 def test_rounding_errors_of_a_shared_core_count_for_every_expert_of_a_token(pattern: str) -> None:
     def cost(per_token: float) -> float:
         matrices = list(PLANTED[pattern](3))
@@ -222,7 +222,7 @@ def test_encodings_are_among_the_allowed_formats() -> None:
         for pattern in PATTERNS:
             for storage in encodings(pattern, allowed):
                 assert {storage.number_format, *dict(storage.core_formats).values()} <= {*allowed}
-    assert encodings("inputs", [NumberFormat.parse("int3")]) == []  # factors need four bits
+    assert encodings("in", [NumberFormat.parse("int3")]) == []  # factors need four bits
     assert encodings("base", FORMATS) == [Storage()]  # a base is never rounded
     assert encodings("base", FORMATS[1:]) == []
 
@@ -248,9 +248,7 @@ class Model(nn.Module):
 def calibrated(seed: int = 0) -> tuple[Model, tn.CalibrationStats, list[tuple[Tensor, Tensor]]]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Model(
-            *(PLANTED[x](seed + 20 * k) for k, x in enumerate(("inputs", "nothing", "base")))
-        ).eval()
+        model = Model(*(PLANTED[x](seed + 20 * k) for k, x in enumerate(("in", "nothing", "base")))).eval()
         batches = [(torch.randn(256, IN), torch.randint(9, (256,))) for _ in range(4)]
         return model, tn.calibrate(model, batches), batches
 
@@ -340,7 +338,7 @@ RATIO, BITS = {"param_ratio": 0.4}, {"bits_per_weight": 4.5, "formats": ("int8",
 def test_each_stack_takes_its_pattern_and_leaves_room_for_the_others() -> None:
     _, report = compressed(**RATIO)
     assert {x.names[0].split(".")[1]: x.pattern for x in report.stacks} == {
-        "block0": "inputs",
+        "block0": "in",
         "block2": "base",
     }
     alone = copy.deepcopy(calibrated()[0])

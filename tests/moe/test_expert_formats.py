@@ -85,7 +85,7 @@ def test_dtypes_stay_when_the_model_changes_its_own(name: str) -> None:
 
 
 def test_one_core_in_integers_and_back() -> None:
-    made = bank(shared="center")
+    made = bank(share="center")
     made.quantize(Storage(core_formats={"1": "int4"}))  # type: ignore[arg-type]
     assert {name for name, _ in made.named_parameters()} == {"core_0", "core_2"}
     assert list(made.shared_parameters()) == []
@@ -132,7 +132,7 @@ def test_bad_formats() -> None:
 
 def test_a_mixture_in_integers_saves_loads_and_trains(tmp_path: Path) -> None:
     model = gpt2().eval()
-    th.upcycle(model, th.MoEConfig(num_experts=3))
+    th.upcycle(model, experts=3, router="switch")
     dense = logits(model)
     for module in model.modules():
         if isinstance(module, tm.SharedCoreExperts):

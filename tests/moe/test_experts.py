@@ -56,7 +56,7 @@ TOPOLOGIES = {
     "kronecker": tn.topologies.kronecker(out_dims=(3, 2), in_dims=(2, 3), terms=2),
     "block_tt": tn.topologies.block_tt(out_dims=(3, 2), in_dims=(2, 3), max_bond=2),
 }
-SHARED = ("center", "ends", "none", "all")
+SHARED = ("center", "ends", "in", "none", "base")
 
 
 def truth(bank: tm.SharedCoreExperts, expert: int) -> Tensor:
@@ -81,7 +81,7 @@ def truth(bank: tm.SharedCoreExperts, expert: int) -> Tensor:
 
 
 def make(name: str, shared: str | Sequence[str] = "center", num_experts: int = E) -> tm.SharedCoreExperts:
-    return tm.SharedCoreExperts(TOPOLOGIES[name], num_experts, shared=shared, dtype=torch.float64)
+    return tm.SharedCoreExperts(TOPOLOGIES[name], num_experts, share=shared, dtype=torch.float64)
 
 
 # --- counts --------------------------------------------------------------------------------------
@@ -173,15 +173,9 @@ def test_large_matrices_are_built_one_by_one(
         assert torch.allclose(alone, together, rtol=1e-9, atol=1e-9)
 
 
-def test_small_private_cores_are_merged_first() -> None:
-    bank = tm.SharedCoreExperts(tn.topologies.mpo(**BASE), 8, device="meta")
-    assert sorted(group.cores for group in bank.plan.groups) == [("0", "1"), ("2",), ("3", "4")]
-    assert len(bank.plan.contraction.steps) == 2
-
-
 def test_new_experts_differ_and_have_unit_gain() -> None:
     topology = tn.topologies.mpo(out_dims=(8, 8), in_dims=(8, 8))
-    matrices = tm.SharedCoreExperts(topology, 8, shared=["0"]).expert_matrices().detach()
+    matrices = tm.SharedCoreExperts(topology, 8, share=["0"]).expert_matrices().detach()
     assert float(matrices.var() * 64) == pytest.approx(1, rel=0.3)
     assert not torch.allclose(matrices[0], matrices[1])
 
@@ -193,7 +187,7 @@ SMALL = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(3, 2, 2), max_bond=2)
 
 @pytest.mark.parametrize("shared", ["center", "ends", "none"])
 def test_bonds_may_differ_and_nothing_is_padded_in_storage(shared: str) -> None:
-    bank = tm.SharedCoreExperts([CHAIN, SMALL], 2, shared=shared, dtype=torch.float64)
+    bank = tm.SharedCoreExperts([CHAIN, SMALL], 2, share=shared, dtype=torch.float64)
     assert torch.allclose(bank.expert_matrices()[1], truth(bank, 1), atol=1e-12)
     assert torch.allclose(bank.expert_matrices([1, 0])[1], truth(bank, 0), atol=1e-12)
     own = [sum(p.numel() for n, p in bank.named_parameters() if n.endswith(f"_expert_{e}")) for e in (0, 1)]
@@ -230,7 +224,7 @@ def test_topologies_that_differ_in_more_than_bonds_are_refused() -> None:
 @pytest.mark.parametrize("shared", SHARED)
 def test_upcycled_experts_are_the_dense_matrix(shared: str) -> None:
     weight = torch.randn(12, 10)
-    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=E, shared=shared, sites=3)
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=E, share=shared, sites=3)
     assert torch.allclose(bank.expert_matrices(), weight.expand(E, 12, 10), atol=1e-5)
     assert bank.error is not None
     assert bank.error < 1e-6
@@ -307,7 +301,7 @@ def test_what_is_no_number_of_experts_is_refused(count: object) -> None:
 
 
 def test_unknown_shared_cores_are_refused() -> None:
-    with pytest.raises(TopologyError, match="center, ends"):
+    with pytest.raises(ValueError, match="ends, center"):
         make("chain", "middle")
     with pytest.raises(TopologyError, match=r"\['7'\]"):
         make("chain", ["7"])

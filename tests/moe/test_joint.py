@@ -48,7 +48,7 @@ def test_planted_cores_are_found_again(padded: bool, shared: tuple[str, ...]) ->
     """The experts are related; unrelated ones often end in a local minimum."""
     chain = tn.topologies.mpo(**DIMS, max_bond=2)
     chain = replace(chain, out_features=11, in_features=10) if padded else chain
-    planted = tm.SharedCoreExperts(chain, 3, shared=shared, dtype=torch.float64)
+    planted = tm.SharedCoreExperts(chain, 3, share=shared, dtype=torch.float64)
     with torch.no_grad():
         for name in {"0", "1", "2"} - set(shared):
             core = planted.core(name)
@@ -73,9 +73,9 @@ def test_equal_experts_are_found_exactly() -> None:
 )
 def test_never_worse_than_each_expert_alone(experts: int, spread: float) -> None:
     weights = related(experts, spread)
-    for shared in ("center", "ends", "all", "none"):
-        bank = tm.SharedCoreExperts.from_experts(weights, topology=CHAIN, shared=shared)
-        budget = tm.SharedCoreExperts(CHAIN, experts, shared=shared, device="meta").num_params
+    for shared in ("center", "ends", "in", "base", "none"):
+        bank = tm.SharedCoreExperts.from_experts(weights, topology=CHAIN, share=shared)
+        budget = tm.SharedCoreExperts(CHAIN, experts, share=shared, device="meta").num_params
         assert bank.fit is not None
         assert bank.num_params <= budget
         assert relative(bank, weights) == pytest.approx(bank.error, rel=1e-6)
@@ -86,7 +86,7 @@ def test_falling_back_is_said_and_kept() -> None:
     """Nothing is left private, and the experts have nothing in common: sharing all is the mean."""
     weights = torch.randn(2, 12, 12)
     weights[1] = -weights[0]
-    bank = tm.SharedCoreExperts.from_experts(weights, topology=CHAIN, shared="all")
+    bank = tm.SharedCoreExperts.from_experts(weights, topology=CHAIN, share="base")
     assert bank.fit is not None
     assert bank.fit.fell_back
     assert bank.shared == ()
@@ -106,7 +106,7 @@ def test_sharing_pays_for_related_experts() -> None:
 def test_low_ranks_that_share_a_factor_are_the_best_ones(shared: str) -> None:
     weights = related(4, 0.5)
     topology = tn.topologies.low_rank(out_features=12, in_features=12, rank=5)
-    bank = tm.SharedCoreExperts.from_experts(weights, topology=topology, shared=[shared])
+    bank = tm.SharedCoreExperts.from_experts(weights, topology=topology, share=[shared])
     rows = weights.reshape(-1, 12) if shared == "1" else weights.transpose(1, 2).reshape(-1, 12)
     best = float(torch.linalg.svdvals(rows)[5:].norm() / weights.norm())
     assert bank.fit is not None

@@ -198,7 +198,7 @@ def test_compensation_scales_the_update_under_every_optimizer(name: str) -> None
 def test_a_mask_attached_to_nothing_says_what_it_looked_for() -> None:
     with pytest.raises(TargetError, match="Linear has no core"):
         tm.GradientMask(nn.Linear(2, 2), p=0.5)
-    private = tm.SharedCoreExperts(TOPOLOGY, 2, shared="none")
+    private = tm.SharedCoreExperts(TOPOLOGY, 2, share="none")
     with pytest.raises(TargetError, match="no core"):
         tm.GradientMask(private, p=0.5)
     model = Model()

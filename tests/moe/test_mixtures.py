@@ -12,8 +12,8 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module
-from tensornet_moe.mixtures import end_leg
 from tensornet_moe.pool import connect_pools
+from tensornet_moe.sharing import end_leg
 
 D, F, E = 64, 128, 6  # ends of 16 on both sides
 
@@ -126,7 +126,7 @@ def test_banks_of_the_callers_own() -> None:
     def rings(weights: torch.Tensor) -> tm.SharedCoreExperts:
         seen.append(tuple(weights.shape))
         legs = {"out_dims": (8, weights.shape[1] // 8), "in_dims": (8, weights.shape[2] // 8)}
-        return tm.SharedCoreExperts(tn.topologies.tensor_ring(**legs, max_bond=2), 5, shared=("0",))
+        return tm.SharedCoreExperts(tn.topologies.tensor_ring(**legs, max_bond=2), 5, share=("0",))
 
     moe = tm.mixture(d_model=D, d_ff=F, experts=rings, gated=False)
     assert seen == [(0, F, D), (0, D, F)]  # there are no matrices that experts could start as
@@ -161,10 +161,15 @@ def test_bad_words_are_refused() -> None:
         tm.mixture(d_model=D, pool=pool, experts=8)
     with pytest.raises(IndexError, match="6 experts"):
         tm.mixture(d_model=D, pool=pool, experts=range(4, 7))
-    with pytest.raises(ValueError, match="share='all'"):
+    with pytest.raises(ValueError, match="share='all'; choose one of none, center, base"):
         tm.mixture(d_model=D, share="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank="):
         tm.mixture(d_model=D, rank=2)
+    for word in ("num_experts", "num_features", "pooled", "name"):
+        with pytest.raises(TypeError, match=rf"no option {word}"):
+            tm.mixture(d_model=D, **{word: 5})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"num_experts; similar.*'experts'"):
+        tm.mixture(d_model=D, num_experts=5)
     with pytest.raises(TypeError, match=r"normalise; similar.*'normalize'"):
         tm.mixture(d_model=D, normalise=True)
     with pytest.raises(ValueError, match="top_k=4 with experts=3"):

@@ -27,7 +27,7 @@ LEGS = {8: (2, 2, 2), 12: (2, 3, 2)}
 
 def dense(rows: int, columns: int) -> tm.ExpertBank:
     topology = tn.topologies.dense(out_features=rows, in_features=columns)
-    return tm.SharedCoreExperts(topology, E, shared="none")
+    return tm.SharedCoreExperts(topology, E, share="none")
 
 
 def center(rows: int, columns: int) -> tm.SharedCoreExperts:

@@ -18,19 +18,19 @@ CHAIN = tn.topologies.mpo(out_dims=(2, 4, 2), in_dims=(2, 3, 2), max_bond=3)
 
 
 def bank(shared: str = "center") -> tm.SharedCoreExperts:
-    return tm.SharedCoreExperts(CHAIN, E, shared=shared, dtype=torch.float64)
+    return tm.SharedCoreExperts(CHAIN, E, share=shared, dtype=torch.float64)
 
 
 def mixture(shared: str = "center") -> tm.SharedCoreMoE:
     torch.manual_seed(0)
     back = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(2, 4, 2), max_bond=3)
-    down = tm.SharedCoreExperts(back, E, shared=shared, dtype=torch.float64)
+    down = tm.SharedCoreExperts(back, E, share=shared, dtype=torch.float64)
     network = tm.ExpertFFN({"up": bank(shared), "down": down}, bias=True).double()
     return tm.SharedCoreMoE(tm.TopKRouter(FEATURES, E, top_k=2), network).double().eval()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300])
-@pytest.mark.parametrize("shared", ["center", "ends", "none", "all"])
+@pytest.mark.parametrize("shared", ["center", "ends", "none", "base"])
 def test_outputs_stay(shared: str, rows: int) -> None:
     moe, x = mixture(shared), torch.randn(rows, FEATURES, dtype=torch.float64)
     expected = moe(x)
@@ -43,7 +43,7 @@ def test_outputs_stay(shared: str, rows: int) -> None:
     for name, before in zip(moe.experts.names, matrices, strict=True):
         made = moe.experts.bank(name)
         assert isinstance(made, PreparedExperts)
-        assert made.num_params == before.numel() // (E if shared == "all" else 1)
+        assert made.num_params == before.numel() // (E if shared == "base" else 1)
         torch.testing.assert_close(made.expert_matrices(), before)
         torch.testing.assert_close(made.expert_matrices([2, 0, 2]), before[[2, 0, 2]])
         with pytest.raises(IndexError):
@@ -62,7 +62,7 @@ def test_training_and_saving_are_refused() -> None:
 
 def test_banks_that_stay() -> None:
     """Those of one core, of integers, with a strategy of their own, or too large for the limit."""
-    dense = tm.SharedCoreExperts(tn.topologies.dense(out_features=8, in_features=8), E, shared="none")
+    dense = tm.SharedCoreExperts(tn.topologies.dense(out_features=8, in_features=8), E, share="none")
     packed, fixed, growing = bank(), bank(), bank()
     packed.quantize("int8")
     fixed.strategy = "factorized"

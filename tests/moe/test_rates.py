@@ -26,12 +26,12 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(10, FEATURES)
-        pooled = tm.LowRankDeltaExperts(tm.SharedCoreExperts(WHOLE, E, shared="all"), 2)
+        pooled = tm.LowRankDeltaExperts(tm.SharedCoreExperts(WHOLE, E, share="base"), 2)
         self.pool = tm.ExpertPool(
             tm.ExpertFFN({"up": pooled, "down": tm.SharedCoreExperts(CHAIN, E)}, bias=True)
         )
         own = tm.ExpertFFN(
-            {"up": tm.SharedCoreExperts(CHAIN, 3), "down": tm.SharedCoreExperts(CHAIN, 3, shared="ends")}
+            {"up": tm.SharedCoreExperts(CHAIN, 3), "down": tm.SharedCoreExperts(CHAIN, 3, share="ends")}
         )
         self.layers = nn.ModuleList([layer(self.pool), layer(own), layer(self.pool), layer(self.pool)])
         self.head = nn.Linear(FEATURES, 10)

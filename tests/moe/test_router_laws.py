@@ -71,6 +71,26 @@ class TestSharp(RouterLaws):
         return Sharp(num_features, num_experts, temperature=0.25)
 
 
+class Hash(tm.Router):
+    """Send each token to an expert by a hash of its values; nothing is trained."""
+
+    def __init__(self, num_features: int, num_experts: int, **options: Any) -> None:
+        super().__init__(num_features, num_experts, **options)
+        self.weight.requires_grad_(False)
+
+    def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> tm.Routing:
+        expert = (logits[:, :1] * 1000).round().long() % self.num_experts
+        return tm.Routing(expert, torch.ones_like(probs[:, :1]), probs, logits, mask)
+
+
+tm.register_router("by_hash", Hash)
+
+
+class TestHash(RouterLaws):
+    def router(self, num_features: int, num_experts: int) -> tm.Router:
+        return Hash(num_features, num_experts)
+
+
 class TestDocstring(RouterLaws):
     """The example of `Router`."""
 
@@ -104,7 +124,7 @@ class TestGuide(TestDocstring):
 
 def test_a_registered_router_is_upcycled_saved_and_loaded(tmp_path: Path) -> None:
     model = ARCHITECTURES["gpt2"].dense
-    th.upcycle(model, th.MoEConfig(num_experts=3, router="sharp", sites=2))
+    th.upcycle(model, experts=3, router="sharp")
     th.save(model, tmp_path / "m")
     again = th.load(tmp_path / "m")
     routers = [module for module in again.modules() if isinstance(module, Sharp)]

@@ -16,7 +16,7 @@ from tensornet.errors import ShapeError, TargetError
 from tensornet_moe.specialist_layers import change_form
 
 RANK, SIZE, HIDDEN = 4, 12, 24
-FORMS = ["ends", "in", "out", "center", None]
+FORMS = ["ends", "in", "out", "center", "none"]
 
 
 class Model(nn.Module):
@@ -172,7 +172,7 @@ def test_weights_of_rows_and_tokens_scale_the_changes() -> None:
         torch.testing.assert_close(outputs(layer, s, x, weights), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", ["ends", "in", None], ids=named)
+@pytest.mark.parametrize("share", ["ends", "in", "none"], ids=named)
 def test_factors_multiply_to_the_change(share: str | None) -> None:
     _, s = prepared(share)
     for layer in s.layers.values():

@@ -69,7 +69,7 @@ def test_families(family: str, elsewhere: None) -> None:
 def test_mixtures(granularity: str) -> None:
     model = gpt2()
     with torch.device("meta"):
-        th.upcycle(model, th.MoEConfig(num_experts=4))
+        th.upcycle(model, experts=4)
         mask = tm.GradientMask(model, p=0.5, granularity=granularity)  # type: ignore[arg-type]
     assert not any(parameter.is_meta for parameter in model.parameters())
     ids = torch.arange(3, 15).reshape(2, 6)

@@ -111,7 +111,7 @@ def test_a_family_stands_for_its_name() -> None:
     layer, weight = torch.nn.Linear(6, 4), torch.randn(4, 6)
     made = tn.nn.TensorNetworkLinear.from_linear(layer, topology=family, max_bond=2)
     assert made.topology.family == "low_rank"
-    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=2, topology=family, shared="none", max_bond=2)
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=2, topology=family, share="none", max_bond=2)
     assert bank.topology.family == "low_rank"
     stranger = type(family)()
     for use in (

@@ -137,12 +137,12 @@ def test_options_are_saved_with_a_model_compressed_while_loading(tmp_path: Path)
 
 def test_mixtures_share_cores_of_a_tree() -> None:
     weight = torch.randn(24, 36)
-    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=3, topology="tree", shared=["root"], sites=3)
+    bank = tm.SharedCoreExperts.from_dense(weight, num_experts=3, topology="tree", share=["root"], sites=3)
     torch.testing.assert_close(bank.expert_matrices()[2], weight, atol=1e-4, rtol=1e-4)
     stack = weight + 0.2 * torch.randn(3, 24, 36)
-    for shared in ("center", ["root", "leaf0"], "all"):
+    for shared in ("center", ["root", "leaf0"], "base"):
         joint = tm.SharedCoreExperts.from_experts(
-            stack, topology="tree", shared=shared, max_bond=6, sites=3, max_sweeps=12
+            stack, topology="tree", share=shared, max_bond=6, sites=3, max_sweeps=12
         )
         error = float((joint.expert_matrices().detach() - stack).norm() / stack.norm())
         assert error == pytest.approx(joint.error, rel=1e-4, abs=1e-6)
@@ -173,7 +173,7 @@ def test_a_model_is_upcycled_with_a_shared_root(tmp_path: Path) -> None:
     expected = model.eval()(batches[0]).logits
 
     def trees(weights: torch.Tensor) -> tm.SharedCoreExperts:
-        options = {"topology": "tree", "shared": ["root"], "sites": 3}
+        options = {"topology": "tree", "share": ["root"], "sites": 3}
         return tm.SharedCoreExperts.from_dense(weights[0], num_experts=2, **options)  # type: ignore[arg-type]
 
     th.upcycle(model, experts=trees)

@@ -18,16 +18,15 @@ from tensornet_hf.recipes import Recipe, plan_recipe
 from tensornet_hf.rotation import rotate
 from tensornet_hf.specialist_files import PretrainedSpecialists, load_specialists, specialists
 from tensornet_hf.specializing import SpecializeReport, specialize
-from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
+from tensornet_hf.stock_mixtures import stock_mixture
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
-from tensornet_hf.upcycling import MoEConfig, UpcycleOptions, UpcycleReport, upcycle
+from tensornet_hf.upcycling import UpcycleOptions, UpcycleReport, upcycle
 
 __all__ = [
     "CompressOptions",
     "ExportReport",
     "FolderReport",
     "GradientMaskCallback",
-    "MoEConfig",
     "PretrainedSpecialists",
     "Recipe",
     "RouterBiasCallback",
@@ -46,7 +45,6 @@ __all__ = [
     "plan_recipe",
     "rotate",
     "save",
-    "set_experts_implementation",
     "specialists",
     "specialize",
     "stock_mixture",

@@ -28,14 +28,14 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import logging
 
 import tensornet as tn
 from tensornet._util import require, unwrapped
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
-from tensornet.io import Slice, load_slice, moved_aside, new_folder, read_headers, restore
+from tensornet.io import Slice, moved_aside, new_folder, read_headers, restore
 from tensornet.nn import prepare_for_inference
 from tensornet.nn.targets import adapter_names
 from tensornet_hf.quantizer import (
@@ -48,8 +48,6 @@ from tensornet_hf.quantizer import (
     without_guards,
 )
 from tensornet_hf.text import first_line
-from tensornet_moe import SharedCoreMoE, cache_experts
-from tensornet_moe.experts_on_disk import banks_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Suffixes of weight files, which are never copied: a compressed model must not contain dense weights.
@@ -295,7 +293,6 @@ def load(
     path: str | Path,
     *,
     inference: bool | Literal["compiled"] = False,
-    experts_cache: int | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a compressed or dense model as an instance of the class with which it was saved.
@@ -311,9 +308,6 @@ def load(
             token. The first call of `generate` then takes a minute or more. Compilation is repeated for each
             new cache length, so set `model.generation_config.max_cache_len` to the largest length. Do not
             change a compiled model.
-        experts_cache: leave the private tensors of experts on disk, and keep the matrices of the experts that
-            were used last in memory, up to this number of bytes (see `tensornet_moe.cache_experts`). So a
-            mixture that is larger than memory can generate; it can be neither trained nor saved.
         kwargs: passed to `from_pretrained`. The default dtype is the stored one; for inference it is
             bfloat16, the only dtype that the CPU kernels support. `revision`, `token`, `cache_dir`,
             `local_files_only` and `force_download` select files on the hub.
@@ -321,9 +315,8 @@ def load(
     Raises:
         FormatError: the path is not a model folder, or a file or tensor is missing, surplus or damaged.
         NonFiniteError: a stored core contains NaN or infinity.
-        TargetError: `inference="compiled"` for a model that cannot generate, or `experts_cache` for a model
-            without experts of this library.
-        ValueError: unknown value of `inference`, or an option that contradicts `experts_cache`.
+        TargetError: `inference="compiled"` for a model that cannot generate.
+        ValueError: unknown value of `inference`.
 
     Example:
         >>> type(th.load(th.embedded.gpt2_path())).__name__
@@ -341,19 +334,8 @@ def load(
         "use_safetensors": True,
         "output_loading_info": True,
     }
-    source: Path | None = folder
-    if experts_cache is not None:
-        conflicts = [*(["inference"] if inference else []), *({"dtype", "device_map"} & kwargs.keys())]
-        if conflicts:
-            raise ValueError(
-                f"experts_cache reads experts from the files as they are, into the memory of the CPU: leave "
-                f"out {', '.join(conflicts)}."
-            )
-        mapped = {name: load_slice(part) for name, part in checkpoint.tensors.items()}
-        config = options.pop("config", None) or AutoConfig.from_pretrained(folder)
-        source, options = None, {**options, "config": config, "state_dict": mapped}
     try:
-        loaded: Any = kind.from_pretrained(source, **options)
+        loaded: Any = kind.from_pretrained(folder, **options)
     except (TensorNetError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:
@@ -377,26 +359,11 @@ def load(
         # Models on the hub often have surplus tensors, such as pre-training heads or attention masks of older
         # versions of transformers.
         warnings.warn(message, stacklevel=2)
-    if experts_cache is not None:
-        _keep_experts_on_disk(model, folder, experts_cache)
     if inference:
         prepare_for_inference(model)
     if inference == "compiled":
         compile_generation(model)
     return model
-
-
-@torch.no_grad()
-def _keep_experts_on_disk(model: PreTrainedModel, folder: Path, max_bytes: int) -> None:
-    """Copy all tensors of a memory-mapped model into memory, except for the private tensors of experts."""
-    cache_experts(model, max_bytes=max_bytes)
-    layers = [x for x in model.modules() if isinstance(x, SharedCoreMoE)]
-    private = {id(x) for layer in layers for bank in banks_of(layer) for x in bank.private_tensors()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in private:
-            tensor.data = tensor.data.clone()
-    if model.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def load_gguf(file: Path) -> PreTrainedModel:

@@ -35,8 +35,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from tensornet.errors import TargetError
 from tensornet.nn.targets import LayerSelection
+from tensornet_moe.sharing import Share
 from tensornet_moe.specialist_layers import (
-    SharedCores,
     SpecialistLinear,
     Specialists,
     adaptable_layers,
@@ -56,7 +56,7 @@ class SpecialistsConfig(PeftConfig):
 
     Args:
         r: rank of the changes.
-        share: what the specialists of a layer share: `"ends"`, `"in"`, `"out"`, `"center"`, or None.
+        share: what the specialists of a layer share: `"none"`, `"in"`, `"out"`, `"ends"` or `"center"`.
         pool: `"shape"`: all layers with matrices of one shape share one set of shared cores.
         target_modules: layers to adapt, as in PEFT; by default all linear layers, dense or compressed, except
             output heads.
@@ -73,7 +73,7 @@ class SpecialistsConfig(PeftConfig):
     """
 
     r: int = field(default=32)
-    share: SharedCores | None = field(default="ends")
+    share: Share = field(default="ends")
     pool: Literal["shape"] | None = field(default=None)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)

@@ -13,7 +13,8 @@ from tensornet.errors import TargetError
 from tensornet_hf.exporters.adapters import export_peft_adapter
 from tensornet_hf.exporters.base import GGUF, LowRank
 from tensornet_hf.exporters.target import TARGETS
-from tensornet_hf.upcycling import UpcycleReport, find_feed_forwards, upcycle
+from tensornet_hf.feed_forwards import find_feed_forwards
+from tensornet_hf.upcycling import UpcycleReport, upcycle
 from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
 
 #: Target of adapters that is no target of whole models.

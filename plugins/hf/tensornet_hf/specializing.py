@@ -31,7 +31,7 @@ from tensornet_hf.text import (
     usual_context,
     whole_windows,
 )
-from tensornet_moe.specialist_layers import SharedCores
+from tensornet_moe.sharing import Share
 
 #: Smallest number of windows of a domain; the last tenth, at least two, is held out.
 LEAST_WINDOWS = 12
@@ -156,7 +156,7 @@ def specialize(
     destination: str | os.PathLike[str],
     domains: Mapping[str, str | os.PathLike[str]],
     *,
-    share: SharedCores | None = "ends",
+    share: Share = "ends",
     rank: int = 32,
     steps: int = 400,
     lr: float | None = None,

@@ -1,12 +1,9 @@
-"""Convert upcycled models to transformers' own mixtures, or compute experts with transformers' functions."""
+"""Convert upcycled models to transformers' own mixtures."""
 
 import copy
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -16,16 +13,12 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tensornet._util import check_type
 from tensornet.errors import TargetError
 from tensornet_hf.quantizer import POOLS, layer_descriptions
 from tensornet_moe import ExpertFFN, SharedCoreMoE, SwitchRouter, TopKRouter
-from tensornet_moe.ffn import ACTIVATIONS
-from tensornet_moe.layer import dispatch
 from tensornet_moe.pool import PooledExperts
-from tensornet_moe.routers import Routing
 
 #: For each dense class, the class and configuration of a mixture with the same attention.
 COUNTERPARTS: dict[str, tuple[Any, Any]] = {
@@ -191,92 +184,3 @@ def _refuse_attention(model: PreTrainedModel) -> None:
                 f"{name}=True has no counterpart in a mixture of transformers. Save the model without "
                 "conversion: th.save(model, folder)."
             )
-
-
-# --- implementations of experts --------------------------------------------------------------------------
-
-
-def set_experts_implementation(model: nn.Module, name: str) -> None:
-    """Choose how a model's mixtures compute their experts, for example with a GPU kernel from transformers.
-
-    With an implementation from transformers, every forward pass builds the matrices of all experts, whatever
-    the experts share, and calls `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS[name]`. Gradients, load
-    balancing and pools work as before. `"tensornet"` builds only the matrices of experts to which a token is
-    routed, or multiplies by the cores of these experts. The choice is not saved with the model.
-
-    Args:
-        model: a model with `SharedCoreMoE` layers.
-        name: `"tensornet"` (the default), `"grouped_mm"`, `"batched_mm"`, `"sonicmoe"`, `"deepgemm"`, or the
-            name of a function that you registered with transformers.
-
-    Raises:
-        ValueError: an unknown name.
-        TargetError: the model has no mixture, or a mixture has dropout inside its experts; nothing is
-            changed.
-
-    Example:
-        >>> model = torch.nn.Sequential(tm.mixture(d_model=8, d_ff=16, experts=4, top_k=2, gated=True))
-        >>> x = torch.randn(5, 8)
-        >>> before = model(x)
-        >>> th.set_experts_implementation(model, "batched_mm")
-        >>> torch.allclose(model(x), before, atol=1e-6)
-        True
-    """
-    known = ("tensornet", *ALL_EXPERTS_FUNCTIONS.valid_keys())
-    if name not in known:
-        raise ValueError(f"Unknown implementation of experts {name!r}; choose one of {', '.join(known)}.")
-    layers = {part: x for part, x in model.named_modules() if isinstance(x, SharedCoreMoE)}
-    if not layers:
-        raise TargetError(
-            f"{type(model).__name__} has no mixture of this library; see th.upcycle and tm.mixture. For "
-            "mixtures of transformers, use model.set_experts_implementation(name)."
-        )
-    if name != "tensornet":
-        for part, layer in layers.items():
-            if rate := _network(layer.experts).dropout:
-                raise TargetError(
-                    f"The experts of {part!r} have a dropout of {rate} in their hidden layer, which {name!r} "
-                    "does not support. Set the dropout to 0, or keep the implementation 'tensornet'."
-                )
-    for layer in layers.values():
-        layer.dispatch = dispatch if name == "tensornet" else partial(_run_implementation, name)
-
-
-def _run_implementation(name: str, x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) -> Tensor:
-    """Compute a mixture with a function from transformers; arguments as in `tensornet_moe.layer.dispatch`."""
-    network = _network(experts)
-    amp = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if amp else network.bank(network.names[0]).dtype
-    *first, last = (network.bank(part).expert_matrices().to(dtype) for part in network.names)
-    biases = [getattr(network, f"{part}_bias") for part in network.names]
-    activation = ACTIVATIONS[network.activation]
-
-    def apply_gate(both: Tensor) -> Tensor:
-        gate, up = both.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    # These functions expect an experts module of transformers, from which they read these attributes.
-    stack = "gate_up_proj" if network.gated else "up_proj"
-    stock = SimpleNamespace(
-        **{stack: torch.cat(first, dim=1), "down_proj": last},
-        num_experts=network.num_experts,
-        has_gate=network.gated,
-        has_bias=biases[0] is not None,
-        has_post_expert_norm=False,
-        is_transposed=False,
-        is_concatenated=True,
-        act_fn=activation,
-        config=SimpleNamespace(hidden_act=network.activation),
-        _apply_gate=apply_gate,
-        _is_expert_parallel=False,
-    )
-    if stock.has_bias:
-        setattr(stock, f"{stack}_bias", torch.cat([x.to(dtype) for x in biases[:-1]], dim=1))
-        stock.down_proj_bias = biases[-1].to(dtype)
-    chosen = routing.expert_indices
-    if isinstance(experts, PooledExperts):
-        chosen = experts.experts.start + experts.experts.step * chosen
-    weights = routing.weights if routing.kept is None else routing.weights * routing.kept
-    compute: Any = ALL_EXPERTS_FUNCTIONS[name]
-    y: Tensor = compute(stock, x.to(dtype), chosen, weights)
-    return y

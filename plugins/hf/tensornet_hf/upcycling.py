@@ -1,56 +1,41 @@
-"""Upcycling: replace dense feed-forward networks by mixtures of experts that share cores.
-
-Most feed-forward networks are separate modules. A module is recognized as such a network by its output on
-random tokens, which must equal the output that is computed from its matrices and its activation. In BERT,
-BART and similar models, the matrices and the activation are parts of a larger layer. For the classes in
-`INSIDE`, a mixture replaces the first matrix, and identities replace the activation and the second matrix.
-"""
+"""Upcycling: replace dense feed-forward networks by mixtures of experts that share cores."""
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
-from tensornet._util import check_size, in_eval_mode
+from tensornet._util import check_size
 from tensornet.compression.apply import set_submodule
 from tensornet.compression.config import option
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
-from tensornet.nn import register_module_type
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.layer_kinds import carry_hooks, kind_of, layer_bias
-from tensornet.nn.targets import PATTERN_RULES, matches
-from tensornet.topologies import topology_family
+from tensornet.nn.layer_kinds import carry_hooks
 from tensornet_hf.aux_losses import join_aux_losses
+from tensornet_hf.feed_forwards import FeedForward, find_feed_forwards
 from tensornet_hf.quantizer import POOLS, put_pools
-from tensornet_hf.unrolling import find_stack, unroll_layers
 from tensornet_moe import (
     ExpertBank,
     ExpertFFN,
     ExpertPool,
     LowRankDeltaExperts,
-    PooledExperts,
     Router,
-    SharedCoreExperts,
     SharedCoreMoE,
     TopKRouter,
 )
 from tensornet_moe.bank import check_not_negative
 from tensornet_moe.experts import with_noise
-from tensornet_moe.ffn import ACTIVATIONS
 from tensornet_moe.mixtures import (
-    SHARES,
+    SHARES_OF_MIXTURES,
     MakeBank,
-    Share,
     check_options,
-    experts_from,
     make_bank,
     make_layer,
     make_router,
@@ -58,44 +43,7 @@ from tensornet_moe.mixtures import (
 )
 from tensornet_moe.pool import BALANCES, Balance
 from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
-from tensornet_moe.stacked import resolve_shared
-
-DropoutPlace = Literal["hidden", "output", "none"]
-
-#: Maps the names of a feed-forward network's matrices, in the order (gate,) up, down, to the place of its
-#: dropout.
-FORMS: dict[tuple[str, ...], DropoutPlace] = {
-    ("wi_0", "wi_1", "wo"): "hidden",  # T5, gated
-    ("wi", "wo"): "hidden",  # T5
-    ("c_fc", "c_proj"): "output",  # GPT-2
-    ("gate_proj", "up_proj", "down_proj"): "none",  # Llama and its relatives
-    ("fc1", "fc2"): "none",  # CLIP, SigLIP, ViT; BART and its relatives
-    ("up_proj", "down_proj"): "none",
-    ("dense_h_to_4h", "dense_4h_to_h"): "none",  # GPT-NeoX, BLOOM
-    ("intermediate.dense", "output.dense"): "none",  # BERT and its relatives
-}
-_BERT = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
-_BART = ("fc1", "activation_fn", "fc2")
-#: Layer classes that contain a feed-forward network; paths of its first matrix, activation and second matrix.
-INSIDE: dict[str, tuple[str, str, str]] = {
-    "BertLayer": _BERT,
-    "RobertaLayer": _BERT,
-    "XLMRobertaLayer": _BERT,
-    "CamembertLayer": _BERT,
-    "ElectraLayer": _BERT,
-    "BartEncoderLayer": _BART,
-    "BartDecoderLayer": _BART,
-    "MBartEncoderLayer": _BART,
-    "MBartDecoderLayer": _BART,
-    "MarianEncoderLayer": _BART,
-    "MarianDecoderLayer": _BART,
-    "WhisperEncoderLayer": _BART,
-    "WhisperDecoderLayer": _BART,
-    "OPTDecoderLayer": _BART,
-    "BloomMLP": ("dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),
-}
-_ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn")
-_PROBE_TOKENS = 8
+from tensornet_moe.sharing import Share
 
 
 @dataclass(frozen=True)
@@ -119,11 +67,6 @@ class UpcycleOptions:
     `"center"` or `"base"`, a single center or base must fit the different networks of the pool. The errors
     are then large (see the report), so the model must be trained.
 
-    With `passes=`, the stack of layers runs several times, and each pass has `experts` experts of its own. By
-    default they are small changes of the dense network (`share="base"`), so the model becomes deeper, but
-    hardly larger. At the start, every pass computes the same. The model as a whole computes something else
-    than before, so it must be trained.
-
     Args:
         experts: number of experts of each network, or of each pool. A pool of `g` layers needs at least
             `g * top_k`. In Python, this can also be a function that makes the bank of one matrix, as in
@@ -133,8 +76,6 @@ class UpcycleOptions:
             center, or none in a pool). See `tensornet_moe.mixture`.
         pool: use a single pool of experts for all layers (all), or one pool for each group of N neighbouring
             layers (N).
-        passes: how often the stack of layers runs, each pass with its own experts, routers and place in a KV
-            cache; all other parameters are shared. See `tensornet_moe.unroll`.
         rank: rank of the matrix that each expert adds to a shared base (default: a sixteenth of the shorter
             side of a matrix).
         router: type of the routers: topk, switch (one expert per token) or expert_choice. `"expert_choice"`
@@ -143,6 +84,7 @@ class UpcycleOptions:
         shared_expert: number of hidden features of a new expert that processes every token (default: no such
             expert). Its output is zero at the start.
         capacity_factor: largest number of tokens of an expert, relative to an even load (default: no limit).
+            Only for encoders, since what an expert drops depends on later tokens.
             With `"expert_choice"`: average number of experts for each token (default 1).
         balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer)
             (default: pool). See `ExpertPool`.
@@ -172,9 +114,8 @@ class UpcycleOptions:
 
     experts: int | MakeBank = option(8, "experts", "integer")
     top_k: int | None = option(None, "experts", "integer")
-    share: Share | None = option(None, "experts", choices=SHARES)
+    share: Share | None = option(None, "experts", choices=SHARES_OF_MIXTURES)
     pool: Literal["all"] | int | None = option(None, "experts", "pool")
-    passes: int = option(1, "experts", "integer")
     rank: int | None = option(None, "experts", "integer")
     router: str = option("topk", "routing", "text")
     shared_expert: int | None = option(None, "experts", "integer")
@@ -193,24 +134,21 @@ class UpcycleOptions:
     router_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_size("passes", self.passes, error=ValueError)
         check_capacity(self.capacity_factor)
         check_not_negative(noise=self.noise, z_coef=self.z_coef, balance_coef=self.balance_coef or 0.0)
         for name in ("matrices", "target_modules"):
             given = getattr(self, name)
             if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
                 raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
+        named = [x.name for x in fields(self)]  # options that have an argument of their own
+        of_router = [x for x in router_kind(self.router).options if x not in named]
+        check_options([x for x in self.router_options if x not in of_router], "router_options", of_router)
         # These calls raise errors for options that are out of range, before a model is changed.
         router = self.make_router(
             1, 8 * (self.top_k or 1) if callable(self.experts) else self.experts, seed=0
         )
         if not callable(self.experts):
-            make_bank(torch.empty(0, 2**16, 2**16, device="meta"), **self._words())
-        if self.pool is not None and self.passes > 1:
-            raise ValueError(
-                f"pool={self.pool!r} and passes={self.passes} exclude each other: each pass has its own "
-                "experts, but a pool is used by several layers. Leave out one of the two."
-            )
+            make_bank(torch.empty(0, 2**16, 2**16, device="meta"), **self.bank_options)
         if self.pool is None:
             if self.balance is not None:
                 raise ValueError(
@@ -228,16 +166,13 @@ class UpcycleOptions:
                 "choose its own experts at the start."
             )
 
-    def _words(self) -> dict[str, Any]:
-        """Return the options that are arguments of `tensornet_moe.mixtures.make_bank`."""
+    @property
+    def bank_options(self) -> dict[str, Any]:
+        """Options that are arguments of `tensornet_moe.mixtures.make_bank`."""
         share = self.share
-        if callable(self.experts):
-            return {"experts": self.experts, "share": share, "rank": self.rank}
-        if share is None and self.pool is not None:
+        if share is None and self.pool is not None and not callable(self.experts):
             share = "none"
-        if share is None and self.passes > 1:
-            share = "base"
-        return {"experts": self.experts * self.passes, "share": share, "rank": self.rank}
+        return {"experts": self.experts, "share": share, "rank": self.rank}
 
     def make_router(self, num_features: int, num_experts: int, *, seed: int) -> Router:
         """Build a router in float32 on the CPU, with random weights that depend on `seed`."""
@@ -259,49 +194,6 @@ class UpcycleOptions:
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
         return router
-
-
-def MoEConfig(
-    num_experts: int = 8, *, sites: int = 5, router: str = "switch", **options: Any
-) -> UpcycleOptions:
-    """Return options of `upcycle` for experts as in the MPOE paper: each matrix is a chain of `sites` cores.
-
-    All experts share the center, which is the largest core of the chain. The bonds are not truncated, so the
-    model initially computes the same as before.
-
-    Args:
-        num_experts: number of experts of each network, or of each pool.
-        sites: number of cores of each matrix. With 1, every expert owns a dense matrix, as in Switch.
-        router: type of the routers, as in `UpcycleOptions`; the paper uses switch.
-        options: other options of `UpcycleOptions`, but not `experts`, `share` or `rank`.
-
-    Raises:
-        TypeError: one of these three options is given, or an option is unknown.
-
-    Reference:
-        Gao et al. 2022, section 4.1; the default of five cores is that of the paper.
-
-    Example:
-        >>> from transformers import AutoModelForCausalLM
-        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
-        >>> _ = th.upcycle(model, th.MoEConfig(num_experts=2, sites=3))
-        >>> model.transformer.h[0].mlp.experts.bank("c_fc").topology.core_names
-        ('0', '1', '2')
-    """
-    if chosen := sorted(options.keys() & {"experts", "share", "rank"}):
-        raise TypeError(
-            f"MoEConfig chooses {', '.join(chosen)} itself: its experts are chains of cores with a shared "
-            f"center. Set num_experts= and sites=, or pass {chosen[0]}= to upcycle without MoEConfig."
-        )
-    check_size("num_experts", num_experts, error=ValueError)
-    check_size("sites", sites, error=ValueError)
-
-    def chains(weights: Tensor) -> SharedCoreExperts:
-        topology = topology_family("mpo").build(*weights.shape[1:], sites=sites)
-        shared = resolve_shared(topology, "center" if sites > 1 else "none")
-        return experts_from(weights, num_experts, topology, shared)
-
-    return _options({"experts": chains, "router": router, **options})
 
 
 @dataclass(frozen=True)
@@ -330,7 +222,7 @@ class UpcycleReport:
 
     Args:
         layers: an entry for each network that was replaced.
-        num_experts: number of experts of each network, or of each pool; with `passes`, of all passes.
+        num_experts: number of experts of each network, or of each pool.
         across_params: number of parameters that several layers share, including those of pools.
         pools: number of pools.
 
@@ -378,211 +270,6 @@ class UpcycleReport:
         )
 
 
-# --- recognizing feed-forward networks ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Feed-forward network `W_down act(W_up x)`, or with a gate `W_down (act(W_gate x) * W_up x)`.
-
-    Args:
-        names: names of the module in the model; reports use the first name.
-        module: the module that is the network, or that contains the network.
-        paths: paths of the linear layers inside the module, in the order (gate,) up, down.
-        activation: name of the activation in `tensornet_moe.ffn.ACTIVATIONS`.
-        dropout: probability of the dropout.
-        dropout_place: place of the dropout: after the activation (`"hidden"`), on the output, or nowhere.
-        inside: None if the module is the network. Otherwise the paths of the submodules to replace: the first
-            is replaced by the mixture, the others by identities.
-    """
-
-    names: tuple[str, ...]
-    module: nn.Module
-    paths: tuple[str, ...]
-    activation: str
-    dropout: float = 0.0
-    dropout_place: DropoutPlace = "none"
-    inside: tuple[str, ...] | None = None
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Names of the network's matrices: the paths, with `_` in place of dots."""
-        return tuple(path.replace(".", "_") for path in self.paths)
-
-    def layer(self, name: str) -> nn.Module:
-        """Return the linear layer that contains the matrix with this name."""
-        return self.module.get_submodule(self.paths[self.matrices.index(name)])
-
-    def matrix(self, name: str) -> Tensor:
-        """Return the matrix of this name, shape `(out_features, in_features)`."""
-        kind = kind_of(self.layer(name))
-        assert kind is not None
-        return kind.matrix(self.layer(name)).detach()
-
-    def bias(self, name: str) -> Tensor | None:
-        """Return the bias of the layer that contains this matrix, shape `(out_features,)`, or None."""
-        return layer_bias(self.layer(name))
-
-    def replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
-        """Return the modules to put in place of the network and its parts, `{name in the model: module}`."""
-        if self.inside is None:
-            return dict.fromkeys(self.names, mixture)
-        first, *others = self.inside
-        parts = {first: mixture, **{path: DoneBefore() for path in others}}
-        return {f"{name}.{path}": part for name in self.names for path, part in parts.items()}
-
-    def compute(self, x: Tensor) -> Tensor:
-        """Compute the output of the network from its matrices; `x` and the result are `(..., features)`."""
-        first, *between, last = self.matrices
-        hidden = ACTIVATIONS[self.activation](nn.functional.linear(x, self.matrix(first), self.bias(first)))
-        for name in between:
-            hidden = hidden * nn.functional.linear(x, self.matrix(name), self.bias(name))
-        weight = self.matrix(last)  # T5 keeps this matrix in float32
-        return nn.functional.linear(hidden.to(weight.dtype), weight, self.bias(last))
-
-
-class DoneBefore(nn.Module):
-    """Identity in place of a network's activation or last matrix; a mixture replaces its first matrix.
-
-    Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the input unchanged."""
-        return x
-
-    def spec(self) -> dict[str, Any]:
-        """Return the description as a dict for JSON (see `tensornet.nn.register_module_type`)."""
-        return {"type": "done_before"}
-
-
-register_module_type("done_before", lambda spec, device, dtype: DoneBefore())
-
-
-def find_feed_forwards(
-    model: nn.Module,
-    *,
-    target_modules: Sequence[str] | None = None,
-    matrices: Sequence[str] | None = None,
-) -> list[FeedForward]:
-    """Find the feed-forward networks of a model, and check what they compute.
-
-    Args:
-        model: any model.
-        target_modules: patterns as in `CompressionConfig.target_modules`; None selects all networks that are
-            recognized.
-        matrices: names of the linear layers in the order (gate,) up, down; only needed for unusual names.
-
-    Raises:
-        TargetError: no network is found, a pattern matches no network, or a selected module computes
-            something else or is an expert of a mixture.
-    """
-    forms = FORMS if matrices is None else {tuple(matrices): FORMS.get(tuple(matrices), "output")}
-    looked_for = (
-        f"Looked for modules with linear layers {', '.join('/'.join(form) for form in forms)} and an "
-        "activation. If the layers have other names, name the module with target_modules=[...] and its "
-        'layers with matrices=("up", "down").'
-    )
-    linear = {
-        name
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if (kind := kind_of(layer)) is not None and kind.name != "embedding"
-    }
-    candidates: dict[nn.Module, tuple[list[str], tuple[str, ...]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        form = next((x for x in forms if all(f"{prefix}{path}" in linear for path in x)), None)
-        if form is not None:
-            candidates.setdefault(module, ([], form))[0].append(name)
-    known = [name for names, _ in candidates.values() for name in names]
-    for pattern in target_modules or ():
-        if not any(matches(name, pattern) for name in known):
-            raise TargetError(
-                f"Pattern {pattern!r} matches no feed-forward network. {PATTERN_RULES} {looked_for}"
-            )
-    found, refused = [], []
-    for module, (names, form) in candidates.items():
-        if target_modules is not None and not any(matches(n, p) for n in names for p in target_modules):
-            continue
-        try:
-            if "expert" in names[0].lower():
-                raise TargetError(f"{names[0]} is already an expert of a mixture")
-            found.append(_recognize(tuple(names), module, form, forms[form]))
-        except TargetError as error:
-            if target_modules is not None:
-                raise
-            refused.append(f"{names[0]} ({error})")
-    if not found:
-        tried = f" These modules were checked and refused: {'; '.join(refused[:3])}." if refused else ""
-        if mixtures := [name for name, m in model.named_modules() if isinstance(m, SharedCoreMoE)]:
-            tried += (
-                f" {len(mixtures)} networks are mixtures already; the first is "
-                f"{mixtures[0] or 'the model itself'}."
-            )
-        raise TargetError(
-            f"{type(model).__name__} has no feed-forward network that can become experts.{tried} {looked_for}"
-        )
-    return found
-
-
-@torch.no_grad()
-def _recognize(
-    names: tuple[str, ...], module: nn.Module, paths: tuple[str, ...], place: DropoutPlace
-) -> FeedForward:
-    """Return the feed-forward network in a module that has the linear layers `paths`.
-
-    Raises:
-        TargetError: the module computes something else, or experts do not support the activation.
-    """
-    inside = (
-        INSIDE.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
-    )
-    if inside is not None and (inside[0], inside[2]) == paths:
-        activation = _activation_name(module, module.get_submodule(inside[1]))
-        return FeedForward(names, module, paths, activation, inside=(paths[0], inside[1], paths[1]))
-    function = next((f for x in _ACTIVATION_NAMES if callable(f := getattr(module, x, None))), None)
-    if function is None:
-        raise TargetError(f"it has no activation named {', '.join(_ACTIVATION_NAMES)}")
-    rate = getattr(module, "dropout", 0.0)
-    rate = float(rate.p if isinstance(rate, nn.Dropout) else rate) if place != "none" else 0.0
-    network = FeedForward(names, module, paths, _activation_name(module, function), rate, place)
-    first = network.matrix(network.matrices[0])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _PROBE_TOKENS, first.shape[1], generator=generator, device="cpu").to(first)
-    with in_eval_mode(module):
-        try:
-            got = module(x)
-        except Exception as error:  # an unknown module may raise any exception
-            raise TargetError(f"it cannot be called with hidden states alone: {error}") from error
-    wanted = network.compute(x)
-    tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
-    # If an output is NaN, this condition is false and the network is accepted. The decomposition then raises
-    # an error that names the matrix.
-    if (
-        not isinstance(got, Tensor)
-        or got.shape != wanted.shape
-        or float((got - wanted).norm()) > tolerance * float(wanted.norm())
-    ):
-        raise TargetError(
-            f"{names[0]} computes more than {' and '.join(paths)} with an activation, and "
-            f"{type(module).__name__} is not a class whose network is known"
-        )
-    return network
-
-
-def _activation_name(module: nn.Module, function: Callable[[Tensor], Tensor]) -> str:
-    """Return the name of an activation function, recognized by its values on a grid."""
-    grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
-    values = function(grid)
-    for name, known in ACTIVATIONS.items():
-        if torch.allclose(values, known(grid), atol=1e-6):
-            return name
-    raise TargetError(f"its activation is not one of {', '.join(ACTIVATIONS)}")
-
-
-# --- upcycling -------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def upcycle(
     model: nn.Module,
@@ -608,16 +295,16 @@ def upcycle(
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (with or without a gate).
         config: options of the mixtures; alternatively, give `words`.
         causal: whether tokens must not depend on later tokens; this matters only for the router
-            `"expert_choice"`. By default, four kinds of models count as not causal: encoders of
-            encoder-decoder models, masked language models, image classifiers, and bare encoders of these
-            architectures.
+            `"expert_choice"` and for `capacity_factor`. By default, four kinds of models count as not causal:
+            encoders of encoder-decoder models, masked language models, image classifiers, and bare encoders
+            of these architectures.
         progress: show a progress bar.
         words: the options themselves: `experts`, `top_k`, `share`, `pool`, `router` and all others of
             `UpcycleOptions`, or arguments of a router that you registered.
 
     Raises:
-        TargetError: no feed-forward network is found, a network computes something else, or the router uses
-            later tokens and a network is or may be causal; the model is unchanged.
+        TargetError: no feed-forward network is found, a network computes something else, or the router or
+            a capacity uses later tokens and a network is or may be causal; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: a decomposition failed; the model is unchanged.
         ShapeError, ValueError: layers of different sizes cannot use the same pool, the size of a group does
             not divide the number of layers, or a pool has too few experts; the model is unchanged.
@@ -634,83 +321,65 @@ def upcycle(
         >>> print(th.upcycle(model, experts=8, pool="all"))
         4 feed-forward networks became 8 experts in 1 pool: ...
     """
-    if config is None:
-        config = _options(words)
-    elif words:
-        raise TypeError(
-            f"upcycle takes either a config or words, but got both: add {', '.join(words)} to the config."
-        )
+    config = _options(config, words)
     if not isinstance(model, nn.Module) or not isinstance(config, UpcycleOptions):
         raise TypeError(
             "upcycle takes a model and UpcycleOptions, got a "
             f"{type(model).__name__} and a {type(config).__name__}."
         )
     networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
-    if not router_kind(config.router).causal and causal is not False:
-        _refuse_causal(config, model, networks, causal)
-    groups = _groups(model, networks, config)
-    if config.passes > 1:
-        stack = find_stack(model, config.passes)
-        _check_place(model)
-        if outside := [name for x in networks for name in x.names if not name.startswith(f"{stack}.")]:
-            raise TargetError(f"passes={config.passes} repeats {stack}, but {outside[0]} is outside of it.")
+    if causal is not False:
+        _refuse_looking_ahead(config, model, networks, causal)
+    size = _group_size(model, networks, config)
+
+    # Build everything before the model is changed.
     pools: dict[str, ExpertPool] = {}
-    made: list[SharedCoreMoE] = []
-    entries = []
-    count = 0
-    for number, group in enumerate(tqdm(groups, desc="upcycling", disable=not progress, unit="layer")):
-        members = [networks[index] for index in group]
-        banks = _banks(members, config, seed=config.seed + group[0])
-        network = _experts(members, banks)
-        count = network.num_experts
-        experts: ExpertFFN | ExpertPool | PooledExperts = network
-        if config.passes > 1:
-            if count % config.passes:
-                raise ValueError(
-                    f"experts= made {count} experts, which passes={config.passes} cannot share evenly; make "
-                    "as many for each pass."
-                )
-            label = f"passes{number}"
-            pools[label] = ExpertPool(network, label=label, balance="layer")
-            experts = PooledExperts(pools[label], range(count // config.passes))
+    mixtures: list[SharedCoreMoE] = []
+    layers: list[UpcycledLayer] = []
+    for start in tqdm(range(0, len(networks), size), desc="upcycling", disable=not progress, unit="layer"):
+        group = networks[start : start + size]
+        network = _experts(group, config, seed=config.seed + start)
+        banks = [network.bank(name) for name in network.names]
+        shared = {id(p): p.numel() for bank in banks for p in bank.shared_parameters().values()}
+        experts: ExpertFFN | ExpertPool = network
         if config.pool is not None:
-            _check_number(count, len(group), config)
-            label = "pool" if len(groups) == 1 else f"pool{number}"
+            label = "pool" if size == len(networks) else f"pool{start // size}"
             pools[label] = experts = ExpertPool(network, label=label, balance=config.balance or "pool")
-        shared = {id(p): p.numel() for bank in banks.values() for p in bank.shared_parameters().values()}
-        for place, index in enumerate(group):
-            mixture = _mixture(networks[index], experts, config, seed=config.seed + index)
+        for place, dense in enumerate(group):
+            mixture = _mixture(dense, experts, config, seed=config.seed + start + place)
             if config.pool is not None:
-                _choose_own(mixture.router, place, len(group))
-            made.append(mixture)
-            layers = [networks[index].layer(name) for name in banks]
-            entries.append(
+                _choose_own(mixture.router, place, size)
+            mixtures.append(mixture)
+            layers.append(
                 UpcycledLayer(
-                    name=networks[index].names[0],
-                    dense_params=sum(p.numel() for layer in layers for p in layer.parameters()),
-                    params=sum(p.numel() for p in mixture.parameters())
-                    + (config.passes - 1) * sum(p.numel() for p in mixture.router.parameters()),
+                    name=dense.names[0],
+                    dense_params=dense.num_params,
+                    params=sum(p.numel() for p in mixture.parameters()),
                     shared_params=sum(shared.values()),
-                    error=max(getattr(bank, "error", None) or 0.0 for bank in banks.values()),
+                    error=max(getattr(bank, "error", None) or 0.0 for bank in banks),
                 )
             )
+
     put_pools(model, pools)
-    for dense, mixture in zip(networks, made, strict=True):
+    for dense, mixture in zip(networks, mixtures, strict=True):
         for name, part in dense.replacements(mixture).items():
-            if dense.inside is None:  # else the hooks belong to one linear layer, not to the network
+            if dense.inside is None:  # otherwise the hooks belong to one linear layer, not to the network
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
-    if config.passes > 1:
-        assert isinstance(model, PreTrainedModel)  # as `find_stack` checks
-        unroll_layers(model, stack, config.passes)
     join_aux_losses(model)
     structure_changed(model)
     across = sum(p.numel() for pool in pools.values() for p in pool.parameters())
-    return UpcycleReport(tuple(entries), count, across, len(pools))
+    return UpcycleReport(tuple(layers), network.num_experts, across, len(pools))
 
 
-def _options(words: Mapping[str, Any]) -> UpcycleOptions:
-    """Build `UpcycleOptions` from keyword arguments; all other arguments must be those of the router."""
+def _options(config: UpcycleOptions | None, words: Mapping[str, Any]) -> UpcycleOptions:
+    """Return the options, or build them from keyword arguments; unknown ones must be those of the router."""
+    if config is not None:
+        if words:
+            raise TypeError(
+                f"upcycle takes either a config or words, but got both: add {', '.join(words)} to the config."
+            )
+        return config
     known = [field.name for field in fields(UpcycleOptions)]
     own = {name: value for name, value in words.items() if name not in known}
     options = UpcycleOptions(**{name: value for name, value in words.items() if name in known})
@@ -719,8 +388,8 @@ def _options(words: Mapping[str, Any]) -> UpcycleOptions:
     return replace(options, router_options={**options.router_options, **own})
 
 
-def _groups(model: nn.Module, networks: Sequence[FeedForward], config: UpcycleOptions) -> list[list[int]]:
-    """Group the indices of networks by the pool that they use; without pools each network is a group.
+def _group_size(model: nn.Module, networks: Sequence[FeedForward], config: UpcycleOptions) -> int:
+    """Return the number of neighbouring networks that use the same experts; 1 without pools.
 
     Raises:
         ValueError: the size of a group does not divide the number of networks.
@@ -728,7 +397,7 @@ def _groups(model: nn.Module, networks: Sequence[FeedForward], config: UpcycleOp
         TargetError: the model cannot own pools, or networks of a group are on different devices.
     """
     if config.pool is None:
-        return [[index] for index in range(len(networks))]
+        return 1
     size = len(networks) if config.pool == "all" else int(config.pool)
     if len(networks) < 2:
         raise ValueError(
@@ -739,7 +408,17 @@ def _groups(model: nn.Module, networks: Sequence[FeedForward], config: UpcycleOp
         raise ValueError(
             f"pool={size} does not divide the {len(networks)} layers; choose one of {', '.join(divisors)}."
         )
-    _check_place(model)
+    place = model.base_model if isinstance(model, PreTrainedModel) else model
+    if hasattr(place, POOLS):
+        raise TargetError(
+            "Layers of this model already use a pool of experts. Upcycle all layers that are to use pools in "
+            "a single call, with target_modules=[...]."
+        )
+    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise TargetError(
+            f"pool= adds a submodule for the experts, but a {type(place).__name__} would treat it as a "
+            "layer. Put the container into a module of its own, and upcycle this module."
+        )
     for index, network in enumerate(networks):
         first = networks[index - index % size]
         have, want = _function_of(network), _function_of(first)
@@ -754,22 +433,7 @@ def _groups(model: nn.Module, networks: Sequence[FeedForward], config: UpcycleOp
                 f"The experts of a pool are on a single device, but {first.names[0]} and {network.names[0]} "
                 f"are on {', '.join(sorted(devices))}. Move the model to one device, or leave out pool=."
             )
-    return [list(range(k, k + size)) for k in range(0, len(networks), size)]
-
-
-def _check_place(model: nn.Module) -> None:
-    """Raise TargetError if pools cannot be added to a model."""
-    place = model.base_model if isinstance(model, PreTrainedModel) else model
-    if hasattr(place, POOLS):
-        raise TargetError(
-            "Layers of this model already use a pool of experts. Upcycle all layers that are to use pools in "
-            "a single call, with target_modules=[...]."
-        )
-    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise TargetError(
-            f"pool= adds a submodule for the experts, but a {type(place).__name__} would treat it as a "
-            "layer. Put the container into a module of its own, and upcycle this module."
-        )
+    return size
 
 
 def _function_of(network: FeedForward) -> dict[str, object]:
@@ -779,38 +443,35 @@ def _function_of(network: FeedForward) -> dict[str, object]:
     return {"(out, in)": shapes, "activation": network.activation, "dropout": dropout}
 
 
-def _check_number(experts: int, layers: int, config: UpcycleOptions) -> None:
-    """Raise ValueError unless the pool has at least `top_k` experts for each layer.
-
-    Every layer starts with `top_k` experts that no other layer uses.
-    """
-    router = config.make_router(1, experts, seed=0)
-    assert isinstance(router, TopKRouter)  # as `UpcycleOptions` checks for pools
-    top_k = router.top_k
-    if experts < layers * top_k:
-        raise ValueError(
-            f"experts={experts} is too small for a pool of {layers} layers with top_k={top_k}: each layer "
-            f"starts with top_k experts of its own, so at least {layers * top_k} are needed. Give more "
-            "experts, or choose smaller groups, such as pool=2."
-        )
-
-
 def _choose_own(router: Router, place: int, layers: int) -> None:
     """Make a router choose its layer's own experts for every token: the experts with `e % layers == place`.
 
     All other experts get equal probabilities, at most `1 / (number of other experts)`. The router adds a
     bias to each probability. For the layer's own experts this bias alone exceeds that limit.
+
+    Raises:
+        ValueError: the pool has fewer than `top_k` experts for each layer.
     """
+    assert isinstance(router, TopKRouter)  # as `UpcycleOptions` checks for pools
+    assert router.bias_steps is not None
+    if router.num_experts < layers * router.top_k:
+        raise ValueError(
+            f"experts={router.num_experts} is too small for a pool of {layers} layers with top_k="
+            f"{router.top_k}: each layer starts with top_k experts of its own, so at least "
+            f"{layers * router.top_k} are needed. Give more experts, or choose smaller groups, such as "
+            "pool=2."
+        )
     own = torch.arange(router.num_experts, device=router.weight.device) % layers == place
     router.weight[~own] = 0
-    assert router.bias_steps is not None
     router.bias_steps[own] = math.ceil(1 / (int((~own).sum()) * router.bias_rate)) + 1
 
 
-def _refuse_causal(
+def _refuse_looking_ahead(
     config: UpcycleOptions, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
-    """Raise TargetError if a router that uses later tokens would be in a network that may be causal."""
+    """Raise TargetError if a router or a capacity that uses later tokens would be in a causal network."""
+    if router_kind(config.router).causal and config.capacity_factor is None:
+        return
     found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
@@ -822,60 +483,59 @@ def _refuse_causal(
     if not found:
         return
     others = [network.names[0] for network in networks if network not in found]
+    if not router_kind(config.router).causal:
+        what, instead = f"router={config.router!r} looks", 'Use router="switch" or "topk".'
+    else:
+        what = f"capacity_factor={config.capacity_factor!r} looks"
+        instead = "Leave out capacity_factor=, so that no token is dropped."
     rest = (
-        f" The other {len(others)} networks, such as {others[0]}, can use this router: select them with "
+        f" The other {len(others)} networks, such as {others[0]}, can use it: select them with "
         "target_modules=."
         if others
         else f" If every token of this {type(model).__name__} may depend on all others, set causal=False."
     )
     raise TargetError(
-        f"router={config.router!r} looks at later tokens, but {len(found)} of {len(networks)} feed-forward "
+        f"{what} at later tokens, but {len(found)} of {len(networks)} feed-forward "
         f"networks are not known to be in an encoder (the first is {found[0].names[0]}), so training could "
-        f'leak the tokens to be predicted. Use router="switch" or "topk".{rest}'
+        f"leak the tokens to be predicted. {instead}{rest}"
     )
 
 
-def _banks(members: Sequence[FeedForward], config: UpcycleOptions, *, seed: int) -> dict[str, ExpertBank]:
-    """Build the expert bank of each matrix; expert `e` starts as the matrix of `members[e % len(members)]`.
+def _experts(group: Sequence[FeedForward], config: UpcycleOptions, *, seed: int) -> ExpertFFN:
+    """Build experts; expert `e` starts as the network `group[e % len(group)]`.
 
     Raises:
         ValueError: noise is requested for low-rank deltas, which start at zero.
     """
-    names = " to ".join(dict.fromkeys((members[0].names[0], members[-1].names[0])))
+    first = group[0]
     banks: dict[str, ExpertBank] = {}
-    for position, name in enumerate(members[0].matrices):
-        weights = [network.matrix(name) for network in members]
-        with _errors_name(f"{names}.{name}"):
-            bank = make_bank(
-                torch.stack([w.to(weights[0]) for w in weights]), **config._words(), seed=3 * seed + position
-            )
+    for position, name in enumerate(first.matrices):
+        weights = [network.matrix(name) for network in group]
+        stack = torch.stack([w.to(weights[0]) for w in weights])
+        try:
+            bank = make_bank(stack, **config.bank_options, seed=3 * seed + position)
+        except (BudgetError, NonFiniteError, ShapeError, TopologyError) as error:
+            names = " to ".join(dict.fromkeys((first.names[0], group[-1].names[0])))
+            raise type(error)(f"{names}.{name}: {error}") from error
         if config.noise:
             if isinstance(bank, LowRankDeltaExperts):
                 raise ValueError(
                     f"noise={config.noise} is added to private cores, but deltas start at zero: leave out "
                     "noise=."
                 )
-            shared = {id(p) for p in bank.shared_parameters().values()}
             generator = torch.Generator().manual_seed(3 * seed + position)
-            for parameter in bank.parameters():
-                if id(parameter) not in shared:
-                    parameter.copy_(with_noise(parameter, config.noise, generator))
+            for tensor in bank.private_tensors():
+                tensor.copy_(with_noise(tensor, config.noise, generator))
         banks[name] = bank.requires_grad_(True)
-    return banks
-
-
-def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank]) -> ExpertFFN:
-    """Build experts from their banks, and give expert `e` the biases of `members[e % len(members)]`."""
-    first = members[0]
-    weight = first.matrix(first.matrices[0])
-    biases = {name: [network.bias(name) for network in members] for name in first.matrices}
+    like = first.matrix(first.matrices[0])
+    biases = {name: [network.bias(name) for network in group] for name in first.matrices}
     experts = ExpertFFN(
         banks,
         activation=first.activation,
         bias=any(bias is not None for each in biases.values() for bias in each),
         dropout=first.dropout if first.dropout_place == "hidden" else 0.0,
-        device=weight.device,
-        dtype=weight.dtype,
+        device=like.device,
+        dtype=like.dtype,
     )
     for name, each in biases.items():
         for expert in range(experts.num_experts):
@@ -886,7 +546,7 @@ def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank]) ->
 
 def _mixture(
     network: FeedForward,
-    experts: ExpertFFN | ExpertPool | PooledExperts,
+    experts: ExpertFFN | ExpertPool,
     config: UpcycleOptions,
     *,
     seed: int,
@@ -916,11 +576,3 @@ def _mixture(
         z_coef=config.z_coef,
         dropout=network.dropout if network.dropout_place == "output" else 0.0,
     )
-
-
-@contextmanager
-def _errors_name(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (BudgetError, NonFiniteError, ShapeError, TopologyError) as error:
-        raise type(error)(f"{what}: {error}") from error

@@ -6,13 +6,11 @@ from tensornet_moe.bank import ExpertBank
 from tensornet_moe.costs import ModelCosts, describe
 from tensornet_moe.expert_compression import ExpertsReport, compress_experts
 from tensornet_moe.experts import SharedCoreExperts
-from tensornet_moe.experts_on_disk import BytesRead, ExpertCache, bytes_read, cache_experts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancing_loss, router_z_loss
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.mixtures import mixture
-from tensornet_moe.passes import unroll
 from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.rates import parameter_groups
 from tensornet_moe.routers import (
@@ -26,9 +24,7 @@ from tensornet_moe.routers import (
 from tensornet_moe.specialist_layers import SpecialistLinear, Specialists, change_form, specialists
 
 __all__ = [
-    "BytesRead",
     "ExpertBank",
-    "ExpertCache",
     "ExpertChoiceRouter",
     "ExpertFFN",
     "ExpertPool",
@@ -45,8 +41,6 @@ __all__ = [
     "Specialists",
     "SwitchRouter",
     "TopKRouter",
-    "bytes_read",
-    "cache_experts",
     "change_form",
     "collect_aux_losses",
     "compress_experts",
@@ -60,6 +54,5 @@ __all__ = [
     "router_z_loss",
     "shared_parameters",
     "specialists",
-    "unroll",
     "update_biases",
 ]

@@ -101,14 +101,6 @@ class ExpertBank(nn.Module, ABC):
             return grouped_linear(x, matrices, groups)
         return looped_linear(x, matrices, groups) if selected else rows_linear(x, matrices, groups)
 
-    def apply_expert(self, x: Tensor, expert: int) -> Tensor:
-        """Multiply rows `x: (rows, in_features)` by the matrix of one expert.
-
-        This reads the private tensors of no other expert. Override this method if the result can be computed
-        without building the matrix.
-        """
-        return nn.functional.linear(x, self.expert_matrices([expert])[0].to(x.dtype))
-
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return every tensor that the matrices are built from."""
         return tuple(self.parameters())

@@ -1,14 +1,12 @@
 """Count the parameters, bytes and multiply-adds of models with mixtures of experts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from tensornet._util import check_size
-from tensornet.calibration.batches import BatchLike
 from tensornet.contraction.plan import plan_matrix
 from tensornet.errors import TargetError
 from tensornet.nn import MPOEmbedding
@@ -19,7 +17,6 @@ from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
-from tensornet_moe.experts_on_disk import BytesRead, banks_of, bytes_read, expert_bytes
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.pool import PooledExperts, find_pools
@@ -54,7 +51,6 @@ class ModelCosts:
         uncounted: names of weights with more than two dimensions; their multiply-adds are not counted.
         specialists: bytes of what specialists share (`"shared"`), of each specialist, and of a new one
             (`"next"`); empty without specialists.
-        read: bytes that are read from disk for each token; None unless `resident="shared"`.
 
     Example:
         >>> costs = tm.describe(torch.nn.Linear(64, 32))
@@ -67,7 +63,6 @@ class ModelCosts:
     tokens: int
     uncounted: tuple[str, ...]
     specialists: dict[str, int] = field(default_factory=dict)
-    read: BytesRead | None = None
 
     @property
     def total(self) -> Cost:
@@ -88,8 +83,6 @@ class ModelCosts:
         if self.specialists:
             sizes = ", ".join(f"{name} {size:,}" for name, size in self.specialists.items())
             lines.append(f"bytes of specialists: {sizes}")
-        if self.read is not None:
-            lines.append(f"experts on disk: {self.read}")
         if self.uncounted:
             lines.append("arithmetic not counted: " + ", ".join(self.uncounted))
         return "\n".join(lines)
@@ -100,9 +93,6 @@ def describe(
     *,
     tokens: int = 2048,
     formats: Sequence[str] = ("float", "bf16", "int8", "int4"),
-    resident: Literal["all", "shared"] = "all",
-    batches: Iterable[BatchLike] | None = None,
-    cache_bytes: int = 0,
 ) -> ModelCosts:
     """Count parameters, bytes and multiply-adds of a model, to compare models of equal size or speed.
 
@@ -119,24 +109,18 @@ def describe(
       stored in one number format, scales included. Everything else keeps its current size: norms, biases,
       routers, low-rank deltas, specialists and layers that are already compressed.
     - Specialists: a token uses one specialist, with all shared cores.
-    - Bytes read: with `resident="shared"`, the private tensors of experts are on disk (see `cache_experts`),
-      and a token reads those of its experts. With `batches`, experts are those that the routers choose for a
-      real text, and a cache of `cache_bytes` serves some of them (see `bytes_read`).
 
     Args:
         model: any model, usually with mixtures.
         tokens: number of tokens in a forward pass; they share the cost of building matrices.
         formats: names of number formats (see `tensornet.quantization.NumberFormat`); `"float"` is the dtype
             of the model.
-        resident: what stays in memory: `"all"`, or `"shared"` for all but the private tensors of experts.
-        batches: text for `resident="shared"`, as for `tensornet.calibrate`.
-        cache_bytes: size of the cache of matrices for `batches`.
 
     Returns:
         The costs; `print` shows them.
 
     Raises:
-        ValueError: `tokens` is below 1, `resident` is unknown, or `batches` or `cache_bytes` have no effect.
+        ValueError: `tokens` is below 1.
         FormatError: an unknown number format.
         TargetError: experts are spread over processes; a router does not say how many experts a token gets,
             and its mixture has not run; or a pool is missing from the model or contained
@@ -156,12 +140,6 @@ def describe(
         bytes: now 803,328, float 803,328, bf16 410,112, int8 219,648, int4 121,344
     """
     check_size("tokens", tokens, error=ValueError)
-    if resident not in ("all", "shared"):
-        raise ValueError(f"resident must be 'all' or 'shared', got {resident!r}.")
-    if batches is None if cache_bytes else batches is not None and resident == "all":
-        raise ValueError(
-            "cache_bytes needs batches, the text whose routing is counted; batches need resident='shared'."
-        )
     find_pools(model)
     parts = {name: Cost() for name in ("embeddings", "experts", "routers", "other")}
     rooms: dict[int, str] = {}
@@ -218,15 +196,7 @@ def describe(
                 uncounted.append(f"{name}.{key}".lstrip("."))
 
     specialists = Specialists(model).bytes() if "specialists" in parts else {}
-    read = None
-    if batches is not None:
-        read = bytes_read(model, batches, cache_bytes=cache_bytes)
-    elif resident == "shared":
-        layers = [(name, x) for name, x in model.named_modules() if isinstance(x, SharedCoreMoE)]
-        banks = [bank for _, layer in layers for bank in banks_of(layer)]
-        each = (_per_token(name, x) * sum(map(expert_bytes, banks_of(x))) for name, x in layers)
-        read = BytesRead.of(model, banks, sum(each), 0.0)
-    return ModelCosts(parts, _bytes(model, formats), tokens, tuple(uncounted), specialists, read)
+    return ModelCosts(parts, _bytes(model, formats), tokens, tuple(uncounted), specialists)
 
 
 def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:

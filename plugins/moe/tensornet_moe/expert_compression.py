@@ -57,7 +57,7 @@ class SharedStack:
 
     Args:
         names: names of the experts' layers.
-        pattern: `"inputs"`, `"outputs"` or `"base"`.
+        pattern: `"in"`, `"out"` or `"base"`.
         topology: network of one expert.
         storage: number formats of the cores of this network.
         params_before, params_after: number of parameters of all experts; the shared core counts once.

@@ -43,7 +43,8 @@ from tensornet_moe.bank import ExpertBank, check_not_negative, check_weights
 from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, stack_error
 from tensornet_moe.prepared import PreparedExperts
-from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
+from tensornet_moe.sharing import shared_cores
+from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack
 
 #: On CPUs, matrices with at least this many elements are built and used one at a time, so that each stays in
 #: the cache and its memory is reused for the next one.
@@ -65,7 +66,7 @@ class SharedCoreExperts(ExpertBank):
         topology: one topology for all experts, or a sequence with one topology for each expert. These may
             differ only in their bonds.
         num_experts: number of experts.
-        shared: shared cores: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, or core names.
+        share: what the experts share: a word of `tensornet_moe.sharing`, or names of cores.
         storage: number formats of the cores; see `quantize`.
         device, dtype: device and dtype of the cores.
 
@@ -73,7 +74,7 @@ class SharedCoreExperts(ExpertBank):
 
     Raises:
         TopologyError: unknown cores, or topologies that differ in more than their bonds.
-        ValueError: `num_experts` is below 1 or is not the number of topologies.
+        ValueError: an unknown word, or `num_experts` is below 1 or is not the number of topologies.
 
     Reference:
         Gao et al. 2022, "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language
@@ -96,7 +97,7 @@ class SharedCoreExperts(ExpertBank):
         topology: Topology | Sequence[Topology],
         num_experts: int,
         *,
-        shared: str | Sequence[str] = "center",
+        share: str | Sequence[str] = "center",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -106,7 +107,7 @@ class SharedCoreExperts(ExpertBank):
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
         self.topology, self.topologies = enclosing, topologies
-        self.shared = resolve_shared(enclosing, shared)
+        self.shared = shared_cores(enclosing, share)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
         self.strategy: Strategy = "auto"
         self.machine: Machine | None = None
@@ -128,7 +129,7 @@ class SharedCoreExperts(ExpertBank):
         *,
         num_experts: int,
         topology: Topology | Sequence[Topology] | str | TopologyFamily = "mpo",
-        shared: str | Sequence[str] = "center",
+        share: str | Sequence[str] = "center",
         noise: float = 0.0,
         seed: int = 0,
         max_bond: int | None = None,
@@ -146,7 +147,7 @@ class SharedCoreExperts(ExpertBank):
             topology: a topology, a sequence with one for each expert, or a family's name. An expert with
                 smaller bonds gets the leading part of each core; in chains, this part belongs to the largest
                 singular values.
-            shared: the cores to share.
+            share: what the experts share; see `tensornet_moe.sharing`.
             noise: standard deviation of Gaussian noise on each private core, relative to the root mean square
                 of the core. It breaks the symmetry between experts (our addition to Gao et al.).
             seed: seed of the noise, which is the same on every device.
@@ -174,7 +175,7 @@ class SharedCoreExperts(ExpertBank):
             topologies = _one_for_each(topology, num_experts)
             result = decompose(weight, enclosing_topology(topologies))
         network, error = result.network, result.error
-        names = resolve_shared(network.topology, shared)
+        names = shared_cores(network.topology, share)
         generator = torch.Generator().manual_seed(seed)
         cores: dict[str, Tensor | Sequence[Tensor]] = {}
         for name, core in zip(network.topology.core_names, network.cores, strict=True):
@@ -194,7 +195,7 @@ class SharedCoreExperts(ExpertBank):
         weights: Tensor,
         *,
         topology: Topology | str | TopologyFamily = "mpo",
-        shared: str | Sequence[str] = "center",
+        share: str | Sequence[str] = "center",
         max_bond: int | None = None,
         max_sweeps: int = 30,
         **options: Any,
@@ -207,7 +208,7 @@ class SharedCoreExperts(ExpertBank):
         Args:
             weights: shape `(num_experts, out, in)`.
             topology: an explicit topology, or a family's name.
-            shared: the cores to share.
+            share: what the experts share; see `tensornet_moe.sharing`.
             max_bond: cap on the bonds, if `topology` is a name.
             max_sweeps: largest number of sweeps of alternating least squares.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
@@ -224,7 +225,7 @@ class SharedCoreExperts(ExpertBank):
         if isinstance(topology, str | TopologyFamily):
             rows, columns = weights.shape[1:]
             topology = topology_family(topology).build(rows, columns, max_bond=max_bond, **options)
-        fit = fit_jointly(weights, topology, resolve_shared(topology, shared), max_sweeps=max_sweeps)
+        fit = fit_jointly(weights, topology, shared_cores(topology, share), max_sweeps=max_sweeps)
         bank = cls._from_cores(fit.topologies, fit.shared, fit.cores, fit.error, weights.dtype)
         bank.fit = fit
         return bank
@@ -239,7 +240,7 @@ class SharedCoreExperts(ExpertBank):
         dtype: torch.dtype,
     ) -> "SharedCoreExperts":
         """Build a bank from its cores; a private core is `(E, *shape)` or a list of `E` tensors."""
-        bank = cls(topologies, len(topologies), shared=shared, device="meta")
+        bank = cls(topologies, len(topologies), share=shared, device="meta")
         for name, core in cores.items():
             pieces = [core] if isinstance(core, Tensor) else list(core)
             pieces = [piece.detach().to(dtype).contiguous() for piece in pieces]
@@ -273,7 +274,7 @@ class SharedCoreExperts(ExpertBank):
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Multiply rows by their experts' matrices, or core by core if predicted faster; see `ExpertBank`."""
         if len(self.shared) == len(self.topology.cores):
-            return self.apply_expert(x, 0)
+            return self._apply_common(x)
         if groups.active is None or groups.sizes is None:  # sizes are unknown in compiled code
             return super().apply_rows(x, groups)
         rows = len(x) // len(groups.active)
@@ -301,15 +302,13 @@ class SharedCoreExperts(ExpertBank):
             ]
         )
 
-    def apply_expert(self, x: Tensor, expert: int) -> Tensor:
-        """Multiply rows by one expert's matrix, or core by core if predicted faster; see `ExpertBank`."""
+    def _apply_common(self, x: Tensor) -> Tensor:
+        """Multiply rows by the only matrix of a bank whose experts share all cores."""
         # The route cannot depend on the number of rows in compiled code, where this number is not a constant.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route == RECONSTRUCT:
-            return super().apply_expert(x, expert)
-        cores = self.cores(self.check_experts([expert])).items()
-        own = [core if name in self.shared else core[0] for name, core in cores]
-        return contract_with_input(plan_operator(self.topology), own, x, route=route)
+            return nn.functional.linear(x, self.expert_matrices([0])[0].to(x.dtype))
+        return contract_with_input(plan_operator(self.topology), list(self.cores().values()), x, route=route)
 
     def _apply_one(self, x: Tensor, cores: Sequence[Tensor], *, built_again: bool) -> Tensor:
         """Multiply rows by the matrix of one expert; if `built_again`, rebuild it in the backward pass."""
@@ -518,7 +517,7 @@ def _build(
     return SharedCoreExperts(
         topologies[0] if len(topologies) == 1 else topologies,
         spec["num_experts"],
-        shared=spec["shared"],
+        share=spec["shared"],
         storage=Storage.from_dict(spec.get("storage", {})),
         device=device,
         dtype=dtype,

@@ -1,6 +1,6 @@
 """Mixture-of-experts layer: a router, experts, and the auxiliary losses of the last forward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -88,7 +88,8 @@ class SharedCoreMoE(nn.Module):
             to the routed ones (DeepSeekMoE, Dai et al. 2024, section 3.2).
         capacity_factor: None keeps every choice (dropless). With a number, each expert drops the choices
             beyond the first `ceil(capacity_factor * k * tokens / E)` (see `limit_capacity`). The output of a
-            token without remaining choices is 0, so that only the residual connection remains.
+            token without remaining choices is 0, so that only the residual connection remains. A capacity
+            makes outputs depend on later tokens and on other rows of the batch, so it is for encoders.
         balance_coef: weight of `load_balancing_loss`.
         z_coef: weight of `router_z_loss`.
         dropout: dropout probability of the result, in training.
@@ -132,12 +133,7 @@ class SharedCoreMoE(nn.Module):
             check_type("experts", experts, ExpertFFN, "build one from 2 or 3 banks, or pass an ExpertPool")
         if shared_expert is not None:
             check_type("shared_expert", shared_expert, ExpertFFN, "build one from banks with one expert each")
-        have, want = (router.num_experts, router.num_features), (experts.num_experts, experts.in_features)
-        if have != want:
-            raise ShapeError(
-                f"The router is for {have[0]} experts and tokens of size {have[1]}, the experts are "
-                f"{want[0]} for tokens of size {want[1]}."
-            )
+        _check_router(router, experts)
         _check_shared_expert(shared_expert, experts)
         check_capacity(capacity_factor)
         check_not_negative(balance_coef=balance_coef, z_coef=z_coef)
@@ -149,8 +145,6 @@ class SharedCoreMoE(nn.Module):
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
-        #: Function that sends tokens to their experts; it may be replaced by one with the same arguments.
-        self.dispatch: Callable[..., Tensor] = dispatch
         #: Number of times each expert was chosen since the last `update_biases`, shape `(E,)`.
         self.assigned: Tensor | None = None
 
@@ -175,7 +169,8 @@ class SharedCoreMoE(nn.Module):
 
         Raises:
             NonFiniteError: the router logits of a real token are NaN or infinite.
-            ShapeError: the mask has another shape than the tokens.
+            ShapeError: the mask has another shape than the tokens, or the router was replaced by one of
+                another size.
         """
         if mask is None and self.token_mask is not None:
             # The model may have reshaped its tokens, but their order is the same.
@@ -186,12 +181,13 @@ class SharedCoreMoE(nn.Module):
                 raise ShapeError(f"The mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:-1])}.")
             mask = mask.reshape(-1).to(x.device, torch.bool)  # the mask may be on another device
         flat = x.reshape(-1, x.shape[-1])
+        _check_router(self.router, self.experts)  # both may have been replaced
         chosen = routing = self.router(flat, mask)
         if self.capacity_factor is not None:
             routing = limit_capacity(chosen, self.capacity_factor)
         if not is_exporting():  # exported programs return only outputs
             self._remember(chosen, routing)
-        y = self.dispatch(flat, routing, self.experts)
+        y = dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat, one_group(flat))
         y = nn.functional.dropout(y, self.dropout, self.training)
@@ -250,6 +246,15 @@ def _build(
 
 
 register_module_type("shared_core_moe", _build)
+
+
+def _check_router(router: Router, experts: ExpertFFN | PooledExperts) -> None:
+    have, want = (router.num_experts, router.num_features), (experts.num_experts, experts.in_features)
+    if have != want:
+        raise ShapeError(
+            f"The router is for {have[0]} experts and tokens of size {have[1]}, the experts are {want[0]} "
+            f"for tokens of size {want[1]}. Build it with num_experts={want[0]} and num_features={want[1]}."
+        )
 
 
 def _check_shared_expert(shared_expert: ExpertFFN | None, experts: ExpertFFN | PooledExperts) -> None:

@@ -79,7 +79,7 @@ class LowRankDeltaExperts(ExpertBank):
         num_experts: int,
         rank: int,
         topology: Topology | str | TopologyFamily = "dense",
-        shared: str | Sequence[str] = "all",
+        share: str | Sequence[str] = "base",
         seed: int = 0,
         **options: Any,
     ) -> "LowRankDeltaExperts":
@@ -90,7 +90,7 @@ class LowRankDeltaExperts(ExpertBank):
             num_experts: number of experts.
             rank: rank of the deltas.
             topology: topology of the base; `"dense"` keeps the matrix itself.
-            shared: cores of the base that all experts share.
+            share: what the experts share of the base: all of it, or less (see `tensornet_moe.sharing`).
             seed: seed of the random right factors, which are the same on every device.
             options: further options of `SharedCoreExperts.from_dense`, for example `out_dims=`, `max_bond=`.
 
@@ -98,7 +98,7 @@ class LowRankDeltaExperts(ExpertBank):
             TopologyError, BudgetError, NonFiniteError: from the decomposition of the base.
         """
         base = SharedCoreExperts.from_dense(
-            weight, num_experts=num_experts, topology=topology, shared=shared, seed=seed, **options
+            weight, num_experts=num_experts, topology=topology, share=share, seed=seed, **options
         )
         bank = cls(base, rank, device=weight.device, dtype=weight.dtype)
         generator = torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ class LowRankDeltaExperts(ExpertBank):
         count, rows, columns = weights.shape
         where: dict[str, Any] = {"device": weights.device, "dtype": weights.dtype}
         topology = dense(out_features=rows, in_features=columns)
-        base = SharedCoreExperts(topology, count, shared="all", **where)
+        base = SharedCoreExperts(topology, count, share="base", **where)
         bank = cls(base, rank, **where)
         scale = safe_scale(weights)  # so that squares neither overflow nor underflow
         target = weights.detach().to(working_dtype(weights.dtype)) / scale

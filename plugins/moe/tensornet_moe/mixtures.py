@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from tensornet._util import check_size, check_type
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
-from tensornet.topologies import dense, mpo
+from tensornet.topologies import dense
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
@@ -20,15 +21,13 @@ from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.routers import Combine, Router, TopKRouter, router_kind
+from tensornet_moe.sharing import Share, center_chain, check_share
 
-Share = Literal["center", "none", "base"]
-SHARES = ("center", "none", "base")
+#: The words of `tensornet_moe.sharing` for the matrices of new experts.
+SHARES_OF_MIXTURES = ("none", "center", "base")
 #: Function that builds a bank of experts which start as the given matrices, shape `(networks, out, in)`.
 MakeBank = Callable[[Tensor], ExpertBank]
 
-#: Largest leg (mode size) of the first and last core of a chain in `mixture`. With 64, rebuilding a matrix
-#: costs at most as much as multiplying `64 + 64` tokens by it.
-_LONGEST_END = 64
 #: By default the rank of deltas is the shorter side of the matrix divided by this number.
 _SIDE_PER_RANK = 16
 #: Largest number of sweeps of alternating least squares when a shared core is fitted to several matrices.
@@ -93,8 +92,8 @@ def mixture(
             `register_router`.
         shared_expert: number of hidden features of an expert that processes every token, in addition to the
             experts that the router chooses; no such expert if absent.
-        capacity_factor: slots of each expert relative to an even load; no limit if absent. See
-            `SharedCoreMoE`. With `"expert_choice"`: mean number of experts for each token; 1 if absent.
+        capacity_factor: slots of each expert relative to an even load; no limit if absent. Only for encoders:
+            see `SharedCoreMoE`. With `"expert_choice"`: mean number of experts for each token; 1 if absent.
         balance_coef: weight of the balancing loss. If absent: 0 if the load is balanced by biases
             (`bias_rate`) or by the router itself (`"expert_choice"`), otherwise 0.01.
         z_coef: weight of the router z-loss; see `router_z_loss`.
@@ -135,6 +134,10 @@ def mixture(
         (16, 2)
     """
     where: dict[str, Any] = {"device": device, "dtype": dtype}
+    if isinstance(router, str):
+        of_router = router_kind(router).options
+        known = [name for name in signature(mixture).parameters if name != "router_options"]
+        check_options([x for x in router_options if x not in of_router], "mixture", [*known, *of_router])
     if pool is not None:
         own = pool.experts
         have = {
@@ -264,8 +267,7 @@ def make_bank(
         return bank
     experts, share = 8 if experts is None else experts, share or "center"
     check_size("experts", experts, error=ValueError)
-    if share not in SHARES:
-        raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARES)}.")
+    check_share(share, SHARES_OF_MIXTURES, instead="For other networks, pass a function as experts=.")
     if rank is not None and share != "base":
         raise ValueError(f'rank= is the rank of the deltas of share="base", got share={share!r}.')
     whole = dense(out_features=rows, in_features=columns)
@@ -280,25 +282,8 @@ def make_bank(
             return LowRankDeltaExperts.from_dense(weights[0], num_experts=experts, rank=rank, seed=seed)
         base = experts_from(weights, experts, whole, whole.core_names)
         return LowRankDeltaExperts(base, rank, device=weights.device, dtype=weights.dtype)
-    # The first core has a leg only for rows, and the last core only for columns. Cores with legs for both
-    # train equally well. But a matrix that is built from them must be copied to bring its rows and columns
-    # into order, which makes a training step a third slower.
-    first, last = end_leg(rows), end_leg(columns)
-    if first == 1 or last == 1:
-        raise ShapeError(
-            f"Matrices of shape {rows} x {columns} have no legs for a shared center: each side needs a "
-            f"factor in 2..{_LONGEST_END}. Choose sizes with small factors, or share='base'."
-        )
-    chain = mpo(out_dims=(first, rows // first, 1), in_dims=(1, columns // last, last))
+    chain = center_chain(rows, columns)
     return experts_from(weights, experts, chain, ("1",))
-
-
-def end_leg(size: int) -> int:
-    """Choose the size of the leg of the first or last core.
-
-    It is the largest divisor of `size` that is at most 64 and at most four times the leg of the middle core.
-    """
-    return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 
 @torch.no_grad()
@@ -321,9 +306,9 @@ def experts_from(
         NonFiniteError: NaN or infinity in `weights`.
     """
     if len(weights) == 0:
-        return SharedCoreExperts(topology, experts, shared=shared, device=weights.device, dtype=weights.dtype)
+        return SharedCoreExperts(topology, experts, share=shared, device=weights.device, dtype=weights.dtype)
     if len(weights) == 1:
-        return SharedCoreExperts.from_dense(weights[0], num_experts=experts, topology=topology, shared=shared)
+        return SharedCoreExperts.from_dense(weights[0], num_experts=experts, topology=topology, share=shared)
     error = 0.0
     if not shared and len(topology.cores) == 1:
         check_finite(weights, "The stack of expert matrices")
@@ -355,9 +340,11 @@ def make_router(
 
     `pooled` is True if the experts belong to a pool, which changes the default of `bias_rate`.
 
+    `options` are the other arguments of the router; the caller checks their names.
+
     Raises:
         ValueError: an unknown name, or an option out of its range.
-        TypeError: an option that this router does not have.
+        TypeError: `top_k` for a router without it.
     """
     kind = router_kind(name)
     if "top_k" in kind.options:
@@ -368,8 +355,6 @@ def make_router(
         options["capacity_factor"] = capacity_factor
     if bias_rate is None:
         bias_rate = 0.001 if pooled and issubclass(kind, TopKRouter) else 0.0
-    known = ("combine", "normalize", "jitter", *kind.options)
-    check_options([key for key in options if key not in known], f"The router {name!r}", known)
     router = kind(num_features, num_experts, bias_rate=bias_rate, device=device, dtype=dtype, **options)
     if top_k is not None and "top_k" not in kind.options and top_k != router.experts_per_token:
         raise TypeError(f'top_k={top_k} needs router="topk"; {name!r} has no top_k.')

@@ -72,7 +72,8 @@ class Router(nn.Module, ABC):
     A subclass defines `select`, and lists its additional arguments in `options`. `register_router` makes the
     subclass known to configurations and checkpoints. A router that uses later tokens must set
     `causal = False`. No router may use the position of a token in the batch, since padding changes this
-    position. `tensornet_moe.testing.RouterLaws` tests routers.
+    position. A router without trained weights, such as a hash of the token, calls
+    `self.weight.requires_grad_(False)`. `tensornet_moe.testing.RouterLaws` tests routers.
 
     Logits are `x @ weight^T`, computed in float32 even in half-precision models and under autocast, since
     routers in half precision are unstable (Switch Transformers, section 2.4).
@@ -283,7 +284,8 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     If every token has `k` experts, there are `k * tokens` choices. First choices of all tokens are served
     before second choices, earlier tokens before later ones, and padding last. A dropped choice
     contributes nothing, and the weights of the other choices do not change. If all choices of a token are
-    dropped, its output is 0, so that only the residual connection remains.
+    dropped, its output is 0, so that only the residual connection remains. Whether a choice is dropped
+    depends on later tokens and on other rows of the batch.
 
     Args:
         routing: the decision of a router.

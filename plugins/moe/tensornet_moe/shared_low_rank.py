@@ -4,8 +4,8 @@ There are three sharing patterns. Each minimizes the sum of the weighted errors 
 over all matrices `e`, such as the experts of a mixture. `E_e` is the error of a matrix, and `R_e` and `C_e`
 are its own moments of rows and columns. The patterns are:
 
-- `inputs`: `W_e = A_e B`, one projection `B` of the inputs for all;
-- `outputs`: `W_e = A B_e`, one basis `A` of the outputs for all: the same as `inputs` for the transposed
+- `in`: `W_e = A_e B`, one projection `B` of the inputs for all;
+- `out`: `W_e = A B_e`, one basis `A` of the outputs for all: the same as `in` for the transposed
   matrices;
 - `base`: `W_e = W_0 + A_e B_e`, one dense matrix for all and a low-rank product for each.
 
@@ -14,7 +14,7 @@ matrices have the same moments. Each private factor is then the least-squares op
 matrix. The shared factor of each rank is a part of that of the next rank, so the losses of all ranks are
 predicted together.
 
-Cores of the patterns `inputs` and `outputs` may be stored in number formats. The shared core is then rounded
+Cores of the patterns `in` and `out` may be stored in number formats. The shared core is then rounded
 once, with moments pooled over the matrices: an error `E` of the shared `B` in `W_e = A_e B` increases the
 loss by `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted again, which compensates
 part of this rounding error, and rounded with their own moments. The loss increase by rounding is predicted at
@@ -58,8 +58,8 @@ from tensornet.topologies.dense import round_dense
 from tensornet.topologies.residual import BASE, residual
 from tensornet.topology import Topology
 
-#: Maps the sharing patterns described at the top of this module to the names of their shared cores.
-PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
+#: Maps the sharing patterns, which are words of `tensornet_moe.sharing`, to the names of their shared cores.
+PATTERNS = {"in": "1", "out": "0", "base": BASE}
 #: A base is fitted at rank 1, then at ranks that grow by this factor. Each fit starts from the base of the
 #: previous rank. One such fit per rank is better than three fits that start from the mean of the matrices.
 _GROWTH = 4
@@ -93,7 +93,7 @@ def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int)
     """Count the parameters of `count` networks for a sharing pattern; the shared core counts once."""
     if pattern == "base":
         return rows * columns + count * rank * (rows + columns)
-    shared, private = (columns, rows) if pattern == "inputs" else (rows, columns)
+    shared, private = (columns, rows) if pattern == "in" else (rows, columns)
     return rank * (shared + count * private)
 
 
@@ -196,8 +196,8 @@ def _fits(
             base, svds = min(bases, key=lambda x: sum(float(y.error[rank]) for y in x[1]))
             yield [(base, *(factor.contiguous() for factor in each.factors(rank))) for each in svds]
         return
-    if pattern == "outputs":
-        for cores in _fits("inputs", *_transposed(matrices, weightings), ranks):
+    if pattern == "out":
+        for cores in _fits("in", *_transposed(matrices, weightings), ranks):
             shared = cores[0][1].T.contiguous()
             yield [(shared, private.T.contiguous()) for private, _ in cores]
         return
@@ -219,8 +219,8 @@ def _factors_of_all_ranks(
     pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> Iterator[FactoredMatrix]:
     """Yield each matrix and two factors; their first `r` components are its least-squares fit of rank `r`."""
-    if pattern == "outputs":
-        for w, left, right in _factors_of_all_ranks("inputs", *_transposed(matrices, weightings)):
+    if pattern == "out":
+        for w, left, right in _factors_of_all_ranks("in", *_transposed(matrices, weightings)):
             yield w.T, right.T, left.T
         return
     shared = _shared_rows(matrices, weightings)[: min(matrices[0].shape)]
@@ -292,9 +292,9 @@ def _round_factors(
     formats: Mapping[str, NumberFormat | None],
 ) -> list[dict[str, Core]]:
     """Round the shared factor once; then fit the private factors to the rounded one, and round them."""
-    if pattern == "inputs":
+    if pattern == "in":
         cores = _equal_columns(cores)
-    core, own = PATTERNS[pattern], "0" if pattern == "inputs" else "1"
+    core, own = PATTERNS[pattern], "0" if pattern == "in" else "1"
     value, number_format = cores[0][int(core)], formats[core]
     shared: Core = value
     if number_format is not None:
@@ -302,7 +302,7 @@ def _round_factors(
         value = shared.dequantize(torch.float64)
     found = []
     for w, (left, right), x in zip(matrices, cores, weightings, strict=True):
-        if pattern == "inputs":
+        if pattern == "in":
             private = round_factor(w, left, value, "left", formats[own], x)
         else:
             private = round_factor(w, value, right, "right", formats[own], x)
@@ -329,7 +329,7 @@ def _equal_columns(cores: Cores) -> Cores:
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
     """Compute one weighting of errors of the shared factor from the weightings of all matrices."""
-    if pattern == "inputs":
+    if pattern == "in":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])
     seen = [_moments_of_left(right, x) for (_, right), x in zip(cores, weightings, strict=True)]
@@ -460,7 +460,7 @@ def shared_candidates(
 def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     """List the combinations of allowed number formats for private and shared cores under a sharing pattern.
 
-    Cores of the pattern `base` keep the dtype of the model. In `inputs` and `outputs`, a private factor may
+    Cores of the pattern `base` keep the dtype of the model. In `in` and `out`, a private factor may
     have any format that factors have in low-rank networks without sharing. The shared core has the same
     format, or the smallest allowed one of at least eight bits. Without formats, all cores keep their dtype.
     """
@@ -558,7 +558,7 @@ def _rounding_of_factors(
     private = list(dict.fromkeys(x.number_format for x in storages))
     shared = list(dict.fromkeys(x.format_of(core) for x in storages))
     fits = list(_fits(pattern, matrices, kinds[0], tried))
-    if pattern == "inputs":
+    if pattern == "in":
         fits = [_equal_columns(cores) for cores in fits]
     of_shared = [
         _rounding(
@@ -574,7 +574,7 @@ def _rounding_of_factors(
         with remembering():  # factorize the moments of a matrix once for all ranks
             for at, cores in enumerate(fits):
                 left, right = cores[place]
-                if pattern == "inputs":
+                if pattern == "in":
                     found = _rounding(left, private, [_moments_of_left(right, x) for x in sides])
                 else:
                     found = _rounding(right, private, [_moments_of_right(left, x) for x in sides])

@@ -9,7 +9,7 @@ are:
 - `share="in"`: `Delta_s = A_s B`, one projection `B` of the inputs for all;
 - `share="out"`: `Delta_s = A B_s`, one basis `A` of the outputs for all;
 - `share="center"`: a chain of three cores with a shared middle core and private ends, as in MPOE;
-- `share=None`: `Delta_s = A_s B_s`, nothing is shared, which is LoRA.
+- `share="none"`: `Delta_s = A_s B_s`, nothing is shared, which is LoRA.
 
 The shared cores are trained together with the first specialists, and then frozen. A new specialist afterwards
 trains only its own cores, so that the outputs of all others do not change at all.
@@ -37,10 +37,10 @@ from tensornet.nn.layer_kinds import kind_of, layer_bias
 from tensornet.nn.targets import LayerSelection, adapter_names, matches, output_head, shortened
 from tensornet.topologies import low_rank, mpo
 from tensornet.topology import Topology
-from tensornet_moe.mixtures import end_leg
+from tensornet_moe.sharing import Share, center_chain, check_share, shared_cores
 
-SharedCores = Literal["ends", "in", "out", "center"]
-SHARED = ("ends", "in", "out", "center")
+#: The words of `tensornet_moe.sharing` for specialists, which always share the matrix of the trunk.
+SHARES_OF_SPECIALISTS = ("none", "in", "out", "ends", "center")
 #: Function `(out_features, in_features) -> topology of a change, names of its shared cores`.
 MakeChange = Callable[[int, int], tuple[Topology, Sequence[str]]]
 #: What `Specialists.use` takes: a name, a name for each row, weights by name, or None for the trunk.
@@ -192,7 +192,7 @@ class SpecialistLinear(nn.Module):
         if not self.low_rank:
             raise TargetError(
                 f"The changes of this specialist are not of low rank: their topology is "
-                f"{self.topology.core_shapes}. Train specialists with share='ends', 'in', 'out' or None."
+                f"{self.topology.core_shapes}. Train specialists with share='ends', 'in', 'out' or 'none'."
             )
         first, *others = [_as_matrix(core) for core in self.cores(name).values()]
         left = first
@@ -349,12 +349,12 @@ def is_low_rank(topology: Topology) -> bool:
 
 
 def change_form(
-    share: SharedCores | None, out_features: int, in_features: int, *, rank: int
+    share: Share, out_features: int, in_features: int, *, rank: int
 ) -> tuple[Topology, tuple[str, ...]]:
     """Return the topology of the changes of one layer, and the names of the cores that specialists share.
 
     Args:
-        share: `"ends"`, `"in"`, `"out"`, `"center"` or None; see `specialists`.
+        share: `"none"`, `"in"`, `"out"`, `"ends"` or `"center"`; see `specialists`.
         out_features, in_features: shape of the matrix that is changed.
         rank: largest bond of the network.
 
@@ -368,8 +368,7 @@ def change_form(
         ({'0': (1, 64, 1, 8), '1': (8, 1, 1, 8), '2': (8, 1, 32, 1)}, ('0', '2'))
     """
     check_size("rank", rank, error=ValueError)
-    if share is not None and share not in SHARED:
-        raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARED)} or None.")
+    check_share(share, SHARES_OF_SPECIALISTS)
     if rank > min(out_features, in_features):
         raise ShapeError(
             f"rank={rank} exceeds the shorter side of a {out_features} x {in_features} matrix; choose a rank "
@@ -379,23 +378,16 @@ def change_form(
         outs, ins = (out_features, 1, 1), (1, 1, in_features)
         return mpo(out_dims=outs, in_dims=ins, bond_dims=(rank, rank)), ("0", "2")
     if share == "center":
-        first, last = end_leg(out_features), end_leg(in_features)
-        if first == 1 or last == 1:
-            raise ShapeError(
-                f"A {out_features} x {in_features} matrix has no legs for a shared center: each side needs a "
-                "small factor. Use share='ends', or exclude_modules=."
-            )
-        outs, ins = (first, out_features // first, 1), (1, in_features // last, last)
-        return mpo(out_dims=outs, in_dims=ins, max_bond=rank), ("1",)
+        return center_chain(out_features, in_features, max_bond=rank), ("1",)
     topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
-    return topology, {"in": ("1",), "out": ("0",), None: ()}[share]
+    return topology, shared_cores(topology, share)
 
 
 def specialists(
     model: nn.Module,
     *,
     rank: int = 32,
-    share: SharedCores | MakeChange | None = "ends",
+    share: Share | MakeChange = "ends",
     pool: Literal["shape"] | None = None,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,

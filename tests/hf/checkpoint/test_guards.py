@@ -68,7 +68,7 @@ def test_other_ways_to_make_a_folder(tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "memory")
     th.load(tmp_path / "memory").save_pretrained(tmp_path / "again")
     upcycled = ALL[0].dense
-    th.upcycle(upcycled, th.MoEConfig(num_experts=2))
+    th.upcycle(upcycled, experts=2)
     upcycled.save_pretrained(tmp_path / "upcycled")
     experts = mixture("mixtral")
     tn.compress(experts, config, progress=False)

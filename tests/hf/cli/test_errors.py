@@ -97,7 +97,7 @@ FAILED = [
     ("upcycle T5 --experts 2 --router expert_choice --dry-run", "select them with --target"),
     ("upcycle GPT2 taken", "taken exists already"),
     ("upcycle GPT2 out --pool all --experts 2", "so at least 8 are needed"),
-    ("upcycle GPT2 out --share centre", "--share centre; choose one of center, none, base"),
+    ("upcycle GPT2 out --share centre", "--share centre; choose one of none, center, base"),
     ("upcycle GPT2 out --share center --rank 3", "the deltas of --share base"),
     ("eval T5 --text text.txt", "not a causal language model"),
     ("eval GPT2 --text text.txt --context 500", "more than the 128 positions"),

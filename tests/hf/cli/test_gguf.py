@@ -77,10 +77,9 @@ def test_exported_folder_predicts_the_same(tensornet: Run, texts: None) -> None:
     how = ("--prompt", "In the beginning", "--max-new-tokens", 5, "--json")
     written = [json.loads(tensornet("generate", path, *how)[1])["text"] for path in ("small", "small.gguf")]
     assert written[0] == written[1] != ""
-    for arguments in (("inspect", "small.gguf"), ("generate", "small.gguf", *how, "--experts-cache", "1MB")):
-        status, _, err = tensornet(*arguments)
-        assert status != 0
-        assert "GGUF file" in err
+    status, _, err = tensornet("inspect", "small.gguf")
+    assert status != 0
+    assert "GGUF file" in err
 
 
 def test_bad_requests(tensornet: Run, texts: None) -> None:

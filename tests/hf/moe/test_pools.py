@@ -204,7 +204,7 @@ def test_experts_of_the_callers_own_in_a_pool() -> None:
 
     def every_layer_twice(weights: torch.Tensor) -> tm.SharedCoreExperts:
         seen.append(tuple(weights.shape))
-        return tm.SharedCoreExperts.from_experts(weights.repeat(2, 1, 1), shared="none")
+        return tm.SharedCoreExperts.from_experts(weights.repeat(2, 1, 1), share="none")
 
     report = th.upcycle(model, experts=every_layer_twice, pool="all")
     assert (report.num_experts, seen) == (4, [(2, 96, 24), (2, 24, 96)])
@@ -259,6 +259,23 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
     assert not torch.equal(before["experts.c_fc.core_matrix"], pool.experts.bank("c_fc").core("matrix"))
 
 
+def test_parameters_that_layers_share_by_hand_are_saved_once(tmp_path: Path) -> None:
+    model = upcycled("gpt2", **POOL).eval()
+    first, second = (model.get_submodule(f"transformer.h.{k}.attn.c_attn") for k in (0, 1))
+    second.weight = first.weight  # which the class of the model does not tie
+    for number in range(2):  # what was loaded can be saved again
+        th.save(model, tmp_path / str(number))
+        stored = load_file(tmp_path / str(number) / "model.safetensors")
+        assert not stored.keys() >= {f"transformer.h.{k}.attn.c_attn.weight" for k in (0, 1)}
+        loaded = th.load(tmp_path / str(number)).eval()
+        torch.testing.assert_close(
+            logits(loaded, ARCHITECTURES["gpt2"]), logits(model, ARCHITECTURES["gpt2"])
+        )
+        model = loaded
+        first, second = (model.get_submodule(f"transformer.h.{k}.attn.c_attn") for k in (0, 1))
+        assert first.weight is second.weight
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -293,7 +310,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         ),
         ({"num_experts": 3}, TypeError, r"num_experts; similar.*'experts'"),
         ({"d_ff": 3}, TypeError, "d_ff"),
-        ({"config": th.MoEConfig(), "experts": 3}, TypeError, "both"),
+        ({"config": th.UpcycleOptions(), "experts": 3}, TypeError, "both"),
     ],
 )
 def test_words_that_do_not_fit_leave_the_model_as_it_was(
@@ -304,12 +321,6 @@ def test_words_that_do_not_fit_leave_the_model_as_it_was(
     with pytest.raises(error, match=message):
         th.upcycle(model, **words)
     assert {name: type(module) for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize("word", ["experts", "share", "rank"])
-def test_the_papers_form_refuses_words_that_it_chooses(word: str) -> None:
-    with pytest.raises(TypeError, match=word):
-        th.MoEConfig(num_experts=4, **{word: 3})
 
 
 def test_layers_that_differ_cannot_use_one_pool() -> None:

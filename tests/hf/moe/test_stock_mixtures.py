@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import ARCHITECTURES
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -23,7 +22,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tensornet as tn
 import tensornet_hf as th
@@ -171,87 +169,3 @@ def test_other_models_are_refused() -> None:
     th.upcycle(biased, share="none", experts=2, top_k=1)
     with pytest.raises(TargetError, match="attention_bias"):
         th.stock_mixture(biased)
-
-
-# --- implementations of experts ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize(
-    "words",
-    [
-        {"share": "none"},
-        {"share": "center", "capacity_factor": 1.0},
-        {"share": "base", "combine": "sigmoid", "noise": 0.0},
-        {"pool": "all", "experts": 8},
-    ],
-    ids=str,
-)
-def test_implementations_of_transformers_compute_the_same(name: str, words: dict[str, Any]) -> None:
-    model = upcycled("llama", **words).train()
-    ids = {"input_ids": IDS, "labels": IDS}
-    model(**ids).loss.backward()
-    wanted = {key: x.grad.clone() for key, x in model.named_parameters() if x.grad is not None}
-    loss = model(**ids).loss.detach()
-    model.zero_grad()
-    th.set_experts_implementation(model, name)
-    found = model(**ids).loss
-    torch.testing.assert_close(found.detach(), loss, rtol=1e-5, atol=1e-5)
-    found.backward()
-    for key, parameter in model.named_parameters():
-        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(got, wanted.get(key, torch.zeros_like(got)), rtol=1e-3, atol=1e-4)
-
-
-def test_an_implementation_is_called_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def count(stock: Any, *given: Any) -> Tensor:
-        seen.append(stock.gate_up_proj.shape)
-        return ALL_EXPERTS_FUNCTIONS["batched_mm"](stock, *given)
-
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "counted", count)
-    model = upcycled("llama")
-    wanted = model(IDS).logits
-    th.set_experts_implementation(model, "counted")
-    torch.testing.assert_close(model(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert seen == [(4, 64, 24)] * 2
-    copy.deepcopy(model)(IDS)
-    assert len(seen) == 4
-    th.set_experts_implementation(model, "tensornet")
-    assert torch.equal(model(IDS).logits, wanted)
-    assert len(seen) == 4
-
-
-@pytest.mark.parametrize("name", ["batched_mm", "grouped_mm"])
-def test_experts_with_biases_and_in_half_precision(name: str) -> None:
-    model = upcycled_gpt2()
-    wanted = model(IDS).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = model(IDS).logits
-    th.set_experts_implementation(model, name)
-    torch.testing.assert_close(model(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(IDS).logits, rough, rtol=0.05, atol=0.05)
-
-
-def upcycled_gpt2() -> PreTrainedModel:
-    model = ARCHITECTURES["gpt2"].dense.eval()
-    th.upcycle(model, share="center", experts=4, noise=0.2)
-    for key, parameter in model.named_parameters():
-        if key.endswith("_bias"):
-            nn.init.normal_(parameter)
-    return model
-
-
-def test_implementations_refuse_what_they_cannot_do() -> None:
-    model = upcycled("llama")
-    with pytest.raises(ValueError, match="'fast'"):
-        th.set_experts_implementation(model, "fast")
-    with pytest.raises(TargetError, match="no mixture"):
-        th.set_experts_implementation(MAKE["llama"](), "grouped_mm")
-    first = next(x for x in model.modules() if isinstance(x, tm.SharedCoreMoE))
-    first.experts.dropout = 0.1
-    with pytest.raises(TargetError, match=r"dropout of 0\.1"):
-        th.set_experts_implementation(model, "grouped_mm")
-    th.set_experts_implementation(model, "tensornet")

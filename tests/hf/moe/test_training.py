@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hf_models import ARCHITECTURES
+from hf_models import ARCHITECTURES, chains
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -21,7 +21,7 @@ from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_path
 from tensornet_moe.experimental import parallel
 
-CONFIG = th.MoEConfig(num_experts=4, sites=3, noise=0.05)
+CONFIG = chains(experts=4, sites=3, noise=0.05)
 
 
 class Sentences(torch.utils.data.Dataset):

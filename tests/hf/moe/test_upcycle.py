@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_models import ARCHITECTURES, enable_checkpointing, logits
+from hf_models import ARCHITECTURES, chains, enable_checkpointing, logits
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,10 +21,10 @@ import tensornet_moe as tm
 from tensornet.errors import FormatError, NonFiniteError, TargetError, TopologyError
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.upcycling import INSIDE, DoneBefore
+from tensornet_hf.feed_forwards import INSIDE, DoneBefore
 
-CONFIG = th.MoEConfig(num_experts=4, sites=3)
-THREE = th.MoEConfig(num_experts=3, sites=3)
+CONFIG = chains(experts=4, sites=3)
+THREE = chains(experts=3, sites=3)
 WORDS = th.UpcycleOptions(experts=4)
 
 
@@ -41,7 +41,7 @@ def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
 # --- the same function ---------------------------------------------------------------------------
 
 
-TOPK = th.MoEConfig(num_experts=4, sites=3, router="topk", top_k=2)
+TOPK = chains(experts=4, sites=3, router="topk", top_k=2)
 NOISY = replace(TOPK, noise=0.1)
 CHOICE = replace(CONFIG, router="expert_choice", capacity_factor=4.0)
 POOLED = th.UpcycleOptions(experts=8, pool="all", share="center", noise=0.1)
@@ -52,16 +52,16 @@ def with_ends(weights: torch.Tensor) -> tm.SharedCoreExperts:
     legs = {24: (2, 3, 4), 96: (4, 4, 6)}
     out_dims, in_dims = (legs[size] for size in weights.shape[1:])
     topology = tn.topologies.mpo(out_dims=out_dims, in_dims=in_dims)
-    return tm.SharedCoreExperts.from_dense(weights[0], num_experts=4, topology=topology, shared="ends")
+    return tm.SharedCoreExperts.from_dense(weights[0], num_experts=4, topology=topology, share="ends")
 
 
 #: Models and options after which a model computes what it did before, for any routing.
 SAME = [
     *((name, CONFIG) for name in ("gpt2", "t5_relu", "t5_gated", "llama")),
     ("gpt2", TOPK),
-    ("gpt2", th.MoEConfig(num_experts=4, sites=1)),  # Switch: dense experts
+    ("gpt2", chains(experts=4, sites=1)),  # Switch: dense experts
     ("gpt2", th.UpcycleOptions(experts=with_ends)),
-    ("gpt2", replace(CONFIG, capacity_factor=4.0)),
+    ("bert", replace(CONFIG, capacity_factor=4.0)),
     *(("gpt2", replace(WORDS, share=share)) for share in ("none", "center", "base")),
     ("t5_gated", replace(WORDS, shared_expert=12)),
     ("bert", CHOICE),
@@ -109,7 +109,7 @@ def test_the_report_counts() -> None:
 
 
 def test_noise_and_routers_are_drawn_from_the_seed() -> None:
-    config = th.MoEConfig(num_experts=4, sites=3, noise=0.1, seed=3)
+    config = chains(experts=4, sites=3, noise=0.1, seed=3)
     torch.manual_seed(1)
     first = upcycled("gpt2", config)
     torch.manual_seed(2)
@@ -170,7 +170,7 @@ def test_a_checkpoint_with_another_number_of_experts_is_one_clear_error(tmp_path
 @pytest.mark.parametrize("name", ["gpt2", "t5_gated"])
 def test_generates_the_same_with_and_without_cache_and_prepared(name: str, tmp_path: Path) -> None:
     # In float32 ties of rounding would say nothing of the cache.
-    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, noise=0.3)).eval().double()
+    model = upcycled(name, chains(experts=4, sites=3, noise=0.3)).eval().double()
     inputs = ARCHITECTURES[name].inputs(labels=False)
     inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
     with_cache, without = (
@@ -218,7 +218,7 @@ def task_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.
 
 @pytest.mark.parametrize("name", ["gpt2", "t5_relu"])
 def test_auxiliary_losses_join_in_training_only(name: str) -> None:
-    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, balance_coef=0.5, z_coef=0.25))
+    model = upcycled(name, chains(experts=4, sites=3, balance_coef=0.5, z_coef=0.25))
     inputs = ARCHITECTURES[name].inputs(labels=True)
     model.train()
     loss = model(**inputs).loss
@@ -246,7 +246,7 @@ def test_saving_and_loading_do_not_change_the_loss(by_hand: bool, tmp_path: Path
         width = model.config.n_embd
         model.transformer.h[1].mlp = tm.mixture(d_model=width, d_ff=24, experts=4, balance_coef=0.5)
     else:
-        model = upcycled("gpt2", th.MoEConfig(num_experts=4, sites=3, balance_coef=0.5))
+        model = upcycled("gpt2", chains(experts=4, sites=3, balance_coef=0.5))
     th.save(model, tmp_path / "saved")
     for each in (model, th.load(tmp_path / "saved")):
         for module in each.modules():
@@ -318,6 +318,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         ({"rank": 0, "share": "base"}, ValueError, "rank"),
         ({"rank": 2}, ValueError, "rank= is"),
         ({"capacity_factor": float("nan")}, ValueError, "capacity_factor"),
+        ({"router_options": {"num_experts": 5}}, TypeError, "router_options has no option num_experts"),
+        ({"router_options": {"top_k": 5}}, TypeError, "router_options has no option top_k"),
         ({"noise": -0.1}, ValueError, "noise"),
         ({"z_coef": float("nan")}, ValueError, "z_coef"),
         ({"balance_coef": -1.0}, ValueError, "balance_coef"),
@@ -374,13 +376,22 @@ def test_five_sites_by_default() -> None:
     ids = torch.randint(0, model.config.vocab_size, (2, 64))
     with torch.no_grad():
         before = model(ids).logits
-        report = th.upcycle(model, th.MoEConfig(num_experts=8))
+        report = th.upcycle(model, chains(experts=8))
         torch.testing.assert_close(model(ids).logits, before, atol=1e-3, rtol=1e-3)
     assert report.layers[0].error < 1e-5
     assert len(model.transformer.h[0].mlp.experts.bank("c_fc").topology.core_names) == 5
 
 
 # --- which networks may use later tokens ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_capacities_are_refused_where_tokens_see_only_earlier_ones(name: str) -> None:
+    model = ARCHITECTURES[name].dense
+    with pytest.raises(TargetError, match=r"capacity_factor=1.0 .* Leave out capacity_factor="):
+        th.upcycle(model, replace(CONFIG, capacity_factor=1.0))
+    assert len(mixtures(model)) == 0
+    th.upcycle(model, replace(CONFIG, capacity_factor=1.0), causal=False)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "opt"])
@@ -529,7 +540,7 @@ def test_a_network_that_the_caller_names() -> None:
     model = nn.Sequential(Own(), Own())
     x = torch.randn(5, 8)
     wanted = model(x)
-    config = th.MoEConfig(num_experts=2, sites=2, target_modules=["0"], matrices=("expand", "shrink"))
+    config = chains(experts=2, sites=2, target_modules=["0"], matrices=("expand", "shrink"))
     th.upcycle(model, config)
     assert isinstance(model[0], tm.SharedCoreMoE)
     assert isinstance(model[1], Own)
@@ -568,7 +579,7 @@ def test_no_expert_network_is_one_clear_error(
 ) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TargetError, match=message):
-        th.upcycle(model, th.MoEConfig(num_experts=2, **options))
+        th.upcycle(model, chains(experts=2, **options))
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert not any(isinstance(module, DoneBefore | tm.SharedCoreMoE) for module in model.modules())
 
@@ -583,7 +594,7 @@ def test_looking_leaves_a_model_as_it_was() -> None:
     model = nn.Sequential(Own(between=2.0)).train()
     model[0].activation.eval()
     with pytest.raises(TargetError, match="checked and refused"):
-        th.upcycle(model, th.MoEConfig(num_experts=2, matrices=("expand", "shrink")))
+        th.upcycle(model, chains(experts=2, matrices=("expand", "shrink")))
     assert [m.training for m in model[0].children()] == [True, True, False]
     assert [type(m) for m in model[0].children()] == [nn.Linear, nn.Linear, nn.SiLU]
 
@@ -609,8 +620,8 @@ def test_every_class_that_is_listed_is_tested() -> None:
 def test_bert_is_found_by_the_dotted_names_of_its_layers() -> None:
     architecture = ARCHITECTURES["bert"]
     model = architecture.dense
-    config = th.MoEConfig(
-        num_experts=2, sites=3, target_modules=["*.layer.1"], matrices=("intermediate.dense", "output.dense")
+    config = chains(
+        experts=2, sites=3, target_modules=["*.layer.1"], matrices=("intermediate.dense", "output.dense")
     )
     report = th.upcycle(model, config)
     assert [layer.name for layer in report.layers] == ["bert.encoder.layer.1"]

@@ -26,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         model.save_pretrained(folder / name)
     model = ARCHITECTURES["llama"].dense
     model.resize_token_embeddings(102)  # transformers before 5.21 cannot split 101 rows in two
-    th.upcycle(model, th.MoEConfig(num_experts=4, noise=0.1, balance_coef=0.0))
+    th.upcycle(model, experts=4, router="switch", noise=0.1, balance_coef=0.0)
     model.save_pretrained(folder / "mixture")
     return {path.name: str(path) for path in folder.iterdir()}
 

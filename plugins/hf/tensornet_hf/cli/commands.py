@@ -47,7 +47,6 @@ from tensornet_hf.cli.options import (
     collect,
     note,
     parse_pairs,
-    parse_size,
     print_json,
     print_lines,
     print_result,
@@ -482,7 +481,7 @@ def evaluate(
 
 
 def _opened(
-    path: str, device: torch.device, specialist: str | None, experts_cache: int | None = None
+    path: str, device: torch.device, specialist: str | None
 ) -> tuple[PreTrainedModel, Path, PretrainedSpecialists | None]:
     """Load a model folder, a GGUF file, or a folder of specialists with its trunk.
 
@@ -491,22 +490,18 @@ def _opened(
     """
     folder = resolve_folder(path)
     if (folder / DESCRIPTION).is_file():
-        if experts_cache is not None:
-            raise typer.BadParameter("--experts-cache is for a mixture; leave it out for specialists.")
         found = load_specialists(folder)
         trunk = resolve_folder(read_description(folder).trunk or "")
         return on_device(found.model, device), trunk, found
     if specialist is not None:
         raise typer.BadParameter(f"{path} is not a folder of specialists; leave out --specialist.")
-    return _loaded(folder, device, experts_cache), folder, None
+    return _loaded(folder, device), folder, None
 
 
-def _loaded(path: Path, device: torch.device, experts_cache: int | None = None) -> PreTrainedModel:
+def _loaded(path: Path, device: torch.device) -> PreTrainedModel:
     """Load a model folder or a GGUF file."""
     if path.suffix != GGUF:
-        return on_device(load(path, experts_cache=experts_cache), device)
-    if experts_cache is not None:
-        raise typer.BadParameter("--experts-cache needs a model folder; leave it out for a GGUF file.")
+        return on_device(load(path), device)
     return on_device(load_gguf(path), device)
 
 
@@ -533,31 +528,18 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    experts_cache: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_size,
-            metavar="SIZE",
-            help="Leave the experts of a mixture on disk, and keep the matrices that were used last in "
-            "memory, up to this size, such as 2GB.",
-            show_default=False,
-        ),
-    ] = None,
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
     """Let a model continue a prompt; an encoder-decoder or a chat model answers the prompt instead."""
-    if experts_cache is not None and device != CPU:
-        raise typer.BadParameter("--experts-cache needs the memory of the CPU; leave out --device.")
-    model, folder, specialists = _opened(path, device, specialist, experts_cache)
+    model, folder, specialists = _opened(path, device, specialist)
     tokenizer = load_tokenizer(folder)
     using: AbstractContextManager[None] = nullcontext()
     if specialists is not None:
         if specialist is None:
             [specialist] = specialists.choose(input_ids=tokenizer(prompt, return_tensors="pt").input_ids)
         using = specialists.use(specialist)
-    if experts_cache is None:
-        prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
+    prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
     chat = bool(tokenizer.chat_template) if chat is None else chat
     with using:
         text = continue_text(
@@ -748,7 +730,7 @@ def specialize(
         source,
         destination,
         {name: str(file) for name, file in parse_pairs("--domain", domain).items()},
-        share=None if share == "none" else share,  # type: ignore[arg-type]  # checked by the function
+        share=share,  # type: ignore[arg-type]  # checked by the function
         rank=rank,
         steps=steps,
         lr=lr,
