@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf import streaming
+from tensornet.compression import road
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, peak_mib, record
@@ -72,14 +72,14 @@ class Stop(Exception):
 @contextmanager
 def interrupted_after(layers: int) -> Iterator[None]:
     """Return a context in which a run ends with `Stop` after it has compressed a number of layers."""
-    original, done = streaming.compress_alone, iter(range(layers))
+    original, done = road.compress_alone, iter(range(layers))
 
     def compress(*task: Any) -> Any:
         if next(done, None) is None:
             raise Stop
         return original(*task)
 
-    with mock.patch.object(streaming, "compress_alone", compress), suppress(Stop):
+    with mock.patch.object(road, "compress_alone", compress), suppress(Stop):
         yield
 
 
@@ -106,14 +106,14 @@ def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
         ProcessPoolExecutor(2, mp_context=PROCESSES) as two,
     ):
         for number, pool in enumerate((one, two, two)):  # starts all workers, which then import modules
-            th.compress_checkpoint(source, folder / f"warm{number}", HALF, executor=pool)
+            th.compress_folder(source, folder / f"warm{number}", HALF, th.CompressOptions(executor=pool))
         for number in range(sizes.repeats):
             cases: dict[str, dict[str, Any]] = {"1 worker": {"executor": one}, "2 workers": {"executor": two}}
             if sizes.starts:
                 cases["2 workers, started for the run"] = {"workers": 2}
             for name, options in cases.items():
                 start = time.perf_counter()
-                th.compress_checkpoint(source, folder / f"{name}{number}", HALF, **options)
+                th.compress_folder(source, folder / f"{name}{number}", HALF, th.CompressOptions(**options))
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
     return [
@@ -150,7 +150,7 @@ def memory(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 def _peak_of_a_run(source: Path, out: Path) -> tuple[float, float]:
     before = peak_mib() * 2**20
-    th.compress_checkpoint(source, out, HALF)
+    th.compress_folder(source, out, HALF)
     return before, peak_mib() * 2**20
 
 
@@ -160,12 +160,12 @@ def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
     ratios = []
     for number in range(sizes.repeats):
         start = time.process_time()
-        th.compress_checkpoint(source, folder / f"whole{number}", HALF)
+        th.compress_folder(source, folder / f"whole{number}", HALF)
         whole = time.process_time() - start
         start = time.process_time()
         with interrupted_after(7 * (sizes.weights // 14)):  # seven layers in each block
-            th.compress_checkpoint(source, folder / f"parts{number}", HALF)
-        th.compress_checkpoint(source, folder / f"parts{number}", HALF)
+            th.compress_folder(source, folder / f"parts{number}", HALF)
+        th.compress_folder(source, folder / f"parts{number}", HALF)
         ratios.append((time.process_time() - start) / whole - 1)
     return [
         {

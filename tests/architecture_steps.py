@@ -215,7 +215,7 @@ def sixty(trial: Trial) -> None:
 
 
 def file_to_file(trial: Trial) -> None:
-    """`compress_checkpoint` writes the same model as compressing in memory."""
+    """`compress_folder` writes the same model as compressing in memory."""
     trial.dense.save_pretrained(trial.folder / "dense")
     config = replace(SIXTY, objective="weight")
     compress_files(trial.folder / "dense", trial.folder / "small", config)

@@ -19,9 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import tensornet as tn
 from tensornet._util import require
 from tensornet.errors import DestinationError, TargetError
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization.menus import MENUS
+from tensornet_hf.compress import CompressOptions, compress_folder, plan_folder
 from tensornet_hf.exporters.target import TARGETS, export
+from tensornet_hf.file_sink import FileSink
 
 require(("pytest",), extra="testing", user="tensornet_hf.testing")
 
@@ -121,6 +124,53 @@ class ExportLaws:
         report = export(model, tmp_path / self.destination, target=self.target)
         assert report.dense == {}
         assert len(report.packed) == len(_layers(model))
+
+    @pytest.mark.parametrize("bits", [4.6, 8.6])
+    def test_compressed_block_by_block(
+        self, bits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Check that a folder is compressed into this target, also after an interruption.
+
+        The relative errors of the written weights must be those of the report.
+        """
+        model = self.model()
+        source = self.folder(model, tmp_path / "dense")
+        ids = torch.randint(_SIZES["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
+        data = ProvidedData([{"input_ids": ids, "labels": ids}], "random tokens")
+        config = tn.CompressionConfig(bits_per_weight=bits)
+        options = CompressOptions(export=self.target, calibration=data, calibration_tokens=256)
+        planned = plan_folder(source, config, options)
+        (tmp_path / "whole").mkdir()
+        path = tmp_path / "whole" / self.destination
+        done = compress_folder(source, path, config, options)
+        assert isinstance(done.report, tn.CompressionReport)
+        assert [x.storage for x in done.report.plan] == [x.storage for x in planned.plan]
+        found, packed = self.weights(path), 0
+        for layer in done.report.plan:
+            before = model.get_submodule(layer.name).weight
+            assert isinstance(before, Tensor)
+            matrix = before.detach().double()
+            error = float((found[layer.name].double() - matrix).norm() / matrix.norm())
+            assert abs(error - layer.error) <= 1e-3 * layer.error + 1e-6, layer.name
+            packed += layer.topology is not None
+        assert packed, "no layer is packed"
+
+        # A run that is interrupted in its second block goes on there.
+        put, calls = FileSink.put, []
+
+        def stopping(self: FileSink, block: str, layers: Any) -> None:
+            calls.append(block)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            put(self, block, layers)
+
+        (tmp_path / "again").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(FileSink, "put", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                compress_folder(source, tmp_path / "again" / self.destination, config, options)
+        compress_folder(source, tmp_path / "again" / self.destination, config, options)
+        assert _content(tmp_path / "again") == _content(tmp_path / "whole")
 
     def _mixed(self) -> PreTrainedModel:
         """Compress the second layer to a low rank, and the others to integers."""
