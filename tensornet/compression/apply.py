@@ -117,6 +117,7 @@ def apply_plan(
             if key in known:
                 new, errors[layer.name] = known[key]
                 for module, old in zip(new, target.modules, strict=True):
+                    assert isinstance(module, NetworkModule)
                     for stored in module.stored.values():  # the model may have been frozen in calibration
                         if isinstance(stored, nn.Parameter):
                             stored.requires_grad_(target.weight.requires_grad)

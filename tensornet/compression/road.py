@@ -132,7 +132,7 @@ def make_plan(
         price = dense_only if finished else None if candidates is None else candidates.price
         found = survey_or_load(
             source.model,
-            data.batches,
+            [*data.batches],
             options,
             prices,
             loss_fn=data.loss_fn,

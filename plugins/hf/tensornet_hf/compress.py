@@ -872,10 +872,10 @@ def calibration_batches(
         given = options.calibration
         check_batches(given.batches, "compress_folder")
         kind, tokens = config.survey_kind, options.calibration_tokens
-        batches = read_enough(given.batches, model, kind, tokens)
-        if not batches:
+        read = read_enough(given.batches, model, kind, tokens)
+        if not read:
             raise TargetError("The calibration has no batches; pass at least one, better 16 of 1,000 tokens.")
-        return replace(given, batches=batches)
+        return replace(given, batches=read)
     if text is None:
         return None
     tokens = max(WRITE_TOKENS[config.survey_kind], options.calibration_tokens or 0)
@@ -883,8 +883,8 @@ def calibration_batches(
     # Without labels no loss is measured, which needs no moments.
     batches = data.batches if data.labelled or config.reads_data else ()
     said = f"{data.tokens:,} tokens of {options.source}"
-    batches = read_enough(batches, model, config.survey_kind, options.calibration_tokens) if batches else []
-    return ProvidedData(batches, said, loss_fn=data.loss_fn)
+    enough = read_enough(batches, model, config.survey_kind, options.calibration_tokens) if batches else []
+    return ProvidedData(enough, said, loss_fn=data.loss_fn)
 
 
 def _correct(

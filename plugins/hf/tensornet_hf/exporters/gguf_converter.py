@@ -349,17 +349,16 @@ def _refusals(kind: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and error.filename:
             raise TargetError(
                 f"{CONVERTER} cannot convert this {kind} without the file {Path(error.filename).name!r} of "
-                "its tokenizer. Name the folder that contains it (source=), or give a GGUF file of the dense "
-                "model (skeleton=, --skeleton), from which names and tokenizer are taken."
+                "its tokenizer. Name the folder that contains it (source=), or export to mlx or "
+                "compressed-tensors."
             ) from error
         version = importlib.metadata.version(CONVERTER)
         # The converter raises NotImplementedError for architectures and tokenizers that it does not know.
         newer = isinstance(error, NotImplementedError)
         update = f" A newer {CONVERTER} may support it." if newer else ""
         raise TargetError(
-            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Give a GGUF file of the "
-            "dense model (skeleton=, --skeleton), from which names and tokenizer are taken, or export to mlx "
-            f"or compressed-tensors.{update}"
+            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Export to mlx or "
+            f"compressed-tensors.{update}"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

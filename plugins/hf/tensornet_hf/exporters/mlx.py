@@ -146,10 +146,11 @@ def _names_of_gpt2(found: PackedModel, tensors: Tensors) -> tuple[PackedModel, T
         Made(layers, tuple(map(_new_name, names)), partial(_made_and, arranged, make))
         for layers, names, make in tensors.made
     ]
-    packed, dense, low_ranks = (
-        {_new_name(x): y for x, y in names.items()} for names in (found.packed, found.dense, found.low_ranks)
+    found = found._replace(
+        packed={_new_name(x): y for x, y in found.packed.items()},
+        dense={_new_name(x): y for x, y in found.dense.items()},
+        low_ranks={_new_name(x): y for x, y in found.low_ranks.items()},
     )
-    found = found._replace(packed=packed, dense=dense, low_ranks=low_ranks)
     return found, Tensors(facts, made, arranged(tensors.copied))
 
 
