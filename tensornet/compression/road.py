@@ -212,7 +212,7 @@ def run(
             states=source.states("states"),
             loaded=source.loaded,
             device=source.device,
-            loss_fn=data.loss_fn or label_losses,
+            loss_fn=data.loss_fn or (None if source.loaded is in_memory else label_losses),
             # A model in memory can be measured whole, when it is compressed.
             losses=() if prices is None or source.loaded is in_memory else prices.losses,
             factors=None if prices is None else prices.factors,

@@ -44,6 +44,7 @@ from tensornet.nn.targets import find_targets
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import (
     HUB,
+    Checkpoint,
     check_free,
     load,
     on_device,
@@ -379,8 +380,10 @@ def compress_folder(
     check()
     if (target is None or not TARGETS[target].suffix) and path.is_relative_to(folder.resolve()):
         raise DestinationError(f"{path} is inside the source {folder}; choose another destination.")
+    job = _Job(
+        folder, path, config, options, text, target, held_out, check, read_source(folder, options.weights)
+    )
     marks = file_marks(folder, options.weights)
-    job = _Job(folder, path, config, options, text, target, held_out, check)
     with reading_or_writing(folder, path), staging(path) as work:
         check()  # another run may have written it
         done = _compress_files(job, work, marks) or _compress_in_memory(job, work)
@@ -399,6 +402,7 @@ class _Job(NamedTuple):
     target: str | None
     held_out: str | None
     check: Callable[[], None]
+    source: Checkpoint
 
     def begin(self, work: Path, marks: Mapping[str, str], data: ProvidedData | None) -> None:
         """Keep what an interrupted run of this job has made, and delete the files of other runs.
@@ -429,11 +433,10 @@ def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderRe
         of its weights together.
     """
     started = time.perf_counter()
-    folder, path, config, options, text, target, _, check = job
+    folder, path, config, options, text, target, _, check, source = job
     if options.needing_model:
         return None
     reads_data = bool(options.calibration) and config.reads_data
-    source = read_source(folder, options.weights)
     try:
         # An invalid model raises before anything is written. Only a model that runs needs its buffers.
         lazy = open_model(folder, options.weights) if reads_data else open_lazily(source)
@@ -545,7 +548,7 @@ def _compress_in_memory(job: _Job, work: Path) -> FolderReport:
 
     Reports, held-out texts and training need the compressed model and the dense one.
     """
-    folder, path, config, options, text, target, held_out, _ = job
+    folder, path, config, options, text, target, held_out, *_ = job
     started = time.perf_counter()
     model = on_device(open_dense(folder, options.weights), options.device)
     if target is not None and isinstance(config, CompressionConfig):

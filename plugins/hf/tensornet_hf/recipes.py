@@ -720,7 +720,7 @@ def _check_recipe(
     Raises:
         OptionError: an option is missing, or does not apply.
     """
-    given = [name for name in _WITHOUT if getattr(options, name)]
+    given = [name for name in _WITHOUT if getattr(options, name) != getattr(CompressOptions, name)]
     if config.formats not in (None, CompressionConfig(max_bytes=1).formats):
         given.append("formats")
     given += [x for x in ("byte_ratio", "loss_increase", "param_ratio") if getattr(config, x) is not None]

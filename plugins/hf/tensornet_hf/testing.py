@@ -151,6 +151,7 @@ class ExportLaws:
             assert isinstance(before, Tensor)
             matrix = before.detach().double()
             error = float((found[layer.name].double() - matrix).norm() / matrix.norm())
+            assert layer.error is not None
             assert abs(error - layer.error) <= 1e-3 * layer.error + 1e-6, layer.name
             packed += layer.topology is not None
         assert packed, "no layer is packed"

@@ -125,20 +125,18 @@ WRONG = [
     ("compress GPT2 out --bits 4 --objective weight --prices p", "--prices.*--calibration"),
     ("compress GPT2 out HALF --calibration-tokens 100", "add --calibration"),
     ("compress GPT2 out HALF --whole-model", "--whole-model.*--max-bytes"),
-    ("compress GPT2 out HALF --no-resume", "leave out --no-resume"),
     ("compress GPT2 out HALF --damping 0.2", "--damping.*--calibration"),
     ("eval GPT2 --text text.txt --limit 3 --shots 0", "--tasks NAMES, or leave out --shots and --limit"),
     ("eval GPT2 --tasks x --context 9", "--text FILE, or leave out --context"),
     ("compress GPT2 out --plan p.json --topology mpo --target c_fc", "leave out --target and --topology"),
-    ("compress GPT2 out --rel-error 0.5 --dry-run --report r.html", "--report would need"),
+    ("compress GPT2 out --rel-error 0.5 --dry-run --report r.html", "--report need"),
     ("compress GPT2 --bits 4.25 --held-out text.txt --dry-run", "only plans, but --held-out would"),
     (
         "compress GPT2 out --bits 4 --calibration text.txt --held-out text.txt",
         "--held-out is the file of --cal",
     ),
-    ("compress GPT2 out HALF --workers 1 --dtype bfloat16", "--dtype would need"),
-    ("compress GPT2 out HALF --workers 1 --report x", "--report would need"),
-    ("compress GPT2 out HALF --workers 1 --rotate", "--rotate would need"),
+    ("compress GPT2 out HALF --workers 2 --dtype bfloat16", "--dtype need"),
+    ("compress GPT2 out HALF --workers 2 --report x", "--report need"),
     ("compress GPT2 out HALF --heal 3", "--heal trains on the calibration text; add --calibration"),
     ("compress GPT2 out HALF --refine", "--refine refits layers on the calibration text; add --calibration"),
     (
@@ -220,10 +218,12 @@ def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp
         raise KeyboardInterrupt
 
     plain = ("compress", gpt2_path(), "out", "--rel-error", 0.5)
-    monkeypatch.setattr("tensornet_hf.compress.load", stop)
+    monkeypatch.setattr("tensornet_hf.compress.open_lazily", stop)
     assert tensornet(*plain) == (130, "", "tensornet: interrupted; nothing was written.\n")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tensornet.compression.road.compress_alone", stop)
-    status, _, err = tensornet(*plain, "--workers", 1)
+    status, _, err = tensornet(*plain)
     assert status == 130
     assert re.search(r"finished parts are kept in .*\.out\.partial; run the same command again", err)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
@@ -249,7 +249,7 @@ main()
         (
             str(gpt2_path()),
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))",
-            "tensornet: Writing .*out failed: .*[Nn]othing was left",
+            "tensornet: Writing .*out failed: .*Free some space",
         ),
         ("nobody/nothing", "", "tensornet: nobody/nothing is not a local folder"),
     ],
@@ -265,4 +265,4 @@ def test_in_a_process_of_its_own(source: str, before: str, message: str, tmp_pat
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert re.match(message, line)
-    assert list(tmp_path.iterdir()) == []
+    assert {x.name for x in tmp_path.iterdir()} <= {".out.partial"}  # the plan

@@ -56,7 +56,7 @@ def assert_same(found: Tensor, expected: Tensor, base: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "pool"), [("ends", None), ("ends", "shape"), ("in", "shape"), ("out", None), (None, None)]
+    ("share", "pool"), [("ends", None), ("ends", "shape"), ("in", "shape"), ("out", None), ("none", None)]
 )
 def test_peft_reads_the_adapter(share: Any, pool: Any, tmp_path: Path) -> None:
     s = prepared(trunk(), "law", "code", share=share, pool=pool)
