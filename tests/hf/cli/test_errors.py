@@ -129,7 +129,7 @@ WRONG = [
     ("eval GPT2 --text text.txt --limit 3 --shots 0", "--tasks NAMES, or leave out --shots and --limit"),
     ("eval GPT2 --tasks x --context 9", "--text FILE, or leave out --context"),
     ("compress GPT2 out --plan p.json --topology mpo --target c_fc", "leave out --target and --topology"),
-    ("compress GPT2 out --rel-error 0.5 --dry-run --report r.html", "--report need"),
+    ("compress GPT2 out --rel-error 0.5 --dry-run --report r.html", "--report would need"),
     ("compress GPT2 --bits 4.25 --held-out text.txt --dry-run", "only plans, but --held-out would"),
     (
         "compress GPT2 out --bits 4 --calibration text.txt --held-out text.txt",

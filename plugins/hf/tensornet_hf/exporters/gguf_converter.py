@@ -334,6 +334,12 @@ def _evaluate(gguf: ModuleType, part: Any, leaf: Callable[[Any], Any], done: dic
 # --- the converter ---------------------------------------------------------------------------------
 
 
+#: Exceptions of the converter for models that it does not know, or whose files contradict each other.
+_CONVERTER_ERRORS = (
+    NotImplementedError, KeyError, ValueError, FileNotFoundError, TypeError, AttributeError, AssertionError,
+)  # fmt: skip
+
+
 @contextmanager
 def _refusals(kind: str) -> Iterator[None]:
     """Raise the converter's errors as TargetErrors that name the model class, and silence its log."""
@@ -345,7 +351,7 @@ def _refusals(kind: str) -> Iterator[None]:
         yield
     except TargetError:
         raise
-    except (NotImplementedError, KeyError, ValueError, FileNotFoundError, TypeError, AttributeError) as error:
+    except _CONVERTER_ERRORS as error:
         if isinstance(error, FileNotFoundError) and error.filename:
             raise TargetError(
                 f"{CONVERTER} cannot convert this {kind} without the file {Path(error.filename).name!r} of "
@@ -353,11 +359,13 @@ def _refusals(kind: str) -> Iterator[None]:
                 "compressed-tensors."
             ) from error
         version = importlib.metadata.version(CONVERTER)
+        # Its assertions have no message; the usual one is that about the vocabulary.
+        why = first_line(error) if str(error) else "its tokenizer may have more tokens than the model."
         # The converter raises NotImplementedError for architectures and tokenizers that it does not know.
         newer = isinstance(error, NotImplementedError)
         update = f" A newer {CONVERTER} may support it." if newer else ""
         raise TargetError(
-            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Export to mlx or "
+            f"{CONVERTER} {version} cannot convert this {kind}: {why} Export to mlx or "
             f"compressed-tensors.{update}"
         ) from error
     finally:

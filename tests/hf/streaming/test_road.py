@@ -1,0 +1,125 @@
+"""What an interrupted run leaves is used only for the same run, and a report is about the written files."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_runs import compress_files
+from sharded_folders import contents
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.calibration import label_losses
+from tensornet.errors import FormatError, TargetError
+from tensornet.nn.extension import ProvidedData
+from tensornet_hf.embedded import calibration_text, gpt2_path
+from tensornet_hf.file_sink import FileSink
+from tensornet_hf.staging import OUT, staging_folder
+from tensornet_hf.text import calibration_data
+
+TIED = tn.CompressionConfig(bits_per_weight=2.4, formats=("int2", "int4"), target_modules="all")
+
+
+def text() -> ProvidedData:
+    model = th.load(gpt2_path())
+    data = calibration_data(model, gpt2_path(), calibration_text()[:60_000], tokens=1024)
+    return ProvidedData(data.batches, "the text", loss_fn=data.loss_fn)
+
+
+def tokens(seed: int) -> ProvidedData:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(64, (2, 64), generator=generator) for _ in range(2)]
+    return ProvidedData([{"input_ids": x, "labels": x} for x in ids], f"seed {seed}")
+
+
+def llama(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.2))  # type: ignore[arg-type]
+    model.save_pretrained(folder)
+    return folder
+
+
+def interrupted_in(block: str, run: Any) -> None:
+    """Call a function, and interrupt it when the layers of a block have been compressed."""
+    put = FileSink.put
+
+    def stopping(self: FileSink, name: str, layers: Any) -> None:
+        if name == block:
+            raise KeyboardInterrupt
+        put(self, name, layers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSink, "put", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+def test_the_measured_loss_increase_is_that_of_the_written_folder(tmp_path: Path) -> None:
+    """Also with a rounded embedding that is tied to the head: all hidden states begin with it."""
+    data = text()
+    report = compress_files(gpt2_path(), tmp_path / "small", TIED, calibration=data, calibration_tokens=512)
+    dense, small = th.load(gpt2_path()).eval(), th.load(tmp_path / "small").eval()
+    assert report.measured is not None
+    batches = [{"input_ids": x, "labels": x} for x in data.batches]
+    with torch.no_grad():
+        before, after = (torch.cat([label_losses(x, y) for y in batches]) for x in (dense, small))
+    changes = (after - before).flatten()
+    wanted = float(changes[: report.measured.tokens].mean())
+    assert wanted > 0.05
+    assert report.measured.mean == pytest.approx(wanted, rel=0.03)
+
+
+def test_a_fresh_run_uses_nothing_of_an_interrupted_one(tmp_path: Path) -> None:
+    """No layer of the first blocks is planned, so only hidden states are left of them."""
+    source = llama(tmp_path / "dense")
+    config = tn.CompressionConfig(
+        bits_per_weight=2.5, formats=("int2", "int4"), target_modules="*.layers.3.*"
+    )
+    run = partial(compress_files, source, config=config)
+    interrupted_in("model.layers.3", lambda: run(tmp_path / "out", calibration=tokens(1)))
+    assert list((staging_folder(tmp_path / "out") / "states").iterdir())
+    with pytest.raises(FormatError, match="other options"):
+        run(tmp_path / "out", calibration=tokens(2))
+    report = run(tmp_path / "out", calibration=tokens(2), resume=False)
+    expected = run(tmp_path / "fresh", calibration=tokens(2))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert report.measured == expected.measured
+
+
+def test_damaged_tensors_of_an_interrupted_run_are_written_again(tmp_path: Path) -> None:
+    """Here those of an embedding, which belongs to no block."""
+    data = text()
+    run = partial(compress_files, gpt2_path(), config=TIED, calibration=data, calibration_tokens=512)
+    run(tmp_path / "whole")
+    interrupted_in("transformer.h.2", lambda: run(tmp_path / "out"))
+    work = staging_folder(tmp_path / "out")
+    (file,) = (work / OUT).glob("*.safetensors")
+    journal = (work / OUT / f"{file.name}.journal").read_text()
+    assert "wpe" in journal
+    from tensornet.io import read_header
+
+    damaged = read_header(file)["transformer.wpe.core_matrix.codes"]
+    content = bytearray(file.read_bytes())
+    content[damaged.start] ^= 255
+    file.write_bytes(content)
+    run(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_refused_run_leaves_no_files(tmp_path: Path) -> None:
+    source = llama(tmp_path / "dense")
+    config = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
+    plan = tn.plan(th.load(source), config)
+    other = th.load(source)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(TargetError, match="another model"):
+        compress_files(tmp_path / "other", tmp_path / "out", plan)
+    assert {x.name for x in tmp_path.iterdir()} == {"dense", "other"}
