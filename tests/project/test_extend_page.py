@@ -24,7 +24,7 @@ def test_contract_tests_pass(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4_000:]
     classes = re.findall(r"^class (Test\w+)", code, re.MULTILINE)
-    assert len(classes) == 6
+    assert len(classes) == 8
     passed = Counter(re.findall(r"::(Test\w+)::\S+ PASSED", run.stdout))
     assert passed.keys() == set(classes)
     assert min(passed.values()) >= 3

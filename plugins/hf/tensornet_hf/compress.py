@@ -359,12 +359,12 @@ def compress_folder(
     """
     options = options or CompressOptions()
     target = find_target(destination, options.export)
+    if str(destination).startswith(HUB) and target is not None:
+        raise OptionError("{export} writes local files; name a local folder, and upload it afterwards.")
     config = _check_data(config, options)
     if options.networks != "dense" and target is None:
         raise OptionError("{networks} is an option of {export}; model folders store networks unchanged.")
     if str(destination).startswith(HUB):
-        if target is not None:
-            raise OptionError("{export} writes local files; name a local folder, and upload it afterwards.")
         check_free(destination, force=options.force)
         with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
             made = Path(parent) / "model"

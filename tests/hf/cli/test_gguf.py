@@ -89,7 +89,7 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
             "vocabulary",
         ),
         (("export", gpt2_path(), "x"), "gguf"),
-        (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--export", "mlx"), "ends in .gguf"),
+        (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--export", "mlx"), "end in .gguf"),
         (("compress", gpt2_path(), "x", "--bits", 5, "--export", "onnx"), "onnx"),
         (("compress", gpt2_path(), "hf://a/b", "--bits", 5, "--export", "mlx"), "--export"),
         (("upcycle", gpt2_path(), "x.gguf"), "folder"),

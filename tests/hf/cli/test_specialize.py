@@ -199,7 +199,7 @@ def test_a_run_resumes_only_what_it_began(
     run = small, tmp_path / "s", {"law": text}
     interrupt(monkeypatch, *run, **options)
     for changed in ({"steps": 5}, {"rank": 8}, {"seed": 1}):
-        with pytest.raises(FormatError, match=r"another options.*resume=False"):
+        with pytest.raises(FormatError, match=r"other options.*resume=False"):
             th.specialize(*run, **{**options, **changed})
     content = text.read_text()
     text.write_text(content + "more")
@@ -239,7 +239,7 @@ def test_a_run_that_adds_to_a_folder_depends_on_its_cores(
     interrupt(monkeypatch, *run, **options)
     s.shared_parameters()[0].data += 1
     s.save(tmp_path / "s", force=True)
-    with pytest.raises(FormatError, match="another destination"):
+    with pytest.raises(FormatError, match="other options"):
         th.specialize(*run, **options)
     assert th.specialize(*run, **options, resume=False).steps == 2
 

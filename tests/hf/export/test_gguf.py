@@ -231,8 +231,6 @@ def test_bad_destinations(tmp_path: Path) -> None:
         th.export(model, tmp_path / "model", target="onnx")
     with pytest.raises(DestinationError, match="gguf"):
         th.export(model, tmp_path / "model.bin", target="gguf")
-    with pytest.raises(ValueError, match="skelton"):
-        th.export(model, tmp_path / "model.gguf", skelton="x")
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(DestinationError, match="exists"):
         th.export(model, tmp_path / "model.gguf")

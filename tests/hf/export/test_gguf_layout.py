@@ -64,9 +64,11 @@ def planned_of(model: PreTrainedModel, **options: Any) -> PlannedModel:
             first = id(next(iter(module.stored.values())))
             targets[first] = (*targets.get(first, ()), name)
     empty = copy.deepcopy(model)
-    for module in empty.modules():
+    for name, module in empty.named_modules():
         if isinstance(module, NetworkModule):
             module.to(device="meta")
+            if getattr(module, "bias", None) is not None:
+                module.bias = model.get_submodule(name).bias
     return PlannedModel(empty, {names[0]: names for names in targets.values()}, **options)
 
 

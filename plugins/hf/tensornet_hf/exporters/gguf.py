@@ -320,7 +320,7 @@ class _Planner:
     def _parameter(self, name: str, given: Weights) -> Tensor:
         """Return a parameter of the stock model, in which given new weights replace old ones."""
         source = self.sources.get(name)
-        if source is None or self.formats.keys().isdisjoint(source.layers):
+        if source is None or not any(x in self.formats or x in given for x in source.layers):
             return self._stored(name)
         matrices = []
         for place, layer in enumerate(source.layers):
@@ -637,9 +637,10 @@ def lay_out_gguf(planned: PlannedModel) -> Files:
         name: split.integers[name].number_format if name in split.integers else NumberFormat()
         for name in modules
     }
+    # Matrices beside compressed ones, such as those of experts, are no parameters of the dense model.
+    parts = {name: x.matrix for name, x in model.named_modules() if isinstance(x, PartMatrix)}
     weights: dict[str, NetworkModule | IntegerMatrix | Tensor] | None = None
     if not planned.targets:
-        parts = {name: x.matrix for name, x in model.named_modules() if isinstance(x, PartMatrix)}
         weights = {**modules, **parts, **split.integers}
     planner = _Planner(
         model, formats, split.dense, weights, source=planned.folder, title=planned.title, lazy=planned.lazy
@@ -651,7 +652,7 @@ def lay_out_gguf(planned: PlannedModel) -> Files:
     layout = planner.layout(places)
     owners = {planner.first.get(x, x): target for target, names in planned.targets.items() for x in names}
     layouts = {_MODEL: layout.as_file()}
-    made, copied = _by_layers(layout.tensors.values(), owners, weights or {})
+    made, copied = _by_layers(layout.tensors.values(), owners, weights or parts)
     ranks = {x.name.removesuffix(LORA_A): x.shape[0] for x in factors if x.name.endswith(LORA_A)}
     if factors:
         adapter = _adapter_layout(gguf, layout.arch, factors)
@@ -683,15 +684,15 @@ def _by_layers(
     copied: dict[str, Chunks] = {}
     for tensor in tensors:
         if needed := tuple(dict.fromkeys(owners[x] for x in tensor.layers if x in owners)):
-            made.append(Made(needed, (tensor.name,), partial(_made, tensor, owners)))
+            made.append(Made(needed, (tensor.name,), partial(_made, tensor, owners, known)))
         else:
             copied[tensor.name] = partial(_data, tensor, known)
     return made, copied
 
 
-def _made(tensor: FileTensor, owners: Mapping[str, str], new: New) -> dict[str, Chunks]:
+def _made(tensor: FileTensor, owners: Mapping[str, str], known: Weights, new: New) -> dict[str, Chunks]:
     weights: dict[str, Any] = {layer: new[owners[layer]][0] for layer in tensor.layers}
-    return {tensor.name: partial(_data, tensor, weights)}
+    return {tensor.name: partial(_data, tensor, {**known, **weights})}
 
 
 @torch.no_grad()
