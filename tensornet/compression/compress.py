@@ -18,7 +18,7 @@ from tensornet.compression.loss_increase import measure, record_losses, warn_of_
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
-from tensornet.compression.road import Candidates, Source, calibration_config, make_plan, run
+from tensornet.compression.road import Source, calibration_config, make_plan, run
 from tensornet.compression.sinks import ReplacedLayers
 from tensornet.compression.write import read_enough
 from tensornet.errors import CalibrationWarning, TargetError
@@ -36,7 +36,6 @@ def compress(
     *,
     calibration: Calibration | None = None,
     prices: PriceList | None = None,
-    candidates: Candidates | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Compress a model in place: replace the targeted layers by tensor-network layers.
@@ -57,7 +56,6 @@ def compress(
             reports both cases. The model is walked over block by block (see `survey` and `compress_blocks`),
             unless statistics are given.
         prices: price list of this model, from `survey`; the model is then not surveyed again.
-        candidates: what the plan is chosen from, if not from the candidates of single layers.
         progress: whether to show progress bars.
 
     Returns:
@@ -87,16 +85,14 @@ def compress(
     data = gather(model, config, calibration)
     stats = calibration if isinstance(calibration, CalibrationStats) else None
     source = Source(model)
-    planned = make_plan(
-        source, config, data, stats=stats, prices=prices, candidates=candidates, progress=progress
-    )
+    planned = make_plan(source, config, data, stats=stats, prices=prices, progress=progress)
     comparable = data.loss_fn not in RANDOM_LOSSES
     before = record_losses(
         model, data.batches, loss_fn=data.loss_fn if comparable else None, source=data.source
     )
     row = _row_to_run(model, data.batches)
     open_sink = partial(ReplacedLayers, model, stats=stats, batch=row, progress=progress)
-    done = run(source, planned, open_sink, data, stats=stats, candidates=candidates, progress=progress)
+    done = run(source, planned, open_sink, data, stats=stats, progress=progress)
     plan = done.plan
     measured = measured_layers = None if before is None else measure(model, before)
     if measured is not None:

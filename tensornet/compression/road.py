@@ -26,7 +26,7 @@ from tensornet.compression.prices import PriceList
 from tensornet.compression.sinks import Sink
 from tensornet.compression.survey import FindCandidates, dense_only, survey_or_load
 from tensornet.compression.tasks import compress_alone
-from tensornet.compression.write import JointFit, compress_blocks
+from tensornet.compression.write import compress_blocks
 from tensornet.errors import BudgetError, TargetError
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.targets import Target, list_weights
@@ -82,13 +82,10 @@ class Candidates(NamedTuple):
     Args:
         price: function that finds the candidates of layers (see `survey`).
         plan: function that chooses among the candidates of a price list.
-        joint: function of the plan that returns the functions that compress several layers of a block
-            together, by the names of these layers (see `compress_blocks`).
     """
 
     price: FindCandidates
     plan: Callable[[PriceList], CompressionPlan] = PriceList.plan
-    joint: Callable[[CompressionPlan], Mapping[tuple[str, ...], JointFit]] = lambda plan: {}
 
 
 def make_plan(
@@ -178,7 +175,6 @@ def run(
     data: ProvidedData,
     *,
     stats: CalibrationStats | None = None,
-    candidates: Candidates | None = None,
     executor: Executor | None = None,
     progress: bool = False,
 ) -> Done:
@@ -190,7 +186,6 @@ def run(
         open_sink: function that makes the sink for a plan.
         data: batches, on which each block is compressed for the inputs that it will get.
         stats: statistics in place of batches; the sink then compresses the layers (`ReplacedLayers`).
-        candidates: as for `make_plan`.
         executor: executor that compresses the layers of a block; by default, this process does.
         progress: whether to show progress bars.
 
@@ -219,7 +214,6 @@ def run(
             heads=None if prices is None else prices.heads,
             measured=measured,
             written=sink.written,
-            joint={} if candidates is None else candidates.joint(plan),
             executor=executor,
             compress=compress_alone if alone else compress_layer,
             progress=progress,

@@ -774,16 +774,6 @@ def adapter_file(destination: Path) -> Path:
     return destination.with_name(f"{destination.stem}-lora{destination.suffix}")
 
 
-def check_files(destination: Path, *, force: bool) -> None:
-    """Check that a GGUF file may be written, and that its adapter file may be written or removed.
-
-    Raises:
-        DestinationError: a file exists and `force` is not set, or it cannot be written.
-    """
-    check_new_file(destination, force=force)
-    check_new_file(adapter_file(destination), force=force)  # an old adapter would be added to the new model
-
-
 def _with_adapter(
     gguf: ModuleType,
     planner: "_Planner",
