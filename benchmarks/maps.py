@@ -18,17 +18,21 @@ type for all tensors; and the sizes of the tensors. No weights are needed, and n
   another one. It shows how much of the gain is noise of one row, for models with several types.
 - `seconds`: processor seconds of reading the map and planning.
 
-A forecast adds up tensors, each with its share in the damage at a low-bit type. Nobody has measured the files
-of these plans. Writes `maps.json`.
+The divergence of a tensor in a type is forecast as its share in the sum over all tensors, times the
+divergence of a whole file of this type. Shares hardly depend on the type, so one measured row is enough.
+Forecasts of tensors are added up, so the forecast of a file with a single type is its published divergence.
+Nobody has measured the files of these plans. Writes `maps.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from statistics import geometric_mean
@@ -39,13 +43,108 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, processor_seconds, record
 
-from tensornet_hf.maps import DOUBTFUL, DamageMap, price_map, read_map, read_sizes
 from tensornet_hf.recipes import TYPES, PricedTensor, choose_types, type_bytes
 
+#: Column of the divergences of whole files, and texts that stand for a divergence that was not measured.
+WHOLE, MISSING = "group0", ("", "404")
+#: Sum over single tensors, divided by the divergence of the whole file, above which a map is doubtful.
+DOUBTFUL = 2.0
+_LINE = re.compile(
+    r"[^:]*:[^:]*:(?P<name>[^:]+):shape=\((?P<shape>[\d, ]*)\):dtype=(?P<kind>\w+):.*?bytes=(?P<size>\d+)"
+)
 #: Types that llama.cpp takes if the rows of a tensor do not fit a type.
 INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 #: Rows of maps whose files are hardly models any more are not compared.
 MOST = 2.0
+
+
+#: Shape `(..., out, in)` of each tensor, and its bytes by type.
+Sizes = Mapping[str, tuple[tuple[int, ...], Mapping[str, int]]]
+
+
+@dataclass(frozen=True)
+class DamageMap:
+    """Published divergences of a model.
+
+    Args:
+        tensors: KL divergence with only one tensor in a type, by type and name of the tensor.
+        files: KL divergence of files with one type for all tensors, by type.
+    """
+
+    tensors: Mapping[str, Mapping[str, float]]
+    files: Mapping[str, float]
+
+    def shares(self, kind: str) -> dict[str, float]:
+        """Return the share of each tensor in the damage of a file of this type.
+
+        They are those of the measured type whose whole file has the most similar divergence.
+        """
+        near = kind
+        if kind not in self.tensors:
+            known = self.files.get(kind, 0.0)
+
+            def gap(other: str) -> float:
+                found = self.files.get(other, 0.0)
+                return abs(math.log(found / known)) if found > 0 and known > 0 else math.inf
+
+            near = min(self.tensors, key=gap)
+        row = self.tensors[near]
+        total = sum(row.values())
+        return {name: value / total if total > 0 else 0.0 for name, value in row.items()}
+
+    def losses(self, kind: str) -> dict[str, float]:
+        """Forecast the divergence that each tensor causes in a type whose whole file was measured."""
+        return {name: share * self.files[kind] for name, share in self.shares(kind).items()}
+
+
+def read_map(files: Sequence[Path]) -> DamageMap:
+    """Read CSV files of divergences, with a row for each type: of single tensors, and of whole files."""
+    tensors: dict[str, dict[str, float]] = {}
+    whole: dict[str, float] = {}
+    for file in files:
+        header, *rows = list(csv.reader(file.read_text().splitlines()))
+        for row in rows:
+            found = {
+                name: max(float(text), 0.0)  # noise of the measurement may make a divergence negative
+                for name, text in zip(header[1:], row[1:], strict=True)
+                if text not in MISSING
+            }
+            if WHOLE in found:
+                whole[row[0].upper()] = found.pop(WHOLE)
+            if found:
+                tensors.setdefault(row[0].upper(), {}).update(found)
+    return DamageMap(tensors, whole)
+
+
+def read_sizes(files: Sequence[Path]) -> Sizes:
+    """Read files with a line for each tensor, `file:hash:NAME:shape=(in, out):dtype=TYPE:...:bytes=N`."""
+    found: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {}
+    for file in files:
+        for line in filter(str.strip, file.read_text().splitlines()):
+            match = _LINE.fullmatch(line.partition(":imatrix=")[0].strip())
+            if match is None:
+                raise ValueError(f"{file} has the line {line:.60}.")
+            shape = tuple(int(x) for x in reversed(match["shape"].split(",")) if x.strip())
+            while len(shape) > 1 and shape[0] == 1:  # files differ in whether they list these
+                shape = shape[1:]
+            known = found.setdefault(match["name"], (shape, {}))
+            if known[0] != shape:
+                raise ValueError(f"{match['name']} has the shapes {known[0]} and {shape} in {file}.")
+            known[1][match["kind"].upper()] = int(match["size"])
+    return found
+
+
+def forecast(damage: DamageMap, tensors: Sizes, kinds: Sequence[str]) -> list[PricedTensor]:
+    """Forecast the divergence of each measured tensor in the types that fit its rows."""
+    losses = {kind: damage.losses(kind) for kind in kinds}
+    found = []
+    for name in dict.fromkeys(name for row in damage.tensors.values() for name in row):
+        shape, known = tensors[name]
+        sizes = {kind: known[kind] if kind in known else type_bytes(kind, shape) for kind in kinds}
+        fitting = {kind: size for kind, size in sizes.items() if size is not None and name in losses[kind]}
+        each = {kind: losses[kind][name] for kind in fitting}
+        found.append(PricedTensor(name, fitting, each, each))
+    return found
 
 
 def mixed_type(name: str, blocks: int, tied: bool) -> str:
@@ -66,9 +165,7 @@ def mixed_type(name: str, blocks: int, tied: bool) -> str:
     return "Q6_K" if more and ("attn_v." in name or "ffn_down" in name) else "Q4_K"
 
 
-def mix(
-    tensors: Mapping[str, tuple[tuple[int, ...], Mapping[str, int]]], names: Sequence[str]
-) -> dict[str, str]:
+def mix(tensors: Sizes, names: Sequence[str]) -> dict[str, str]:
     """Return the types of the measured tensors in Q4_K_M, with llama.cpp's fallbacks."""
     blocks = 1 + max(int(x[1]) for name in tensors if (x := re.match(r"blk\.(\d+)\.", name)))
     tied = "output.weight" not in tensors
@@ -89,7 +186,7 @@ def total(priced: Sequence[PricedTensor], kinds: Mapping[str, str]) -> float:
     return sum(x.losses[kinds[x.name]] for x in priced)
 
 
-def _bits(kind: str, tensors: Mapping[str, tuple[tuple[int, ...], Mapping[str, int]]]) -> float:
+def _bits(kind: str, tensors: Sizes) -> float:
     """Return the bits per weight of a type in the first tensor that has it; 16 if none has."""
     for shape, stored in tensors.values():
         if kind in stored and len(shape) > 1:
@@ -104,7 +201,7 @@ def measure(folder: Path) -> dict[str, Any]:
     lists = sorted((folder / "group0").glob("tensors.*.map"))
     damage, tensors = read_map(maps), read_sizes(lists)
     kinds = [x for x in TYPES if x in damage.files]
-    priced = price_map(damage, tensors, kinds)
+    priced = forecast(damage, tensors, kinds)
     mixed = mix(tensors, [x.name for x in priced])
     plan, size = compared(priced, mixed)
     seconds = processor_seconds() - start
@@ -144,7 +241,7 @@ def measure(folder: Path) -> dict[str, Any]:
         ratios = {}
         for a, b in permutations(rows, 2):
             first, second = (
-                price_map(DamageMap({k: {x: rows[k][x] for x in shared}}, damage.files), tensors, kinds)
+                forecast(DamageMap({k: {x: rows[k][x] for x in shared}}, damage.files), tensors, kinds)
                 for k in (a, b)
             )
             chosen, _ = compared(first, mixed)

@@ -146,3 +146,17 @@ def test_equal_bonds_give_equal_errors(records: Any) -> None:
     for row in records("decomposition")["rows"]:
         assert len({tuple(bonds) for bonds in row["bonds"].values()}) == 1
         assert row["error_ratio"] <= 1.01
+
+
+def test_a_file_of_one_type_is_forecast_as_published(
+    records: Any, load_benchmark: Any, tmp_path: Path
+) -> None:
+    module = load_benchmark("maps")
+    folder = module.toy(tmp_path) / "models" / "toy"
+    damage = module.read_map([folder / "kld_results.csv", folder / "group0" / "kld_results.csv"])
+    tensors = module.read_sizes([folder / "group0" / "tensors.bf16.map"])
+    for kind, published in damage.files.items():
+        priced = module.forecast(damage, tensors, [kind])
+        assert sum(x.losses[kind] for x in priced) == pytest.approx(published)
+    (row,) = records("maps")["rows"]
+    assert row["plan"] < row["mix"]

@@ -59,7 +59,7 @@ def has_example(found: object) -> bool:
 
 
 #: Modules whose examples need the extra `gguf`; they run among all tests.
-NEEDS_GGUF = ("tensornet_hf.maps", "tensornet_hf.recipes")
+NEEDS_GGUF = ("tensornet_hf.recipes",)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
 from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.target import export
-from tensornet_hf.maps import plan_map
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.recipes import Recipe, plan_recipe
 from tensornet_hf.rotation import rotate
@@ -41,7 +40,6 @@ __all__ = [
     "load",
     "load_specialists",
     "plan_folder",
-    "plan_map",
     "plan_recipe",
     "rotate",
     "save",

@@ -98,8 +98,7 @@ class Recipe:
     Args:
         types: type of every tensor that `llama-quantize` quantizes, by name.
         sizes: bytes of these tensors, by name.
-        num_bytes: bytes of the file, with `IMATRIX_METADATA` for what `llama-quantize` adds to its metadata;
-            None if only the tensors of the recipe are known.
+        num_bytes: bytes of the file, with `IMATRIX_METADATA` for what `llama-quantize` adds to its metadata.
         predicted: sum of the losses of all tensors.
         unit: what `predicted` is, such as `"loss increase in nats per token"`.
         notes: what a reader should know about the recipe.
@@ -107,14 +106,14 @@ class Recipe:
 
     Example:
         >>> name = "blk.0.attn_q.weight"
-        >>> recipe = th.Recipe({name: "Q5_K"}, {name: 704}, None, 0.1, "nats")
+        >>> recipe = th.Recipe({name: "Q5_K"}, {name: 704}, 1216, 0.1, "nats")
         >>> print(recipe.text)
         ^blk\.0\.attn_q\.weight$=q5_k
     """
 
     types: Mapping[str, str]
     sizes: Mapping[str, int]
-    num_bytes: int | None
+    num_bytes: int
     predicted: float
     unit: str
     notes: tuple[str, ...] = ()
@@ -179,10 +178,9 @@ class Recipe:
         order = [*TYPES, *sorted(counts.keys() - set(TYPES))]
         kinds = ", ".join(f"{counts[kind]} {kind}" for kind in order if kind in counts)
         total = sum(self.sizes.values())
-        size = "" if self.num_bytes is None else f", file {compact_bytes(self.num_bytes)}"
         lines = [
             f"tensors     {len(self.types)}: {kinds}",
-            f"bytes       {compact_bytes(total)} of these tensors{size}",
+            f"bytes       {compact_bytes(total)} of these tensors, file {compact_bytes(self.num_bytes)}",
             f"predicted   {self.predicted:.4g} {self.unit}",
         ]
         return "\n".join([*lines, *(f"note        {x}" for x in self.notes)])

@@ -104,7 +104,7 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
 
 
 def test_plan_writes_a_recipe(tensornet: Run, texts: None) -> None:
-    """A recipe from a text, another from the importance matrix of the first, and one from a map."""
+    """A recipe from a text, and another from the importance matrix of the first."""
     data = ("--calibration", "text.txt", "--calibration-tokens", 1024)
     how = ("--types", "q8_0,q6_k,q4_0", "--max-bytes", "0.9MB")
     files = ("--recipe", "plan.txt", "--save-imatrix", "im.gguf")
@@ -120,19 +120,11 @@ def test_plan_writes_a_recipe(tensornet: Run, texts: None) -> None:
     found = json.loads(out)
     assert found["file_bytes"] <= 900_000
     assert len(Path("other.txt").read_text().splitlines()) == len(lines) == len(found["types"]) - 1
-    Path("kld.csv").write_text("QTYPE,blk.0.attn_q.weight\nq4_0,0.1\nq8_0,0.001\n")
-    Path("tensors.map").write_text(
-        "a:b:blk.0.attn_q.weight:shape=(64, 64):dtype=bf16:elements=4096:bytes=8192"
-    )
-    status, out, err = tensornet("plan", "--map", "kld.csv", "--sizes", "tensors.map", "--bits", 5)
-    assert status == 0, err
-    assert "1 Q4_0" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "Give a model folder, or --map and --sizes"),
         (("GPT2", "--bits", 5, "--types", "q4_0"), "--types belong to a recipe.*add --recipe"),
         (("GPT2", "--bits", 5, "--recipe", "r", "--calibration", "text.txt"), "add --save-imatrix, or"),
         (
@@ -154,10 +146,6 @@ def test_plan_writes_a_recipe(tensornet: Run, texts: None) -> None:
             ),
             "leave out --rotate",
         ),
-        (("GPT2", "--map", "a", "--sizes", "b"), "without a model"),
-        (("--map", "a", "--bits", 5), "needs --map .* and --sizes"),
-        (("--map", "a", "--sizes", "b", "--bits", 5, "--exclude", "x"), "leave out --exclude"),
-        (("--map", "a", "--sizes", "b"), "one budget: --max-bytes .* or --bits"),
     ],
 )
 def test_plan_names_what_does_not_go_together(

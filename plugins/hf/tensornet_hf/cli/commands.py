@@ -70,7 +70,6 @@ from tensornet_hf.exporters.target import TARGETS, find_target
 from tensornet_hf.exporters.target import export as export_model
 from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder, inspect_specialists
-from tensornet_hf.maps import plan_map
 from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import compact_bytes, display_command
 from tensornet_hf.specialist_files import (
@@ -167,10 +166,7 @@ def compress(
 
 @with_options(CompressionConfig, CompressOptions, without=WRITING)
 def plan(
-    source: Annotated[
-        str | None,
-        typer.Argument(help="Model folder, or hub id if there is no such folder; not needed with --map."),
-    ] = None,
+    source: Source,
     *,
     recipe: Annotated[
         Path | None,
@@ -206,24 +202,6 @@ def plan(
             rich_help_panel=RECIPES,
         ),
     ] = None,
-    map_files: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--map",
-            help="Plan from published divergences of single tensors (kld_results.csv) and of whole files "
-            "(group0/kld_results.csv), without a model. Repeatable.",
-            metavar="FILE",
-            rich_help_panel=RECIPES,
-        ),
-    ] = None,
-    sizes: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="List of the model's tensors (tensors.*.map) for --map. Repeatable.",
-            metavar="FILE",
-            rich_help_panel=RECIPES,
-        ),
-    ] = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -248,23 +226,7 @@ def plan(
         options, wanted = _compress_options(given)
         config = CompressionConfig(**wanted)
         asked = {"recipe": recipe, "types": types, "imatrix": imatrix, "save_imatrix": save_imatrix}
-        if map_files or sizes:
-            if source is not None or imatrix is not None or save_imatrix is not None:
-                raise OptionError(
-                    "{map} plans without a model; leave out SOURCE, {imatrix} and {save_imatrix}."
-                )
-            if not map_files or not sizes:
-                raise OptionError("A plan from a map needs {map} (divergences) and {sizes} (the tensors).")
-            if (
-                others := wanted.keys() - {"max_bytes", "bits_per_weight"}
-                | collect(CompressOptions, given).keys()
-            ):
-                names = " and ".join(spelled(_FIELDS[name]) for name in sorted(others))
-                raise OptionError(f"{{map}} plans without a model; leave out {names}.")
-            made = plan_map(map_files, sizes, config, (types or "").split(",") if types else ())
-        elif source is None:
-            raise OptionError("Give a model folder, or {map} and {sizes}.")
-        elif recipe is None:
+        if recipe is None:
             if needless := [f"{{{name}}}" for name, value in asked.items() if value is not None]:
                 raise OptionError(
                     f"{' and '.join(needless)} belong to a recipe for llama-quantize; add {{recipe}}."
