@@ -280,7 +280,7 @@ def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
 
 
 #: Largest number of rows in an HTML table.
-ROWS = 40
+TABLE_ROWS = 40
 
 
 def memory_held() -> str:
@@ -330,11 +330,11 @@ def check_memory(elements: int, like: Tensor, what: str, advice: str) -> None:
 
 
 def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format a table as HTML with at most `ROWS` rows, followed by the number of omitted rows."""
+    """Format a table as HTML with at most `TABLE_ROWS` rows, followed by the number of omitted rows."""
     lines = [[escape(str(cell)) for cell in row] for row in rows]
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines[:ROWS])
-    more = f"<p>and {len(lines) - ROWS} more</p>" if len(lines) > ROWS else ""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines[:TABLE_ROWS])
+    more = f"<p>and {len(lines) - TABLE_ROWS} more</p>" if len(lines) > TABLE_ROWS else ""
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<p>{escape(caption)}</p>{table}{more}"
 

@@ -319,7 +319,7 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 
 #: Upper bound of the bytes of a tensor in the header of a safetensors file, without the name of its layer:
 #: syntax, dtype, shape, two offsets, and the names of core and part.
-ENTRY = 112
+MOST_ENTRY = 112
 #: Number format of all layers if there are neither calibration data nor `formats`.
 _BLIND = "int8"
 #: Largest number of layers named in an error message.
@@ -487,7 +487,7 @@ def entry_bytes(config: CompressionConfig, budget: str, layers: Sequence[PricedL
         layers: the weights to compress, whose names are parts of the names of tensors.
     """
     whole = budget in ("byte_ratio", "max_bytes") and config.counts_model(budget)
-    return ENTRY + max(len(x.name) for x in layers) if whole and config.menu is None else 0
+    return MOST_ENTRY + max(len(x.name) for x in layers) if whole and config.menu is None else 0
 
 
 def allowed_bytes(

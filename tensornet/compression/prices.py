@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tensornet._util import check_number, check_size, on_cpu_unless_said
 from tensornet.calibration.stats import first_difference
-from tensornet.compression.allocate import ENTRY, Candidate, PricedLayer, choose_candidates, uniform
+from tensornet.compression.allocate import MOST_ENTRY, Candidate, PricedLayer, choose_candidates, uniform
 from tensornet.compression.candidates import hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig
 from tensornet.compression.plan import CompressionPlan, LayerPlan
@@ -420,5 +420,5 @@ def _other_bytes(model: nn.Module, targets: Sequence[Target], size: int) -> int:
     }
     buffers = sum(x.nbytes for _, x in state.values()) - size
     planned = {id(module.weight) for target in targets for module in target.modules}
-    header = sum(ENTRY + len(name) for key, (name, _) in state.items() if key not in planned)
+    header = sum(MOST_ENTRY + len(name) for key, (name, _) in state.items() if key not in planned)
     return max(buffers, 0) + header

@@ -219,7 +219,7 @@ def survey(
         unfit=unfit,
     )
     layers = tuple(priced[x.name] for x in kept)
-    key = {"tokens": str(count), "text": digest(given), "inputs": digest([inputs or {}])}
+    key = {"tokens": str(count), "text": tensor_digest(given), "inputs": tensor_digest([inputs or {}])}
     scored = walk.losses if loss_fn not in RANDOM_LOSSES else []
     losses = tuple(float(f"{x:.4g}") for part in scored for x in part.tolist())
     sizes = untargeted_sizes(model, kept)
@@ -306,12 +306,12 @@ def survey_or_load(
     kind, rows = config.survey_kind, 0 if prices.template.of_tokens else ENOUGH_LOSSES
     count = tokens or SURVEY_TOKENS[kind]
     read = read_batches(batches, model, tokens=count, rows=rows, most=most_tokens(kind))
-    if prices.key.get("text") != digest(read):
+    if prices.key.get("text") != tensor_digest(read):
         raise BudgetError(
             f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens, from "
             f"{prices.template.calibration}. Give the same text and number of tokens, or another file."
         )
-    if prices.key.get("inputs") != digest([options.get("inputs") or {}]):
+    if prices.key.get("inputs") != tensor_digest([options.get("inputs") or {}]):
         raise BudgetError(
             f"The prices in {file} were found with another importance matrix, or without one. Give the same "
             "importance matrix, or another file."
@@ -319,7 +319,7 @@ def survey_or_load(
     return prices.with_config(config)
 
 
-def digest(batches: Iterable[Mapping[str, Any]]) -> str:
+def tensor_digest(batches: Iterable[Mapping[str, Any]]) -> str:
     """Compute a checksum of the names, dtypes, shapes and values of the tensors in batches."""
     found = hashlib.sha256()
     for batch in batches:

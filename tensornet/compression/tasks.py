@@ -34,7 +34,7 @@ from tensornet.topologies import dense
 Made = tuple[TensorNetworkLinear, float]
 #: Number of rows of a part. Every part factorizes the moment of the inputs again in its process; with so many
 #: rows, this takes a few percent of the time of rounding.
-ROWS = 4096
+PART_ROWS = 4096
 
 
 class Task(NamedTuple):
@@ -152,7 +152,7 @@ def row_parts(task: Task) -> list[Task]:
     matrix, layer, weighting, rounding = task
     rows = weighting.rows
     rounded = layer.topology is not None and layer.topology.family == "dense" and layer.storage.quantized
-    if not rounded or (rows is not None and rows.ndim == 2) or len(matrix) <= ROWS:
+    if not rounded or (rows is not None and rows.ndim == 2) or len(matrix) <= PART_ROWS:
         return [task]
     return [
         Task(
@@ -162,10 +162,10 @@ def row_parts(task: Task) -> list[Task]:
                 shape=(len(part), part.shape[1]),
                 topology=dense(out_features=len(part), in_features=part.shape[1]),
             ),
-            replace(weighting, rows=None if rows is None else rows[k * ROWS : (k + 1) * ROWS]),
+            replace(weighting, rows=None if rows is None else rows[k * PART_ROWS : (k + 1) * PART_ROWS]),
             rounding,
         )
-        for k, part in enumerate(matrix.split(ROWS))
+        for k, part in enumerate(matrix.split(PART_ROWS))
     ]
 
 

@@ -23,7 +23,7 @@ COLUMNS = 256
 
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(module, "PART_ROWS", 16)
 
 
 def task_of(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet._util import ROWS, html_table
+from tensornet._util import TABLE_ROWS, html_table
 from tensornet.compression.viz import grid_of
 
 Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport]
@@ -97,7 +97,7 @@ def test_notebook_tables_are_small_and_escaped(made: Made) -> None:
         (torch.ones(1, 8, 1, 2), torch.ones(2, 1, 6, 1)),
     )
     assert "low_rank, 8 x 6" in shown(made_of._repr_html_())
-    text = html_table("<b>", ["a"], [["<script>"]] * (ROWS + 3))
+    text = html_table("<b>", ["a"], [["<script>"]] * (TABLE_ROWS + 3))
     assert "<script>" not in text
     assert "and 3 more" in text
     assert "<b>" in shown(text)

@@ -26,7 +26,7 @@ from tensornet import _util
 from tensornet.errors import MissingDependencyError
 from tensornet.quantization import formats
 from tensornet.quantization.menus import MENUS
-from tensornet_hf.exporters.target import TARGETS
+from tensornet_hf.exporters.target import EXPORT_TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)?pictures/(?P<name>[\w.-]+)\)")
@@ -48,7 +48,7 @@ def shown_pictures(path: Path) -> list[str]:
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Restore what a page may change: the hypothesis profile, and tables of formats and export targets."""
-    tables: tuple[dict[Any, Any], ...] = (formats.POINTS, formats.FORMATS, MENUS._items, TARGETS)
+    tables: tuple[dict[Any, Any], ...] = (formats.POINTS, formats.FORMATS, MENUS._items, EXPORT_TARGETS)
     before = [dict(table) for table in tables]
     yield
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -39,7 +39,7 @@ from tensornet.io import Slice, moved_aside, new_folder, read_headers, restore
 from tensornet.nn import prepare_for_inference
 from tensornet.nn.targets import adapter_names
 from tensornet_hf.quantizer import (
-    METHOD,
+    QUANT_METHOD,
     TensorNetworkConfig,
     check_layers,
     layer_descriptions,
@@ -226,9 +226,9 @@ def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
     if entry is None:
         return None
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
-    if not isinstance(entry, dict) or method != METHOD:
+    if not isinstance(entry, dict) or method != QUANT_METHOD:
         raise FormatError(
-            f"The model is quantized by {method!r}, not by {METHOD!r}. Use the original model with "
+            f"The model is quantized by {method!r}, not by {QUANT_METHOD!r}. Use the original model with "
             "floating-point weights."
         )
     try:

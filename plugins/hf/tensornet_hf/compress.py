@@ -31,8 +31,7 @@ from tensornet.compression.plan import NO_CHOICE, CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
 from tensornet.compression.road import Source, calibration_config, make_plan, run
-from tensornet.compression.survey import digest as batch_digest
-from tensornet.compression.survey import survey_or_load
+from tensornet.compression.survey import survey_or_load, tensor_digest
 from tensornet.compression.tasks import one_thread, worker_processes
 from tensornet.compression.write import WRITE_TOKENS, moment_of, read_enough
 from tensornet.errors import BudgetError, DestinationError, FormatError, TargetError
@@ -57,7 +56,7 @@ from tensornet_hf.checkpoint import (
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
-from tensornet_hf.exporters.target import TARGETS, check_destination, export, find_target
+from tensornet_hf.exporters.target import EXPORT_TARGETS, check_destination, export, find_target
 from tensornet_hf.file_sink import MAX_SHARD_BYTES, FileSink, PlannedModel
 from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_lazily, open_model, read_source
 from tensornet_hf.model_folder import lay_out_folder
@@ -68,8 +67,8 @@ from tensornet_hf.staging import (
     StatesOnDisk,
     begin,
     check_unchanged,
-    digest,
     file_marks,
+    json_digest,
     reading_or_writing,
     staging,
 )
@@ -162,7 +161,7 @@ class CompressOptions:
     device: torch.device | str = option("cpu", "run", "device")
     workers: int = option(1, "run", "integer")
     resume: bool = option(True, "advanced", "flag")
-    export: str | None = option(None, "output", choices=tuple(TARGETS))
+    export: str | None = option(None, "output", choices=tuple(EXPORT_TARGETS))
     report: str | Path | None = option(None, "output", "path")
     networks: Networks = option("dense", "advanced", choices=NETWORKS)
     force: bool = option(False, "output", "flag")
@@ -378,7 +377,7 @@ def compress_folder(
     path = Path(destination).expanduser().resolve()
     check = partial(check_destination, path, target, force=options.force, sources=(folder,))
     check()
-    if (target is None or not TARGETS[target].suffix) and path.is_relative_to(folder.resolve()):
+    if (target is None or not EXPORT_TARGETS[target].suffix) and path.is_relative_to(folder.resolve()):
         raise DestinationError(f"{path} is inside the source {folder}; choose another destination.")
     job = _Job(
         folder, path, config, options, text, target, held_out, check, read_source(folder, options.weights)
@@ -412,7 +411,7 @@ class _Job(NamedTuple):
             marks: what the files of the source are like.
             data: the calibration batches.
         """
-        options, batches = self.options, None if data is None else batch_digest(data.batches)
+        options, batches = self.options, None if data is None else tensor_digest(data.batches)
         names = ("refine", "heal", "share_experts", "dtype", "networks", "max_shard_bytes")
         survey = [batches, str(options.device), options.calibration_tokens, options.rotate]
         rest = [self.config.to_dict(), self.text, self.target, {x: getattr(options, x) for x in names}]
@@ -498,7 +497,7 @@ def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderRe
         model = PlannedModel.of(
             open_lazily(source), plan, folder=folder, title=folder.resolve().name, **about
         )
-        files = lay_out_folder(model) if target is None else TARGETS[target].lay_out(model)
+        files = lay_out_folder(model) if target is None else EXPORT_TARGETS[target].lay_out(model)
         for name, why in files.dense.items():
             if name in {x for layout in files.layouts.values() for x in layout.places}:
                 warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
@@ -507,7 +506,7 @@ def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderRe
             check_unchanged(marks, file_marks(folder, options.weights))
             check()
 
-        key = digest([plan.to_dict(), options.max_shard_bytes, target])
+        key = json_digest([plan.to_dict(), options.max_shard_bytes, target])
         return FileSink(files, path, work, key=key, force=options.force, check=finishing)
 
     with worker_processes(1 if options.executor is not None else options.workers) as own:
@@ -651,7 +650,7 @@ def for_target(
             layers.
     """
     refuse_mixtures(model)
-    overhead, dense = TARGETS[target].constraints(model, folder)
+    overhead, dense = EXPORT_TARGETS[target].constraints(model, folder)
     changes: dict[str, Any] = {}
     if config.topology == AUTO and config.formats in (None, DEFAULT_FORMATS):
         changes["formats"] = target
@@ -665,7 +664,7 @@ def for_target(
                 warnings.simplefilter("ignore")  # planning repeats these warnings
                 find_targets(model, replace(config, **changes))
         except TargetError as error:
-            others = " or ".join(name for name in TARGETS if name != target)
+            others = " or ".join(name for name in EXPORT_TARGETS if name != target)
             raise TargetError(
                 f"The target {target!r} can pack none of the layers that the options select: it does not "
                 f"support the types of {len(dense)} layers of this {type(model).__name__}, such as "

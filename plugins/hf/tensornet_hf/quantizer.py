@@ -41,7 +41,7 @@ from tensornet_hf.aux_losses import join_aux_losses, joins_aux_losses
 from tensornet_moe.experimental.parallel import ParallelExperts
 from tensornet_moe.pool import connect_pools, find_pools
 
-METHOD = "tensornet"
+QUANT_METHOD = "tensornet"
 FORMAT_VERSION = 1
 LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or tensornet_hf.load(folder)"
 #: Shape of a guard (see `replaced_names`). No weight is empty, so a guard cannot be taken for a weight.
@@ -91,20 +91,20 @@ class TensorNetworkConfig(QuantizationConfigMixin):
         ties: Mapping[str, str] | None = None,
         aux_losses: bool = False,
         format_version: int = FORMAT_VERSION,
-        quant_method: str = METHOD,
+        quant_method: str = QUANT_METHOD,
         load_with: str = LOAD_WITH,
         compression: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if quant_method != METHOD:
-            raise FormatError(f"quant_method is {quant_method!r}, expected {METHOD!r}.")
+        if quant_method != QUANT_METHOD:
+            raise FormatError(f"quant_method is {quant_method!r}, expected {QUANT_METHOD!r}.")
         if format_version != FORMAT_VERSION:
             raise FormatError(
                 f"This model is stored in format version {format_version!r}, but the installed library reads "
                 f"version {FORMAT_VERSION}. Update the library (pip install -U tensornet-torch), or save the "
                 "model again with the installed version."
             )
-        self.quant_method = METHOD  # type: ignore[assignment]  # transformers annotates an enum of its own
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers annotates an enum of its own
         self.format_version = format_version
         self.load_with = load_with
         self.layers: dict[str, Any] = _mapping("layers", layers, Mapping)
@@ -562,8 +562,8 @@ class TensorNetworkQuantizer(HfQuantizer):
         return model
 
 
-register_quantization_config(METHOD)(TensorNetworkConfig)
-register_quantizer(METHOD)(TensorNetworkQuantizer)
+register_quantization_config(QUANT_METHOD)(TensorNetworkConfig)
+register_quantizer(QUANT_METHOD)(TensorNetworkQuantizer)
 
 
 def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> bool:

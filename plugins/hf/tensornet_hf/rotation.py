@@ -43,7 +43,7 @@ TOLERANCE = 1e-3
 #: Number of tokens on which logits are compared.
 _TOKENS = 8
 #: Number of rows that are multiplied at once, since a float64 copy of an embedding would be too large.
-ROWS = 8192
+ROTATED_ROWS = 8192
 
 
 @torch.no_grad()
@@ -255,7 +255,9 @@ def _product(
     right = torch.block_diag(*right) if isinstance(right, list) else right
     right = right if gain is None or right is None else gain * right
     found = torch.empty_like(weight)
-    for rows, target in zip(weight.split(ROWS), found.split(ROWS), strict=True) if left is None else ():
+    for rows, target in (
+        zip(weight.split(ROTATED_ROWS), found.split(ROTATED_ROWS), strict=True) if left is None else ()
+    ):
         product = rows.to("cpu", torch.float64)
         target.copy_(product if right is None else product @ right)
     if left is not None:

@@ -45,7 +45,7 @@ from tensornet_moe.specialist_layers import (
 )
 
 #: Name of the method in PEFT's tables and in `adapter_config.json`.
-METHOD = "SPECIALISTS"
+PEFT_METHOD = "SPECIALISTS"
 #: Name that PEFT uses in `adapter_names` for rows without an adapter.
 TRUNK = "__base__"
 
@@ -80,7 +80,7 @@ class SpecialistsConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = METHOD
+        self.peft_type = PEFT_METHOD
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
@@ -214,6 +214,6 @@ class SpecialistsModel(BaseTuner):
 
 # `peft.utils.register_peft_method` only accepts members of PEFT's enumeration, which nobody else can extend.
 # The enumeration consists of strings, so a plain string works as a key of the tables that it fills.
-PEFT_TYPE_TO_CONFIG_MAPPING[METHOD] = SpecialistsConfig  # type: ignore[index]
-PEFT_TYPE_TO_TUNER_MAPPING[METHOD] = SpecialistsModel  # type: ignore[index]
-PEFT_TYPE_TO_PREFIX_MAPPING[METHOD] = SpecialistsModel.prefix  # type: ignore[index]
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_METHOD] = SpecialistsConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_METHOD] = SpecialistsModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_METHOD] = SpecialistsModel.prefix  # type: ignore[index]

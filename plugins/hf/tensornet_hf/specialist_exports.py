@@ -12,7 +12,7 @@ from tensornet.compression.apply import set_submodule
 from tensornet.errors import TargetError
 from tensornet_hf.exporters.adapters import export_peft_adapter
 from tensornet_hf.exporters.base import GGUF, LowRank
-from tensornet_hf.exporters.target import TARGETS
+from tensornet_hf.exporters.target import EXPORT_TARGETS
 from tensornet_hf.feed_forwards import find_feed_forwards
 from tensornet_hf.upcycling import UpcycleReport, upcycle
 from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
@@ -23,7 +23,7 @@ PEFT = "peft"
 
 def adapter_targets() -> dict[str, Callable[..., None]]:
     """Return the function of each target that writes LoRA adapters: PEFT, and the export targets that can."""
-    found = {name: target.adapter for name, target in TARGETS.items() if target.adapter is not None}
+    found = {name: target.adapter for name, target in EXPORT_TARGETS.items() if target.adapter is not None}
     return {PEFT: export_peft_adapter, **found}
 
 

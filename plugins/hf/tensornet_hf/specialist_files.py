@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import tensornet_moe as tm
 from tensornet._util import in_eval_mode
-from tensornet.compression.survey import digest
+from tensornet.compression.survey import tensor_digest
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import new_folder, restore
 from tensornet.topology import Topology
@@ -121,7 +121,7 @@ class PretrainedSpecialists(tm.Specialists):
         if not self.names:
             raise TargetError("There is no specialist to save; call add(name) first.")
         parts = {"shared": _stored(self.tensors()), **{x: _stored(self.tensors(x)) for x in self.names}}
-        digests = {name: digest([tensors]) for name, tensors in parts.items()}
+        digests = {name: tensor_digest([tensors]) for name, tensors in parts.items()}
         restore(target)
         old: Description | None = None
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -440,7 +440,7 @@ def _read(file: Path, expected: str) -> dict[str, Tensor]:
         found = load_file(file)
     except Exception as error:  # safetensors raises its own class and OSError
         raise FormatError(f"{file} is missing or damaged: {error}.") from error
-    if digest([found]) != expected:
+    if tensor_digest([found]) != expected:
         raise FormatError(
             f"{file} was changed since {file.with_name(DESCRIPTION)} was written, so that it would "
             "compute something else. Restore the file."

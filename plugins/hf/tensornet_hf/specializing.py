@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from tensornet._util import check_size, in_eval_mode
-from tensornet.compression.survey import digest
+from tensornet.compression.survey import tensor_digest
 from tensornet.errors import DestinationError, TargetError
 from tensornet.io import new_file
 from tensornet_hf.checkpoint import load, on_device, read_json, resolve_folder
@@ -245,7 +245,7 @@ def specialize(
     else:
         s = specialists(model, rank=rank, share=share, target_modules=target_modules)
     depends_on = {
-        "destination": [*s.names, digest([s.tensors()])] if old else [],
+        "destination": [*s.names, tensor_digest([s.tensors()])] if old else [],
         "texts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
         "options": [share, rank, target_modules, steps, lr, batch_size, length, str(device), seed],
     }

@@ -105,8 +105,8 @@ def begin(
     record: dict[str, Any] = {
         "library": {**versions, "transformers": transformers.__version__},
         "sources": dict(sources),
-        "options": digest(depends_on),
-        "reusable": {name: digest(x) for name, x in reusable.items()},
+        "options": json_digest(depends_on),
+        "reusable": {name: json_digest(x) for name, x in reusable.items()},
     }
     path, again = work / RECORD, "start again with resume=False (--no-resume)"
     shutil.rmtree(work / SURVEYED, ignore_errors=True)
@@ -148,7 +148,7 @@ def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return sorted(x for x in before.keys() | now.keys() if before.get(x) != now.get(x))
 
 
-def digest(content: Any) -> str:
+def json_digest(content: Any) -> str:
     """Return the SHA-256 of JSON-ready content; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

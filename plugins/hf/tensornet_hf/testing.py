@@ -23,7 +23,7 @@ from tensornet.nn.extension import ProvidedData
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization.menus import MENUS
 from tensornet_hf.compress import CompressOptions, compress_folder, plan_folder
-from tensornet_hf.exporters.target import TARGETS, export
+from tensornet_hf.exporters.target import EXPORT_TARGETS, export
 from tensornet_hf.file_sink import FileSink
 
 require(("pytest",), extra="testing", user="tensornet_hf.testing")
@@ -39,7 +39,7 @@ _SIZES: dict[str, Any] = {
 
 
 class ExportLaws:
-    """Laws that an export target must obey; set `target` to its name in `TARGETS`, and define `weights`."""
+    """Laws that an export target must obey; set `target` to its registered name, and define `weights`."""
 
     target: str
     #: Name of the destination, with a suffix if the target writes a file.
@@ -112,7 +112,7 @@ class ExportLaws:
         """Check that the target can pack all layers of a plan that was made for it."""
         model = self.model()
         assert self.target in MENUS, f"register the target {self.target!r} by register_target"
-        _, dense = TARGETS[self.target].constraints(model, self.folder(model, tmp_path / "dense"))
+        _, dense = EXPORT_TARGETS[self.target].constraints(model, self.folder(model, tmp_path / "dense"))
         config = tn.CompressionConfig(
             bits_per_weight=bits,
             formats=self.target,

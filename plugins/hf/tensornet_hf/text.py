@@ -204,7 +204,7 @@ PASSAGE = 128
 #: Longest answer of an encoder-decoder in tokens.
 ANSWER = 64
 #: Number of passages in a batch.
-ROWS = 16
+BATCH_PASSAGES = 16
 #: Fraction of the tokens that are masked for a masked language model, as in its training.
 HIDDEN = 0.15
 
@@ -275,7 +275,7 @@ def calibration_data(
     for batch in _passages(model, tokenizer, text):
         kept.append(batch)
         count += int(batch["attention_mask"].sum())
-        if tokens is not None and count >= tokens and len(kept) * ROWS >= rows:
+        if tokens is not None and count >= tokens and len(kept) * BATCH_PASSAGES >= rows:
             break
     if not kept:
         raise ValueError("The text contains no line that the model can read; give more text.")
@@ -368,8 +368,8 @@ def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Bat
     given = answers and all(part.count("\t") == 1 for part in parts)
     generator = torch.Generator().manual_seed(0)
     special = torch.tensor(tokenizer.all_special_ids, device="cpu")
-    for start in range(0, len(parts), ROWS):
-        some = parts[start : start + ROWS]
+    for start in range(0, len(parts), BATCH_PASSAGES):
+        some = parts[start : start + BATCH_PASSAGES]
         batch = _read(model, tokenizer, [x.partition("\t")[0] if given else x for x in some])
         ids = batch["input_ids"]
         if given:

@@ -13,7 +13,7 @@ from tensornet.errors import FormatError
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.codebooks import CODEBOOKS
 from tensornet.quantization.menus import MENUS, bytes_for
-from tensornet_hf.exporters.target import TARGETS
+from tensornet_hf.exporters.target import EXPORT_TARGETS
 
 
 def llama(hidden: int = 64, seed: int = 0) -> LlamaForCausalLM:
@@ -30,7 +30,7 @@ def stats_of(model: LlamaForCausalLM) -> tn.CalibrationStats:
     return tn.calibrate(model, list(batches), loss_fn=sampled_losses)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EXPORT_TARGETS)
 def test_plan_takes_only_what_the_target_stores(target: str) -> None:
     model = llama()
     config = tn.CompressionConfig(bits_per_weight=5, formats=target)
@@ -140,5 +140,5 @@ def test_bytes_are_those_of_the_file() -> None:
     assert 8 * bytes_for("gguf", NumberFormat.parse("iq2_xs"), shape, torch.float32) == 2.3125 * 128 * 512
     # MLX has a scale and a bias in the model's dtype for each group.
     assert bytes_for("mlx", NumberFormat.parse("int4"), shape, torch.bfloat16) == 128 * (256 + 8 * 4)
-    for target in (None, *TARGETS):
+    for target in (None, *EXPORT_TARGETS):
         assert bytes_for(target, NumberFormat(), shape, torch.bfloat16) == 2 * 128 * 512

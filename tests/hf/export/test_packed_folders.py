@@ -36,7 +36,7 @@ from tensornet.errors import DestinationError, MissingDependencyError, TargetErr
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.exporters.folder import pack_rows
-from tensornet_hf.exporters.target import TARGETS as REGISTERED
+from tensornet_hf.exporters.target import EXPORT_TARGETS as REGISTERED
 
 TARGETS = ("compressed-tensors", "mlx")
 #: Layer of a model, its format, and what becomes of it in both targets: a format, or a word of the reason.

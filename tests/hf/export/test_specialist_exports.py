@@ -19,7 +19,7 @@ import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import DestinationError, TargetError
-from tensornet_hf.exporters.target import TARGETS
+from tensornet_hf.exporters.target import EXPORT_TARGETS
 from tensornet_hf.peft import load_adapters
 from tests.hf.export.test_gguf import model_of
 
@@ -128,8 +128,8 @@ def test_a_registered_target_writes_its_own_adapters(tmp_path: Path, monkeypatch
         assert not any(isinstance(part, tm.SpecialistLinear) for part in model.modules())
         torch.save({name: x.left @ x.right for name, x in low_ranks.items()}, destination)
 
-    monkeypatch.setitem(TARGETS, "mine", TARGETS["mlx"]._replace(adapter=write))
-    monkeypatch.setitem(TARGETS, "plain", TARGETS["mlx"]._replace(adapter=None))
+    monkeypatch.setitem(EXPORT_TARGETS, "mine", EXPORT_TARGETS["mlx"]._replace(adapter=write))
+    monkeypatch.setitem(EXPORT_TARGETS, "plain", EXPORT_TARGETS["mlx"]._replace(adapter=None))
     s = prepared(trunk(), "law")
     found = torch.load(s.export("law", tmp_path / "law", target="mine"))
     for name, change in s.changes("law").items():

@@ -161,7 +161,7 @@ def test_a_given_plan_is_applied(tmp_path: Path) -> None:
 def test_same_bytes_from_workers(
     how: str, config: tn.CompressionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tensornet.compression.tasks.ROWS", 16)  # most matrices have several parts
+    monkeypatch.setattr("tensornet.compression.tasks.PART_ROWS", 16)  # most matrices have several parts
     source = save("gpt2", tmp_path / "dense")
     compress_files(source, tmp_path / "one", config, **SMALL)
     if how == "processes":

@@ -66,7 +66,7 @@ from tensornet_hf.compress import (
 from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import divergence, perplexity, run_tasks
 from tensornet_hf.exporters.base import GGUF
-from tensornet_hf.exporters.target import TARGETS, find_target
+from tensornet_hf.exporters.target import EXPORT_TARGETS, find_target
 from tensornet_hf.exporters.target import export as export_model
 from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder, inspect_specialists
@@ -563,8 +563,8 @@ def export(
     target: Annotated[
         str | None,
         typer.Option(
-            help=f"Format to write: {', '.join(TARGETS)} (default: gguf if the destination ends in .gguf). "
-            "For a specialist: peft (the default), gguf, mlx."
+            help=f"Format to write: {', '.join(EXPORT_TARGETS)} (default: gguf if the destination ends in "
+            ".gguf). For a specialist: peft (the default), gguf, mlx."
         ),
     ] = None,
     specialist: Annotated[

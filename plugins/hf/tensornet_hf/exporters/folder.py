@@ -59,7 +59,7 @@ from tensornet_hf.model_folder import stored_form
 #: Subfolder of a model folder for the LoRA adapter.
 ADAPTER = "lora"
 #: Bytes that a tensor takes in the header of a safetensors file, without its name.
-ENTRY = 68
+HEADER_ENTRY = 68
 #: Number format of a packed layer, and a dictionary from names (`weight_scale`, ...) to its packed tensors.
 Packed = tuple[NumberFormat, dict[str, Tensor]]
 
@@ -506,7 +506,7 @@ def _layout(
 
 
 def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
-    """Collect what a plan needs to know about a folder of packed layers (see `export.Target.constraints`).
+    """Collect what a plan needs to know about a folder of packed layers (see `ExportTarget.constraints`).
 
     Args:
         model: the dense model.
@@ -526,7 +526,7 @@ def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[
         }
     others = [x.name for x in layers if not inside.get(x.name, all(kind.name in kinds for kind in x.kinds))]
     names = [*model.state_dict(), *(f"{x.name}.weight_scale {x.name}.biases" for x in layers)]
-    return sum(ENTRY + len(name) for name in names), tuple(others)
+    return sum(HEADER_ENTRY + len(name) for name in names), tuple(others)
 
 
 def write_config(model: PackedModel, source: Path | None, folder: Path) -> None:

@@ -841,7 +841,7 @@ def _copied(data: Array, weights: Weights) -> Iterator[Array]:
 
 
 def file_constraints(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ...]]:
-    """Collect what a plan needs to know about a GGUF file of a model (see `export.Target.constraints`).
+    """Collect what a plan needs to know about a GGUF file of a model (see `ExportTarget.constraints`).
 
     Args:
         model: the dense model.

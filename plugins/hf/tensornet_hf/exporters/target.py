@@ -37,7 +37,7 @@ from tensornet_hf.file_sink import Files, FileSink, PlannedModel
 from tensornet_hf.staging import reading_or_writing
 
 
-class Target(NamedTuple):
+class ExportTarget(NamedTuple):
     """Export target: what plans must know about a format, and how its files are laid out.
 
     Args:
@@ -59,24 +59,24 @@ class Target(NamedTuple):
 
 
 #: Maps names to export targets (see `register_target`).
-TARGETS: dict[str, Target] = {}
+EXPORT_TARGETS: dict[str, ExportTarget] = {}
 
 
-def register_target(name: str, target: Target) -> None:
+def register_target(name: str, target: ExportTarget) -> None:
     """Add a target for `export`; `CompressionConfig(formats=name)` then plans with its number formats.
 
     Raises:
         FormatError: another target has this name.
     """
     MENUS.add(name, target.menu)
-    TARGETS[name] = target
+    EXPORT_TARGETS[name] = target
 
 
-register_target("gguf", Target(lay_out_gguf, file_constraints, GGUF_MENU, GGUF, export_gguf_adapter))
+register_target("gguf", ExportTarget(lay_out_gguf, file_constraints, GGUF_MENU, GGUF, export_gguf_adapter))
 MENUS.add("gguf-fast", GGUF_FAST_MENU)
 register_target(
     "compressed-tensors",
-    Target(
+    ExportTarget(
         lay_out_compressed_tensors,
         lambda model, _: folder_constraints(model, KINDS),
         COMPRESSED_TENSORS_MENU,
@@ -85,7 +85,7 @@ register_target(
 )
 register_target(
     "mlx",
-    Target(
+    ExportTarget(
         lay_out_mlx,
         lambda model, _: folder_constraints(model, packed_kinds(model)),
         MLX_MENU,
@@ -102,11 +102,11 @@ def find_target(destination: str | os.PathLike[str], target: str | None = None) 
         ValueError: an unknown target.
     """
     suffix = Path(destination).suffix
-    by_suffix = {x.suffix: name for name, x in TARGETS.items() if x.suffix}
+    by_suffix = {x.suffix: name for name, x in EXPORT_TARGETS.items() if x.suffix}
     name = target or by_suffix.get(suffix)
-    if name is not None and name not in TARGETS:
-        raise ValueError(f"Unknown export target {name!r}; choose one of {', '.join(TARGETS)}.")
-    wanted = "" if name is None else TARGETS[name].suffix
+    if name is not None and name not in EXPORT_TARGETS:
+        raise ValueError(f"Unknown export target {name!r}; choose one of {', '.join(EXPORT_TARGETS)}.")
+    wanted = "" if name is None else EXPORT_TARGETS[name].suffix
     if wanted != suffix and (wanted or suffix in by_suffix):
         ending = f"a name that ends in {wanted}" if wanted else f"a name that does not end in {suffix}"
         raise DestinationError(f"{destination}: the target {name!r} needs {ending}.")
@@ -128,7 +128,7 @@ def check_destination(
         DestinationError: the destination exists and `force` is not set, or cannot be written; or it is or
             contains a source.
     """
-    if target is None or not TARGETS[target].suffix:
+    if target is None or not EXPORT_TARGETS[target].suffix:
         check_free(destination, force=force, sources=sources)
         return
     check_new_file(Path(destination), force=force)
@@ -196,8 +196,8 @@ def export(
     name = find_target(destination, target)
     if name is None:
         raise ValueError(
-            f"No export target is given. Choose {', '.join(TARGETS)} (target=, --target), or a file name "
-            "that ends in .gguf."
+            f"No export target is given. Choose {', '.join(EXPORT_TARGETS)} (target=, --target), or a file "
+            "name that ends in .gguf."
         )
     origin = (
         None if isinstance(model_or_folder, PreTrainedModel) else resolve_folder(os.fspath(model_or_folder))
@@ -211,7 +211,7 @@ def export(
     refuse_mixtures(model)
     title = (folder or path.with_suffix("")).resolve().name
     planned = PlannedModel(model, folder=folder, networks=networks, title=title)
-    files = TARGETS[name].lay_out(planned)
+    files = EXPORT_TARGETS[name].lay_out(planned)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         reading_or_writing(folder or path, path),
@@ -225,7 +225,7 @@ def written_report(files: Files, destination: Path, target: str) -> ExportReport
     """Make the report of files that were written."""
     adapter = None
     if files.ranks:
-        adapter = adapter_file(destination) if TARGETS[target].suffix else destination / ADAPTER
+        adapter = adapter_file(destination) if EXPORT_TARGETS[target].suffix else destination / ADAPTER
     adapter_bytes = 0 if adapter is None else weight_bytes(adapter)
     every = weight_bytes(destination)
     return ExportReport(
