@@ -1,11 +1,10 @@
 """Shared helpers: argument checks, context managers, optional imports, HTML tables, cached results."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import wraps
-from html import escape
 from importlib import import_module
 from importlib.util import find_spec
 from numbers import Real
@@ -276,11 +275,7 @@ def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
     return import_module(module)
 
 
-# --- tables ------------------------------------------------------------------------------------------
-
-
-#: Largest number of rows in an HTML table.
-TABLE_ROWS = 40
+# --- memory ------------------------------------------------------------------------------------------
 
 
 def memory_held() -> str:
@@ -327,16 +322,6 @@ def check_memory(elements: int, like: Tensor, what: str, advice: str) -> None:
         f"{what} needs {needed / 1e9:,.1f} GB, but only {available / 1e9:,.1f} GB are available on "
         f"{like.device}; {advice}."
     )
-
-
-def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format a table as HTML with at most `TABLE_ROWS` rows, followed by the number of omitted rows."""
-    lines = [[escape(str(cell)) for cell in row] for row in rows]
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines[:TABLE_ROWS])
-    more = f"<p>and {len(lines) - TABLE_ROWS} more</p>" if len(lines) > TABLE_ROWS else ""
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<p>{escape(caption)}</p>{table}{more}"
 
 
 # --- results computed once -----------------------------------------------------------------------

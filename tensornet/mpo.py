@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensornet import interop
 from tensornet import mpo_algebra as algebra
-from tensornet._util import check_dense, check_size, check_sizes, html_table, outside_autocast
+from tensornet._util import check_dense, check_size, check_sizes, outside_autocast
 from tensornet.budget import Budget
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import Method, check_finite, check_rel_error, default_tolerance, frobenius
@@ -240,13 +240,6 @@ class MPO:
             f"MPO({self.shape}, out_dims={self.out_dims}, in_dims={self.in_dims}, "
             f"bond_dims={self.bond_dims}, {self.num_params:,} parameters)"
         )
-
-    def _repr_html_(self) -> str:
-        rows, columns = self.shape
-        caption = f"MPO, {rows} x {columns}, {self.num_params:,} parameters, certified error {self.error:.3g}"
-        header = ("site", "left bond", "out", "in", "right bond", "parameters")
-        sites = ((k, *core.shape, f"{core.numel():,}") for k, core in enumerate(self.cores))
-        return html_table(caption, header, sites)
 
     # --- as a sequence of cores ------------------------------------------------------------------
 

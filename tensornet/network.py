@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tensornet._util import check_memory, check_size, html_table, import_optional
+from tensornet._util import check_memory, check_size, import_optional
 from tensornet.contraction.cost import default_machine
 from tensornet.contraction.plan import contract_with_input, plan_matrix, plan_operator, run
 from tensornet.errors import ShapeError, TopologyError
@@ -46,19 +46,6 @@ class TensorNetwork:
         shapes = ", ".join(f"{name}{list(shape)}" for name, shape in self.topology.core_shapes.items())
         return (
             f"TensorNetwork({self.topology.family}, {self.shape}, {self.num_params:,} parameters: {shapes})"
-        )
-
-    def _repr_html_(self) -> str:
-        rows, columns = self.shape
-        caption = f"TensorNetwork, {self.topology.family}, {rows} x {columns}, {self.num_params:,} parameters"
-        cores = zip(self.topology.cores, self.cores, strict=True)
-        return html_table(
-            caption,
-            ("core", "indices", "shape", "parameters"),
-            [
-                (spec.name, " ".join(spec.labels), " x ".join(map(str, core.shape)), f"{core.numel():,}")
-                for spec, core in cores
-            ],
         )
 
     @property

@@ -11,7 +11,6 @@ import safetensors
 import torch
 from torch import Tensor
 
-from tensornet._util import html_table
 from tensornet.errors import FormatError, TargetError
 from tensornet.io import write_tensors
 from tensornet.nn.targets import Target
@@ -97,19 +96,6 @@ class CalibrationStats:
         """Bytes of all moments; a tensor that layers share is counted once."""
         distinct = {id(x): x for x in (*self.rows.values(), *self.columns.values())}
         return sum(x.numel() * x.element_size() for x in distinct.values())
-
-    def _repr_html_(self) -> str:
-        known = self.loss is not None and self.loss == self.loss  # a loss of NaN has no meaning
-        loss = f", loss {self.loss:.4f}" if known else ""
-        caption = f"Statistics of {self.tokens:,} tokens of {self.source}{loss}"
-        rows = []
-        for name, columns in self.columns.items():
-            traces = [_trace(side[name]) for side in (self.rows, self.columns) if name in side]
-            sensitivity = (
-                f"{0.5 * traces[0] * traces[1]:.3g}" if self.has_gradients and len(traces) == 2 else ""
-            )
-            rows.append((name, f"{len(columns):,}", f"{self.counts.get(name, self.tokens):,}", sensitivity))
-        return html_table(caption, ("layer", "inputs", "tokens", "1/2 tr R tr C"), rows)
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file; a tensor that layers share is written once.
@@ -215,8 +201,3 @@ def first_difference(samples: Mapping[str, Sequence[float]], targets: Iterable[T
         if any(abs(a - b) > tolerance for a, b in pairs):
             return name
     return None
-
-
-def _trace(moment: Tensor) -> float:
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    return float(diagonal.double().sum())

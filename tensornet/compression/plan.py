@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tensornet._util import check_number, check_size, html_table
+from tensornet._util import check_number, check_size
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import EFFORTS, OBJECTIVES, ROUNDINGS, Effort
 from tensornet.errors import FormatError, TopologyError
@@ -21,9 +21,6 @@ from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.menus import MENUS, bytes_for
 from tensornet.topologies import dense
 from tensornet.topology import Topology
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 #: Predicted losses and errors may be negative by rounding.
 _ROUNDING = 1e-6
@@ -454,45 +451,6 @@ class CompressionPlan:
                 f"{LARGE_ERROR:.0%} in {uncertain} of {len(self.layers)} layers"
             )
         return "\n".join(lines)
-
-    def plot(self) -> "Figure":
-        """Plot the bits and ranks of all layers and, if losses were predicted, the loss over bits per weight.
-
-        Returns:
-            A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
-
-        Raises:
-            MissingDependencyError: matplotlib is not installed.
-
-        Example:
-            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-            >>> plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5))
-            >>> len(plan.plot().axes)
-            1
-        """
-        from tensornet.compression.viz import plan_figure
-
-        return plan_figure(self.layers, self.curve(), self.predicted_loss_increase)
-
-    def _repr_html_(self) -> str:
-        total = (
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a weight"
-        )
-        loss = self.predicted_loss_increase
-        predicted = "" if loss is None else f", predicted loss increase {loss:.4f}"
-        rows = [
-            (
-                layer.name,
-                layer.scheme,
-                f"{layer.bits_per_weight:.2f}",
-                f"{layer.bytes_after:,}",
-                "" if layer.loss_increase is None else f"{layer.loss_increase:.2g}",
-                "" if layer.error is None else f"{layer.error:.4f}",
-            )
-            for layer in self.layers
-        ]
-        header = ("layer", "scheme", "bits", "bytes", "predicted loss increase", "error")
-        return html_table(f"Plan of {len(self)} layers: {total}{predicted}", header, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready dict."""

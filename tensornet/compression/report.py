@@ -5,19 +5,14 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from tensornet._util import html_table
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.nn.storage import PackedCore
 from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 #: Key under which the biases of compressible layers are counted.
 BIASES = "biases"
@@ -189,43 +184,6 @@ class CompressionReport:
                 known = "" if part is None else f"; without them {part.mean:.4f} was measured"
                 lines.append(f"the predicted loss increase leaves these parameters out{known}")
         return "\n".join(lines)
-
-    def plot(self) -> "Figure":
-        """Plot the bits and ranks of all layers, and the predicted loss or the weight error of each layer.
-
-        Returns:
-            A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
-
-        Raises:
-            MissingDependencyError: matplotlib is not installed.
-
-        Example:
-            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-            >>> report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5), progress=False)
-            >>> len(report.plot().axes)
-            2
-        """
-        from tensornet.compression.viz import report_figure
-
-        return report_figure(self.layers)
-
-    def _repr_html_(self) -> str:
-        before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
-        loss = self.plan.predicted_loss_increase
-        predicted = "" if loss is None else f", predicted loss increase {loss:.4f}"
-        if self.rounded and loss is not None:
-            predicted += " (of the layers alone)"
-        if self.measured is not None:
-            predicted += f", measured {self.measured.mean:.4f} on {self.measured.source}"
-        rows = [
-            (x.name, x.scheme, f"{x.bytes_before:,}", f"{x.bytes_after:,}", f"{x.error:.4f}")
-            for x in self.layers
-        ]
-        return html_table(
-            f"Compressed in {self.seconds:.1f} s: model {before:.2f} -> {after:.2f} MB{predicted}",
-            ("layer", "scheme", "bytes before", "bytes after", "error"),
-            rows,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready dict."""

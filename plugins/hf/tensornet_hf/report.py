@@ -5,9 +5,7 @@ CSS variables, so that each plot works in light and dark mode.
 """
 
 import copy
-import io
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,16 +21,15 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet._util import require
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import viz
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.layer_names import layer_names
 from tensornet.compression.loss_increase import measure
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, compact_count, model_size
 from tensornet.io import write_file
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import BITS
 from tensornet_hf.evaluate import ModelFacts, record_held_out
+from tensornet_hf.figures import draw_report, layer_names
 from tensornet_hf.text import continue_text, load_tokenizer, text_config
 
 #: Names of the baselines. Each baseline is another configuration of the same compression pipeline.
@@ -45,8 +42,8 @@ _NOTHING = 5e-5
 _SLACK = 1.02
 #: Tables with at most this many layers are shown expanded.
 _FEW = 8
-#: Width of plots in inches; the page scales them to its own width.
-_WIDTH = 10.0
+#: Roles of the colors of the baselines (see `figures.COLORS`).
+_COLORS = {NEAREST: "nearest", GPTQ: "gptq", SVD: "svd"}
 
 
 @dataclass(frozen=True)
@@ -270,6 +267,7 @@ def render(page: Page) -> str:
     environment.filters |= {"count": compact_count, "size": compact_bytes, "loss": _short_loss}
     environment.filters["increase"] = lambda x: "0.0000" if abs(x) < _NOTHING else f"{x:+.4f}"
     text = (files("tensornet_hf") / "data" / "report.html.j2").read_text(encoding="utf-8")
+    pictures = draw_report(page.report.plan, page.models[1:], page.losses, _COLORS)
     return environment.from_string(text).render(
         page=page,
         report=page.report,
@@ -279,7 +277,7 @@ def render(page: Page) -> str:
         verdict=verdict(page.models),
         blocks=_blocks(page),
         unfolded=len(page.report.layers) <= _FEW,
-        pictures={name: Markup(svg) for name, svg in _pictures(page).items()},
+        pictures={name: Markup(svg) for name, svg in pictures.items()},
         with_svd=any(layer.baseline_error is not None for layer in page.report.plan),
     )
 
@@ -303,142 +301,6 @@ def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
         }
         blocks.setdefault(name.place if name.block is not None else "", []).append(row)
     return blocks
-
-
-def _pictures(page: Page) -> dict[str, str]:
-    """Draw the plots as SVG: loss increase over bits, loss increase of each layer, bits of each layer."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    colors = viz.COLORS
-    by_method = {NEAREST: colors["nearest"], GPTQ: colors["gptq"], SVD: colors["svd"]}
-    style: Any = {
-        "svg.fonttype": "none",  # keep text as text: it is then searchable and uses the font of the page
-        "svg.hashsalt": "tensornet",  # equal plots give equal bytes
-        "font.size": 9,
-        "axes.edgecolor": colors["grid"],
-        "axes.labelcolor": colors["muted"],
-        "axes.titlecolor": colors["ink"],
-        "text.color": colors["ink"],
-        "xtick.color": colors["muted"],
-        "ytick.color": colors["muted"],
-        "xtick.labelcolor": colors["muted"],
-        "ytick.labelcolor": colors["ink"],
-        "grid.color": colors["grid"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-    plan, found = page.report.plan, {}
-    layers = list(plan)
-    with matplotlib.rc_context(style):
-        marks = [
-            viz.Mark(x.name, x.bits, x.loss_increase, by_method.get(x.name, colors["ours"]), x.measured)
-            for x in page.models[1:]
-            if x.loss_increase is not None and x.bits is not None
-        ]
-        curve = plan.curve()
-        if curve or len(marks) > 1:
-            figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-            axes = figure.subplots()
-            viz.draw_loss_over_bits(axes, layers, curve, marks)
-            handles = [
-                Line2D([], [], color=line.get_color(), label=str(line.get_label()))
-                for line in axes.lines
-                if not str(line.get_label()).startswith("_")
-            ]
-            for mark in marks:
-                how = "measured" if mark.measured else "predicted"
-                face = mark.color if mark.measured else "none"
-                dot: Any = {"marker": "o", "linestyle": "none", "markerfacecolor": face}
-                handles.append(Line2D([], [], color=mark.color, label=f"{mark.label}, {how}", **dot))
-            figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9.5)
-            found["loss"] = _svg(figure)
-        if all(layer.loss_increase is not None for layer in layers):
-            found["layers"] = _svg(losses_figure(layers, page.losses, width=_WIDTH))
-        names, _, _ = viz.grid_of([layer.name for layer in layers])
-        figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(names)), layout="constrained")
-        viz.draw_bits(figure.subplots(), layers)
-        found["bits"] = _svg(figure)
-    return found
-
-
-def losses_figure(
-    layers: Sequence[LayerPlan], others: Mapping[str, Mapping[str, float]], *, width: float
-) -> Any:
-    """Plot predicted loss increases, with a panel for each kind of layer and a line for each method.
-
-    Args:
-        layers: layers of a plan that predicts losses.
-        others: losses of the baselines `"plain SVD"` and `"round to nearest"`, by the name of the layer.
-        width: width of the figure in inches.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter
-
-    losses = {**others, "this plan": {layer.name: layer.loss_increase or 0.0 for layer in layers}}
-    styles: dict[str, dict[str, Any]] = {
-        "plain SVD": {"marker": "s", "color": viz.COLORS["svd"], "markersize": 3.5},
-        "round to nearest": {"marker": "^", "color": viz.COLORS["nearest"], "markersize": 4},
-        "this plan": {"marker": "o", "color": viz.COLORS["ours"], "markersize": 4.5},
-    }
-    values = [x for known in losses.values() for x in known.values() if x > viz.FLOOR]
-    low, high = min(values, default=viz.FLOOR) / 2, max(values, default=1.0) * 2
-    # Draw a panel for each kind of layer, with block numbers on the horizontal axis. If there is only one
-    # block, draw a single panel with the kinds of layers on that axis.
-    kinds, blocks, cells = viz.grid_of([layer.name for layer in layers])
-    panels = [
-        (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)
-    ]
-    if len(blocks) == 1:
-        panels = [("", kinds, [(row, x) for x, (row, _) in cells.items()])]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(width, 0.6 + 1.75 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for number, axes in enumerate(grid.flat):
-        axes.set_visible(number < len(panels))
-        if number >= len(panels):
-            continue
-        title, ticks, places = panels[number]
-        for method, known in losses.items():
-            points = [(x, max(known[name], low)) for x, name in sorted(places)]
-            axes.plot(*zip(*points, strict=True), label=method, linewidth=1, **styles[method])
-
-        def label(value: float, _: float, ticks: Sequence[str] = ticks) -> str:
-            return ticks[int(value)] if 0 <= value < len(ticks) else ""
-
-        axes.set_yscale("log")
-        axes.set_ylim(low, high)
-        axes.set_xlim(-0.5, len(ticks) - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.xaxis.set_major_formatter(label)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, loc="left", fontsize=9, color=viz.COLORS["ink"])
-        viz.simplify_axes(axes, grid="y")
-        axes.tick_params(labelsize=7.5)
-        if number + columns >= len(panels) > 1:
-            axes.set_xlabel("block", fontsize=8)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("predicted loss", fontsize=8)
-    lines = grid.flat[0].lines[::-1]
-    figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), fontsize=8.5)
-    return figure
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]  # HTML does not allow the XML header
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' (?:xmlns|xmlns:xlink)="[^"]*"', "", text, count=2)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # several plots on a page would repeat ids
-    for role, color in viz.COLORS.items():
-        text = text.replace(color, f"var(--{role})")
-    return text
 
 
 def versions() -> str:

@@ -14,12 +14,12 @@ from torch import nn
 import tensornet as tn
 from tensornet.compression import LossIncrease
 from tensornet_hf.evaluate import ModelFacts
+from tensornet_hf.figures import grid_of, losses_figure
 from tensornet_hf.report import (
     Page,
     compact_bytes,
     display_command,
     display_name,
-    losses_figure,
     versions,
     write_report,
 )
@@ -215,7 +215,7 @@ def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method() -> N
     config = tn.CompressionConfig(max_bond=2, objective="weight", target_modules="all")
     layers = [replace(x, loss_increase=0.1 * (k + 1)) for k, x in enumerate(tn.plan(model, config))]
     others = {x: {layer.name: 0.5 for layer in layers} for x in ("plain SVD", "round to nearest")}
-    figure = losses_figure(layers, others, width=8)
+    figure = losses_figure(layers, others)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["up", "down"]
     assert [line.get_label() for line in figure.axes[0].lines] == [
         "plain SVD",
@@ -225,5 +225,19 @@ def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method() -> N
     expected = [layer.loss_increase for layer in layers if layer.name.endswith("up")]
     assert list(figure.axes[0].lines[-1].get_ydata()) == pytest.approx(expected)
     alone = [replace(layer, name=str(k)) for k, layer in enumerate(layers[:2])]  # without blocks: one panel
-    (axes,) = losses_figure(alone, {}, width=8).axes
+    (axes,) = losses_figure(alone, {}).axes
     assert list(axes.lines[0].get_xdata()) == [0, 1]
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_names_fall_into_blocks_and_kinds(count: int) -> None:
+    kinds = [f"self_attn.{x}_proj" for x in "qkvo"] + ["mlp.up_proj"]
+    names = [f"model.layers.{k}.{kind}" for k in range(count) for kind in kinds]
+    rows, columns, cells = grid_of([*names, "lm_head"])
+    assert rows == [*kinds, "lm_head"]
+    assert columns == [str(k) for k in range(count)]
+    assert len(set(cells.values())) == len(names) + 1
+    rows, columns, cells = grid_of(["0", "2"])
+    assert (rows, columns, len(set(cells.values()))) == (["0", "2"], [""], 2)
+    two = ["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q"]
+    assert len(set(grid_of(two)[2].values())) == 3
