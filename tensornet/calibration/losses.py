@@ -8,6 +8,7 @@ a fixed seed during calibration and otherwise with the global generator.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     for labels `(...)`. The model's own loss is used (`own_losses`) if its class is unknown and it computes a
     loss from token labels, or if labels and logits do not match token by token. If the labels are
     floating-point numbers in the shape of an output tensor, the loss of each row is the mean squared
-    difference. See `tensornet.calibration.losses.loss_rule`.
+    difference. See `tensornet.calibration.losses.BatchLoss`.
 
     Raises:
         TargetError: the model returns neither logits nor a loss, or a tensor that does not fit the labels; or
@@ -44,38 +45,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
         >>> label_losses(model, {"input": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 0, 1])}).shape
         torch.Size([5])
     """
-    rule, labels, logits, output = loss_rule(model, batch)
-    if rule == "cross entropy":
-        assert logits is not None
-        assert labels is not None
-        return cross_entropies(*_aligned(model, batch, logits, labels))
-    if rule == "squared error":
-        return (output - labels).square().reshape(len(output), -1).mean(-1)
-    if rule == "own":
-        own: Tensor = field(output, "loss")
-        return own.expand(_scored(labels, batch))
-    if isinstance(output, Tensor):
-        what = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
-        raise TargetError(
-            f"{type(model).__name__} returns a tensor of shape {tuple(output.shape)}, and the batch has "
-            f"{what}, so no loss can be computed. Pass pairs (inputs, labels), where labels are class "
-            "indices, one for each row of logits, or floating-point numbers in the shape of the output; or "
-            "choose objective='activation', which needs no loss; or call tensornet.calibrate with a loss_fn, "
-            "a function (model, batch) -> losses of shape (tokens,), and pass calibration=statistics."
-        )
-    if logits is not None:
-        raise TargetError(
-            f"{type(model).__name__} computes no loss, and the labels are the tokens that it reads. Only "
-            "classes such as *ForCausalLM are known to predict the next token. Pass loss_fn, a function "
-            "(model, batch) -> losses of shape (tokens,)."
-        )
-    raise TargetError(
-        f"{type(model).__name__} returns neither logits for each token nor a loss, so the effect of "
-        "weight errors cannot be measured. For hidden states use tensornet.calibration.cosine_losses, "
-        "otherwise a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where "
-        "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
-        "tensornet.compress(model, config, calibration=stats)."
-    )
+    return BatchLoss(model, batch).losses()
 
 
 def own_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -109,16 +79,17 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
         >>> sampled_losses(model, {"input": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 0, 1])}).shape
         torch.Size([5])
     """
-    labels, logits, output = _predict(model, batch)
-    if logits is not None and labels is not None:
-        logits, _, places = _aligned(model, batch, logits, labels)
-    elif (logits := _logits(output)) is None or logits.ndim != 2 or logits.shape[1] < 2 or _numbers(labels):
-        raise TargetError(
-            f"{type(model).__name__} returns no logits for tokens or rows, so no labels can be drawn; "
-            "use label_losses, or pass a loss function of your own."
-        )
+    found = BatchLoss(model, batch)
+    if found.logits is not None:
+        logits, _, places = found.scored_logits()
     else:
-        places = torch.arange(len(logits), device=logits.device)
+        of_rows = _logits(found.output)
+        if of_rows is None or of_rows.ndim != 2 or of_rows.shape[1] < 2 or _numbers(found.labels):
+            raise TargetError(
+                f"{type(model).__name__} returns no logits for tokens or rows, so no labels can be drawn; "
+                "use label_losses, or pass a loss function of your own."
+            )
+        logits, places = of_rows, torch.arange(len(of_rows), device=of_rows.device)
     return cross_entropies(logits, drawn_labels(logits, places), places)
 
 
@@ -163,12 +134,12 @@ PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 RANDOM_LOSSES = (*PROJECTIONS, sampled_losses)
 
 
-#: Kinds of losses that models have (see `loss_rule`).
+#: Kinds of losses that models have (see `BatchLoss`).
 Rule = Literal["cross entropy", "squared error", "own", "hidden states", "outputs", "none"]
 
 
-def loss_rule(model: nn.Module, batch: Batch) -> tuple[Rule, Tensor | None, Tensor | None, Any]:
-    """Run a model on a batch, and decide from the output which kind of loss the model has.
+class BatchLoss:
+    """The loss of a model on a batch: the model is run, and its output decides which kind of loss it has.
 
     - `"cross entropy"`: there are logits and a label for each token or row, and it is known which label
       belongs to which position. It is known if the labels are labels of rows, if the class is known to
@@ -181,32 +152,119 @@ def loss_rule(model: nn.Module, batch: Batch) -> tuple[Rule, Tensor | None, Tens
     - `"outputs"`: there are no labels; outputs are compared with those of the dense model.
     - `"none"`: there are labels, but none of the above applies.
 
-    Returns:
-        The rule; the labels `batch["labels"]`, or, if absent, the `input_ids` without padding; the logits if
-        they fit the labels; and the output.
+    Args:
+        model: the model.
+        batch: its keyword arguments, and possibly labels.
+
+    Attributes:
+        labels: `batch["labels"]` or, without them, the `input_ids` without padding, or None.
+        output: what the model returned.
+        logits: the logits of the output if there is one row of them for each label, or None.
     """
-    labels, logits, output = _predict(model, batch)
-    given = "labels" in batch
-    if only_hidden(output):
-        return "hidden states", labels, logits, output
-    if logits is not None and labels is not None:
-        if labels.ndim != 2 or scores_next_token(model) is not None:
-            return "cross entropy", labels, logits, output
-        if not given and takes_labels(model):
-            output = run_model(model, {**batch, "labels": labels})
-        if field(output, "loss") is not None:
-            return "own", labels, logits, output
-        inputs = batch.get("input_ids", torch.empty(0))
-        if given and not (inputs.shape == labels.shape and _equal_where_scored(inputs, labels)):
-            return "cross entropy", labels, logits, output
-        return "none" if given else "outputs", labels, logits, output
-    if isinstance(output, Tensor):
-        fits = labels is not None and labels.is_floating_point() and labels.shape == output.shape
-        rule: Rule = "squared error" if fits else "none" if given else "outputs"
-        return rule, labels, None, output
-    if field(output, "loss") is not None:
-        return "own", labels, None, output
-    return "outputs" if not given and _tensors(output, batch) else "none", labels, None, output
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self.model, self.batch, self.labels = model, batch, _labels(batch)
+        # Encoder-decoder models make the inputs of the decoder from the labels.
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.output = (
+            self._run_with_labels() if encodes and self.labels is not None else run_model(model, batch)
+        )
+        if isinstance(self.output, Tensor):  # may be hidden states, so input tokens are not used as labels
+            self.labels = batch.get("labels")
+        logits, labels = _logits(self.output), self.labels
+        matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape
+        self.logits = logits if matches and not _numbers(labels) else None
+
+    def _run_with_labels(self) -> Any:
+        return run_model(self.model, {**self.batch, "labels": self.labels})
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The kind of loss.
+
+        If only the input tokens can be labels, and the class does not tell where they are scored, the model
+        is run again with them, since it may compute a loss itself.
+        """
+        labels, given = self.labels, "labels" in self.batch
+        if only_hidden(self.output):
+            return "hidden states"
+        if self.logits is not None and labels is not None:
+            if labels.ndim != 2 or scores_next_token(self.model) is not None:
+                return "cross entropy"
+            if not given and takes_labels(self.model):
+                self.output = self._run_with_labels()
+            if field(self.output, "loss") is not None:
+                return "own"
+            inputs = self.batch.get("input_ids", torch.empty(0))
+            if given and not (inputs.shape == labels.shape and _equal_where_scored(inputs, labels)):
+                return "cross entropy"
+            return "none" if given else "outputs"
+        if isinstance(self.output, Tensor):
+            fits = labels is not None and labels.is_floating_point() and labels.shape == self.output.shape
+            return "squared error" if fits else "none" if given else "outputs"
+        if field(self.output, "loss") is not None:
+            return "own"
+        return "outputs" if not given and _tensors(self.output, self.batch) else "none"
+
+    def losses(self) -> Tensor:
+        """Compute the losses of all tokens or rows that have a label; see `label_losses`.
+
+        Raises:
+            TargetError: there is no loss, or only one that compares outputs with those of the dense model.
+        """
+        match self.rule:
+            case "cross entropy":
+                return cross_entropies(*self.scored_logits())
+            case "squared error":
+                return (self.output - self.labels).square().reshape(len(self.output), -1).mean(-1)
+            case "own":
+                own: Tensor = field(self.output, "loss")
+                return own.expand(_scored(self.labels, self.batch))
+        raise self._without_loss()
+
+    def scored_logits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all logits `(positions, classes)`, the labels that are not ignored, and their positions."""
+        logits, labels, mask = self.logits, self.labels, self.batch.get("attention_mask")
+        assert logits is not None
+        assert labels is not None
+        causal = labels.ndim == 2 and bool(scores_next_token(self.model))
+        padded = causal and mask is not None and mask.shape == labels.shape
+        if causal:  # each position is scored by the next label
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        keep = labels != IGNORED
+        if padded:  # the last position of left padding would predict the first token
+            keep &= self.batch["attention_mask"] != 0
+        places = keep.reshape(-1).nonzero().squeeze(1)
+        # Token indices may be int32, but losses accept only int64.
+        return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)[places].long(), places
+
+    def _without_loss(self) -> TargetError:
+        name, labels = type(self.model).__name__, self.labels
+        if isinstance(self.output, Tensor):
+            what = (
+                "no labels" if labels is None else f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
+            )
+            return TargetError(
+                f"{name} returns a tensor of shape {tuple(self.output.shape)}, and the batch has "
+                f"{what}, so no loss can be computed. Pass pairs (inputs, labels), where labels are class "
+                "indices, one for each row of logits, or floating-point numbers in the shape of the output; "
+                "or choose objective='activation', which needs no loss; or call tensornet.calibrate with a "
+                "loss_fn, a function (model, batch) -> losses of shape (tokens,), and pass "
+                "calibration=statistics."
+            )
+        if self.logits is not None:
+            return TargetError(
+                f"{name} computes no loss, and the labels are the tokens that it reads. Only "
+                "classes such as *ForCausalLM are known to predict the next token. Pass loss_fn, a function "
+                "(model, batch) -> losses of shape (tokens,)."
+            )
+        return TargetError(
+            f"{name} returns neither logits for each token nor a loss, so the effect of "
+            "weight errors cannot be measured. For hidden states use tensornet.calibration.cosine_losses, "
+            "otherwise a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where "
+            "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
+            "tensornet.compress(model, config, calibration=stats)."
+        )
 
 
 def _equal_where_scored(inputs: Tensor, labels: Tensor) -> bool:
@@ -215,20 +273,25 @@ def _equal_where_scored(inputs: Tensor, labels: Tensor) -> bool:
 
 @torch.no_grad()
 def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
-    """Choose the loss function for a model by applying `loss_rule` to one batch.
+    """Choose the loss function for a model from its output for one batch (see `BatchLoss`).
 
     Returns:
         The loss function, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
     """
-    rule, _, logits, _ = loss_rule(model, batch)
-    if rule == "cross entropy":
-        assert logits is not None
-        return label_losses, logits.ndim == 3 and _has_table(model, logits.shape[-1])
-    chosen: Mapping[Rule, TokenLosses] = {"hidden states": cosine_losses, "outputs": output_losses}
-    # A model that returns logits may compute its loss only if it is called with labels; `own_losses` passes
-    # them. Without logits, `label_losses` takes the loss that the model returns.
-    own = own_losses if logits is not None else label_losses
-    return {**chosen, "own": own}.get(rule, label_losses), False
+    found = BatchLoss(model, batch)
+    match found.rule:
+        case "cross entropy":
+            assert found.logits is not None
+            return label_losses, found.logits.ndim == 3 and _has_table(model, found.logits.shape[-1])
+        case "own":
+            # A model that returns logits may compute its loss only if it is called with labels; `own_losses`
+            # passes them. Without logits, `label_losses` takes the loss that the model returns.
+            return label_losses if found.logits is None else own_losses, False
+        case "hidden states":
+            return cosine_losses, False
+        case "outputs":
+            return output_losses, False
+    return label_losses, False
 
 
 #: Suffixes of class names. The logits of models in `_DECODERS` are scored by the label of the next position,
@@ -430,35 +493,6 @@ def _scored(labels: Any, batch: Batch) -> int:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 2:
         return _rows(batch)
     return int((labels != IGNORED).sum())
-
-
-def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
-    """Run the model; return `(labels, logits, output)`, with None for logits that do not fit the labels."""
-    labels = _labels(batch)
-    if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        batch = {**batch, "labels": labels}
-    output = run_model(model, batch)
-    if isinstance(output, Tensor):  # may be hidden states, so input tokens are not used as labels
-        labels = batch.get("labels")
-    logits = _logits(output)
-    matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape
-    matches = matches and not _numbers(labels)
-    return labels, logits if matches else None, output
-
-
-def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all logits `(positions, classes)`, the labels that are not ignored, and their positions."""
-    mask = batch.get("attention_mask")
-    causal = labels.ndim == 2 and bool(scores_next_token(model))
-    padded = causal and mask is not None and mask.shape == labels.shape
-    if causal:  # each position is scored by the next label
-        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    keep = labels != IGNORED
-    if padded:  # the last position of left padding would predict the first token
-        keep &= batch["attention_mask"] != 0
-    places = keep.reshape(-1).nonzero().squeeze(1)
-    # Token indices may be int32, but losses accept only int64.
-    return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)[places].long(), places
 
 
 @torch.no_grad()
