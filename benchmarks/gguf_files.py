@@ -415,6 +415,37 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
         figure.savefig(file, metadata={"Date": None})
 
 
+def bars(rows: Sequence[Row], name: str, file: Path) -> None:
+    """Draw the loss increases of files of equal size as bars: presets, other tools, and the plan."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 2.4), layout="constrained")
+    for axes, size in zip(figure.subplots(1, 2), (POPULAR, "Q2_K"), strict=True):
+        same = [x for x in rows if x["model"] == name and x["size"] == size]
+        shown = {}
+        for row in same:
+            if (row["types"], row["rounding"]) == ("preset", "llama-quantize"):
+                shown[f"llama.cpp {size}"] = row
+            elif row["rounding"] == "other":
+                shown[row["name"].split()[0]] = row
+            elif (row["types"], row.get("effort"), row.get("formats")) == ("plan", "fast", "gguf"):
+                shown["tensornet"] = row
+        ordered = sorted(shown, key=lambda label: shown[label]["loss_increase"][0])
+        values = [shown[label]["loss_increase"][0] for label in ordered]
+        colors = ["C0" if label == "tensornet" else "0.7" for label in ordered]
+        drawn = axes.barh(ordered, values, color=colors, height=0.6)
+        axes.bar_label(drawn, [f"{value:.3f}" for value in values], padding=4)
+        axes.set(
+            title=f"files of {min(x['bytes'] for x in same) / 1e6:.0f} MB",
+            xlabel="loss increase, nats per token",
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.15)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
 def page(rows: Sequence[Row]) -> str:
     """Format the files of each model as a Markdown table, by decreasing size."""
     parts = [
@@ -465,6 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument(
         "--picture", type=Path, help="draw the record to this file, write its tables, and measure nothing"
     )
+    parser.add_argument("--bars", type=Path, help="draw two sizes of the first model, and measure nothing")
     parser.add_argument("--formats", default="gguf", help="menu of number formats of the plans")
     parser.add_argument("--effort", default="fast", choices=("fast", "thorough"))
     parser.add_argument("--repeats", type=int, default=5, help="number of runs of llama-bench")
@@ -475,6 +507,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         given.models, given.megabytes, given.steps = ["gpt2"], [0.7], ["files"]
         given.work = given.records / "gguf-work"
     file = given.records / "gguf_files.json"
+    if given.bars is not None:
+        bars(json.loads(file.read_text())["rows"], given.models[0], given.bars)
+        return Path(given.bars)
     if given.picture is not None:
         rows = json.loads(file.read_text())["rows"]
         picture(rows, given.models, given.picture)

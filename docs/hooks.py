@@ -17,20 +17,8 @@ log = logging.getLogger("mkdocs.hooks")
 ROOT = Path(__file__).resolve().parent.parent
 #: Pages of the site that lie in the root of the repository.
 PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
-HEADING = re.compile(r"^# (?P<title>.+)$", re.MULTILINE)
 LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^(\s*)(`{3,}|~{3,}).*?^\1\2\s*$", re.MULTILINE | re.DOTALL)
-
-
-def on_config(config: Any) -> Any:
-    """Add the guides that the navigation does not order, by their headings."""
-    guides = next(entry["Guides"] for entry in config.nav if "Guides" in entry)
-    ordered = {page for entry in guides for page in entry.values()}
-    for path in sorted((ROOT / "docs" / "guides").glob("*.md")):
-        page = f"guides/{path.name}"
-        if page not in ordered and (heading := HEADING.search(path.read_text())):
-            guides.append({heading["title"]: page})
-    return config
 
 
 def on_files(files: Any, config: Any) -> Any:

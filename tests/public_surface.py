@@ -9,12 +9,12 @@ from collections.abc import Iterator
 #: Packages with a documented `__all__`, each with its page below docs/api/.
 PAGES = {
     "tensornet": "tensornet.md",
-    "tensornet.nn": "nn.md",
-    "tensornet.topologies": "topologies.md",
-    "tensornet.calibration": "calibration.md",
-    "tensornet.compression": "compression.md",
-    "tensornet.healing": "healing.md",
-    "tensornet.quantization": "quantization.md",
+    "tensornet.nn": "tensornet.md",
+    "tensornet.topologies": "tensornet.md",
+    "tensornet.calibration": "tensornet.md",
+    "tensornet.compression": "tensornet.md",
+    "tensornet.healing": "tensornet.md",
+    "tensornet.quantization": "tensornet.md",
     "tensornet.testing": "testing.md",
     "tensornet_moe": "tensornet_moe.md",
     "tensornet_hf": "tensornet_hf.md",

@@ -115,7 +115,7 @@ class TopologyFamily(ABC):
     """Base class of a family of tensor networks. Subclass it and pass an instance to `register_topology`.
 
     A family must implement `build` and `decompose_to`. All other methods have defaults that work for any
-    network; override those for which the family has a better algorithm (docs/guides/topologies.md).
+    network; override those for which the family has a better algorithm (docs/guides/extend.md).
 
     An implementation must satisfy these laws, which `tensornet.testing.laws` checks:
 

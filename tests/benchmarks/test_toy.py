@@ -105,6 +105,10 @@ def test_files_of_llama_cpp_have_the_size_that_was_asked_for(
     preset = {**row, "name": "Q4_0", "size": "Q4_0", "types": "preset", "rounding": "llama-quantize"}
     load_benchmark("gguf_files").picture([row, preset], ["gpt2"], tmp_path / "x.svg")
     assert "Q4_0" in (tmp_path / "x.svg").read_text()
+    plan = {**row, "types": "plan", "rounding": "tensornet", "effort": "fast", "formats": "gguf"}
+    files = [{**x, "size": size} for x in (plan, preset) for size in ("Q4_K_M", "Q2_K")]
+    load_benchmark("gguf_files").bars(files, "gpt2", tmp_path / "bars.svg")
+    assert (tmp_path / "bars.svg").read_text().count("tensornet") == 2
 
 
 def test_feedback_into_codebooks_beats_llama_cpp(records: Any) -> None:

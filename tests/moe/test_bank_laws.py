@@ -64,7 +64,7 @@ class TestBlockTensorTrains(_OfTopology):
 
 
 class TestMixtureOfBases(_OfTopology):
-    """The first topology of docs/guides/sharing.md."""
+    """The first topology of docs/guides/mixtures.md."""
 
     def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
         made: tn.Topology = topologies_of_guide()["mixture_of_bases"](shape, 3, None if whole else 5)
@@ -72,7 +72,7 @@ class TestMixtureOfBases(_OfTopology):
 
 
 class TestScaledBases(_OfTopology):
-    """The second topology of docs/guides/sharing.md."""
+    """The second topology of docs/guides/mixtures.md."""
 
     def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
         made: tn.Topology = topologies_of_guide()["scaled_bases"](shape, 1 if whole else 2)
@@ -81,7 +81,7 @@ class TestScaledBases(_OfTopology):
 
 def topologies_of_guide() -> dict[str, Any]:
     names: dict[str, Any] = {"tn": tn}
-    blocks = python_blocks(GUIDES / "sharing.md")
+    blocks = python_blocks(GUIDES / "mixtures.md")
     (code,) = [block.code for block in blocks if "def mixture_of_bases(" in block.code]
     exec(code, names)
     return names

@@ -35,6 +35,7 @@ SCRIPTS = {
     "passes": ((), rf"dense: [\d,]+ parameters, loss {NUMBER}\npasses: [\d,]+ parameters, loss {NUMBER}"),
     "image_accuracy": ((), f"accuracy: {NUMBER} on 6 images"),
     "compress_cnn": ((), rf"(?s)dense: {NUMBER}.*healed: {NUMBER}\nloaded: {NUMBER}"),
+    "tree_topology": ((), rf"tree: .*, error {NUMBER}\nlow_rank: .*, error {NUMBER}"),
     "search_topology": ((), rf"(?s)low_rank .*? error {NUMBER}, .*smallest error: mpo .*? error {NUMBER}, "),
 }
 
@@ -93,6 +94,11 @@ def test_compress_cnn(tmp_path: Path) -> None:
     dense, healed, loaded = numbers("compress_cnn", tmp_path)
     assert healed > 0.8 * dense
     assert loaded == healed
+
+
+def test_tree_topology(tmp_path: Path) -> None:
+    tree, low_rank = numbers("tree_topology", tmp_path)
+    assert tree < 1e-4 < low_rank
 
 
 def test_search_topology(tmp_path: Path) -> None:

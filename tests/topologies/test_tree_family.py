@@ -1,16 +1,14 @@
-"""A third party's family, no subclass of ours, all the way: the class of docs/guides/topologies.md."""
+"""A third party's family, no subclass of ours, all the way: the class of examples/tree_topology.py."""
 
 from __future__ import annotations
 
-import sys
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from page_blocks import python_blocks
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,29 +17,14 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.testing import laws, reference, strategies
-from tensornet.topologies import Budget, TopologyFamily, registered
+from tensornet.topologies import Budget, registered
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.evaluate import ModelFacts
 from tensornet_hf.report import Page, write_report
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "topologies.md"
-
-
-def guide_family() -> TopologyFamily:
-    """The family of the first code block, without leaving it registered."""
-    module = ModuleType("tree_family")
-    sys.modules[module.__name__] = module
-    code = python_blocks(GUIDE)[0].code
-    assert code.rstrip().endswith("tree = tn.register_topology(TreeFamily())")
-    code = code.replace("tn.register_topology(TreeFamily())", "TreeFamily()")
-    exec(compile(code, str(GUIDE), "exec", dont_inherit=True), module.__dict__)
-    family = module.tree
-    assert type(family).__mro__[1] is TopologyFamily
-    return family
-
-
-TREE = guide_family()
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tree_topology.py"
+TREE = runpy.run_path(str(EXAMPLE))["TreeFamily"]()
 
 
 @pytest.fixture(autouse=True)

@@ -400,7 +400,7 @@ class TensorNetworkQuantizer(HfQuantizer):
                 "The experts of this model are distributed over processes, but a single process writes the "
                 "files. First call gather_experts(model) of tensornet_moe.experimental.parallel on every "
                 "process. Trainer needs gathered experts too, or a model sharded with FSDP; your own "
-                "training loop can train distributed experts (docs/guides/scale.md)."
+                "training loop can train distributed experts (docs/guides/train_mixtures.md)."
             )
         return True
 
@@ -737,7 +737,7 @@ def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
                 f"{name} is a tensor network, which tensor and expert parallelism of transformers cannot "
                 "split. Distribute the model with DistributedConfig(fsdp_size=...) instead; or load it "
                 "without a distributed config, and distribute experts that share cores with "
-                "shard_experts(model) of tensornet_moe.experimental.parallel (docs/guides/scale.md)."
+                "shard_experts(model) of tensornet_moe.experimental.parallel (docs/guides/train_mixtures.md)."
             )
 
 

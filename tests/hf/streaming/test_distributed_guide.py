@@ -1,4 +1,4 @@
-"""The training script of docs/guides/scale.md, started as the guide says."""
+"""The training script of docs/guides/train_mixtures.md, started as the guide says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ tasks = "/proc/self/task"
 with open(f"threads.{os.environ['RANK']}", "w") as written:
     written.write(str(len(os.listdir(tasks)) if os.path.isdir(tasks) else 1))
 """
-GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "scale.md"
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "train_mixtures.md"
 
 
 @pytest.mark.slow
