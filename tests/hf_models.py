@@ -35,7 +35,6 @@ from transformers import (
 )
 
 import tensornet as tn
-import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.text import load_tokenizer
@@ -54,14 +53,14 @@ T5 = {"d_model": 24, "d_kv": 6, "d_ff": 44, "num_layers": 2, "num_heads": 4, "dr
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def chains(experts: int, sites: int = 5, *, router: str = "switch", **options: Any) -> th.UpcycleOptions:
-    """Experts as in the MPOE paper: chains of cores that share their center; with one core, dense experts."""
+def chains(experts: int, sites: int = 5, *, router: str = "switch", **options: Any) -> dict[str, Any]:
+    """Arguments for experts as in the MPOE paper: chains that share their center; with one core, dense."""
 
     def bank(weights: Tensor) -> tm.SharedCoreExperts:
         weight, share = weights[0], "none" if sites == 1 else "center"
         return tm.SharedCoreExperts.from_dense(weight, num_experts=experts, sites=sites, share=share)
 
-    return th.UpcycleOptions(experts=bank, router=router, **options)
+    return {"experts": bank, "router": router, **options}
 
 
 def gpt2() -> PreTrainedModel:

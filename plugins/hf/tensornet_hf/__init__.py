@@ -19,7 +19,7 @@ from tensornet_hf.specialist_files import PretrainedSpecialists, load_specialist
 from tensornet_hf.specializing import SpecializeReport, specialize
 from tensornet_hf.stock_mixtures import stock_mixture
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
-from tensornet_hf.upcycling import UpcycleOptions, UpcycleReport, upcycle
+from tensornet_hf.upcycling import UpcycleReport, upcycle
 
 __all__ = [
     "CompressOptions",
@@ -32,7 +32,6 @@ __all__ = [
     "RouterStatsCallback",
     "SpecializeReport",
     "TensorNetworkConfig",
-    "UpcycleOptions",
     "UpcycleReport",
     "compress_folder",
     "decompress",

@@ -1,10 +1,10 @@
 """Upcycling: replace dense feed-forward networks by mixtures of experts that share cores."""
 
-# ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
-
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
-from tensornet._util import check_size
+from tensornet._util import check_size, check_type
 from tensornet.compression.apply import set_submodule
-from tensornet.compression.config import option
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks
@@ -33,7 +32,6 @@ from tensornet_moe import (
 from tensornet_moe.bank import check_not_negative
 from tensornet_moe.experts import with_noise
 from tensornet_moe.mixtures import (
-    SHARES_OF_MIXTURES,
     MakeBank,
     check_options,
     make_bank,
@@ -42,158 +40,8 @@ from tensornet_moe.mixtures import (
     new_experts,
 )
 from tensornet_moe.pool import BALANCES, Balance
-from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
+from tensornet_moe.routers import Combine, check_capacity, router_kind
 from tensornet_moe.sharing import Share
-
-
-@dataclass(frozen=True)
-class UpcycleOptions:
-    """Options of `upcycle`; an option of `tensornet_moe.mixture` with the same name has the same meaning.
-
-    With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
-    a pool for `g` layers starts as a copy of the network of layer `e % g`. At the start, each router chooses
-    only copies of its own layer's network. To achieve this, the router's weights for all other experts are
-    zero, so the probability of each of these is at most `1 / (number of other experts)`. A bias that exceeds
-    this limit is added to the probabilities of the layer's own experts. So the layers share nothing at the
-    start. Each token is computed by `top_k` copies of one network, which takes `top_k` times the arithmetic
-    of the dense model.
-
-    What the layers share later depends on `balance`. With `"layer"`, the biases decrease by `bias_rate` in
-    each step until each layer uses all experts evenly. With `"pool"`, the load is even from the start. A
-    layer then uses the experts of another layer only for tokens for which its router prefers these experts
-    by more than the bias.
-
-    In a pool, `share="none"` is the default, and the model initially computes the same as before. With
-    `"center"` or `"base"`, a single center or base must fit the different networks of the pool. The errors
-    are then large (see the report), so the model must be trained.
-
-    Args:
-        experts: number of experts of each network, or of each pool. A pool of `g` layers needs at least
-            `g * top_k`. In Python, this can also be a function that makes the bank of one matrix, as in
-            `tensornet_moe.mixture`. In a pool, the function gets the matrices of all layers.
-        top_k: number of experts for each token (default: 2 for the router topk).
-        share: what the experts share: a core (center), nothing (none) or a dense matrix (base) (default:
-            center, or none in a pool). See `tensornet_moe.mixture`.
-        pool: use a single pool of experts for all layers (all), or one pool for each group of N neighbouring
-            layers (N).
-        rank: rank of the matrix that each expert adds to a shared base (default: a sixteenth of the shorter
-            side of a matrix).
-        router: type of the routers: topk, switch (one expert per token) or expert_choice. `"expert_choice"`
-            is only for encoders, since it uses later tokens. To use a router of your own, give the name under
-            which you registered it with `tensornet_moe.register_router`.
-        shared_expert: number of hidden features of a new expert that processes every token (default: no such
-            expert). Its output is zero at the start.
-        capacity_factor: largest number of tokens of an expert, relative to an even load (default: no limit).
-            Only for encoders, since what an expert drops depends on later tokens.
-            With `"expert_choice"`: average number of experts for each token (default 1).
-        balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer)
-            (default: pool). See `ExpertPool`.
-        balance_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
-        z_coef: weight of the router z-loss.
-        bias_rate: step size of router biases, which balance the load without an auxiliary loss (default:
-            0.001 with a pool, otherwise 0). Pools need such biases. See `tensornet_moe.update_biases`, and
-            `RouterBiasCallback` for `Trainer`.
-        combine: how the outputs of the chosen experts are weighted (default: unit). Only with `"unit"` does
-            the model initially compute the same as the dense model; see `tensornet_moe.Router`.
-        normalize: normalize the logits of the routers. See `tensornet_moe.Router`.
-        jitter: relative noise on the inputs of the routers in training.
-        noise: relative noise that is added to private parameters to make the experts differ.
-        seed: seed of the initial router weights and the noise.
-        target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
-            feed-forward networks).
-        matrices: names of a network's layers in the order (gate,) up, down; only needed for unusual names.
-        router_options: other arguments of a router that you registered.
-
-    Raises:
-        ValueError, TypeError: an option is out of its range or unknown, or two options exclude each other.
-
-    Example:
-        >>> th.UpcycleOptions(experts=4, share="none").router
-        'topk'
-    """
-
-    experts: int | MakeBank = option(8, "experts", "integer")
-    top_k: int | None = option(None, "experts", "integer")
-    share: Share | None = option(None, "experts", choices=SHARES_OF_MIXTURES)
-    pool: Literal["all"] | int | None = option(None, "experts", "pool")
-    rank: int | None = option(None, "experts", "integer")
-    router: str = option("topk", "routing", "text")
-    shared_expert: int | None = option(None, "experts", "integer")
-    capacity_factor: float | None = option(None, "routing", "number")
-    balance: Balance | None = option(None, "routing", choices=BALANCES)
-    balance_coef: float | None = option(None, "routing", "number")
-    z_coef: float = option(0.0, "routing", "number")
-    bias_rate: float | None = option(None, "routing", "number")
-    combine: Combine | None = option(None, "advanced", choices=COMBINE)
-    normalize: bool = option(False, "routing", "flag")
-    jitter: float = option(0.0, "routing", "number")
-    noise: float = option(0.0, "experts", "number")
-    seed: int = option(0, "experts", "integer")
-    target_modules: Sequence[str] | None = option(None, "layers", "patterns", name="target")
-    matrices: Sequence[str] | None = None
-    router_options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_capacity(self.capacity_factor)
-        check_not_negative(noise=self.noise, z_coef=self.z_coef, balance_coef=self.balance_coef or 0.0)
-        for name in ("matrices", "target_modules"):
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
-                raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
-        named = [x.name for x in fields(self)]  # options that have an argument of their own
-        of_router = [x for x in router_kind(self.router).options if x not in named]
-        check_options([x for x in self.router_options if x not in of_router], "router_options", of_router)
-        # These calls raise errors for options that are out of range, before a model is changed.
-        router = self.make_router(
-            1, 8 * (self.top_k or 1) if callable(self.experts) else self.experts, seed=0
-        )
-        if not callable(self.experts):
-            make_bank(torch.empty(0, 2**16, 2**16, device="meta"), **self.bank_options)
-        if self.pool is None:
-            if self.balance is not None:
-                raise ValueError(
-                    f"balance={self.balance!r} needs pool=, since it says whether the load of a pool is "
-                    "balanced over its layers together. Without a pool, each layer is balanced alone."
-                )
-            return
-        if self.balance not in (None, *BALANCES):
-            raise ValueError(f"Unknown balance={self.balance!r}; choose one of {', '.join(BALANCES)}.")
-        if self.pool != "all":
-            check_size('pool (or "all")', self.pool, least=2, error=ValueError)
-        if not isinstance(router, TopKRouter) or router.bias_rate == 0:
-            raise ValueError(
-                'A pool needs router="switch" or "topk" and a bias_rate above 0, since biases let each layer '
-                "choose its own experts at the start."
-            )
-
-    @property
-    def bank_options(self) -> dict[str, Any]:
-        """Options that are arguments of `tensornet_moe.mixtures.make_bank`."""
-        share = self.share
-        if share is None and self.pool is not None and not callable(self.experts):
-            share = "none"
-        return {"experts": self.experts, "share": share, "rank": self.rank}
-
-    def make_router(self, num_features: int, num_experts: int, *, seed: int) -> Router:
-        """Build a router in float32 on the CPU, with random weights that depend on `seed`."""
-        router = make_router(
-            self.router,
-            num_features,
-            num_experts,
-            pooled=self.pool is not None,
-            top_k=self.top_k,
-            capacity_factor=self.capacity_factor,
-            bias_rate=self.bias_rate,
-            combine=self.combine or "unit",
-            normalize=self.normalize,
-            jitter=self.jitter,
-            device="cpu",
-            **self.router_options,
-        )
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
-        return router
 
 
 @dataclass(frozen=True)
@@ -273,11 +121,29 @@ class UpcycleReport:
 @torch.no_grad()
 def upcycle(
     model: nn.Module,
-    config: UpcycleOptions | None = None,
     *,
+    experts: int | MakeBank = 8,
+    top_k: int | None = None,
+    share: Share | None = None,
+    pool: Literal["all"] | int | None = None,
+    rank: int | None = None,
+    router: str = "topk",
+    shared_expert: int | None = None,
+    capacity_factor: float | None = None,
+    balance: Balance | None = None,
+    balance_coef: float | None = None,
+    z_coef: float = 0.0,
+    bias_rate: float | None = None,
+    combine: Combine | None = None,
+    normalize: bool = False,
+    jitter: float = 0.0,
+    noise: float = 0.0,
+    seed: int = 0,
+    target_modules: Sequence[str] | None = None,
+    matrices: Sequence[str] | None = None,
     causal: bool | None = None,
     progress: bool = False,
-    **words: Any,
+    **router_options: Any,
 ) -> UpcycleReport:
     """Replace dense feed-forward networks by mixtures of experts, in place.
 
@@ -291,25 +157,76 @@ def upcycle(
     identities replace the activation and the second matrix. In training, dropout between the matrices is then
     applied to the output of the mixture.
 
+    An argument of `tensornet_moe.mixture` with the same name has the same meaning.
+
+    With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
+    a pool for `g` layers starts as a copy of the network of layer `e % g`. At the start, each router chooses
+    only copies of its own layer's network. To achieve this, the router's weights for all other experts are
+    zero, so the probability of each of these is at most `1 / (number of other experts)`. A bias that exceeds
+    this limit is added to the probabilities of the layer's own experts. So the layers share nothing at the
+    start. Each token is computed by `top_k` copies of one network, which takes `top_k` times the arithmetic
+    of the dense model.
+
+    What the layers share later depends on `balance`. With `"layer"`, the biases decrease by `bias_rate` in
+    each step until each layer uses all experts evenly. With `"pool"`, the load is even from the start. A
+    layer then uses the experts of another layer only for tokens for which its router prefers these experts
+    by more than the bias.
+
+    In a pool, `share="none"` is the default, and the model initially computes the same as before. With
+    `"center"` or `"base"`, a single center or base must fit the different networks of the pool. The errors
+    are then large (see the report), so the model must be trained.
+
     Args:
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (with or without a gate).
-        config: options of the mixtures; alternatively, give `words`.
+        experts: number of experts of each network, or of each pool. A pool of `g` layers needs at least
+            `g * top_k`. In Python, this can also be a function that makes the bank of one matrix, as in
+            `tensornet_moe.mixture`. In a pool, the function gets the matrices of all layers.
+        top_k: number of experts for each token (default: 2 for the router topk).
+        share: what the experts share: a core (center), nothing (none) or a dense matrix (base) (default:
+            center, or none in a pool). See `tensornet_moe.mixture`.
+        pool: use a single pool of experts for all layers (all), or one pool for each group of N neighbouring
+            layers (N).
+        rank: rank of the matrix that each expert adds to a shared base (default: a sixteenth of the shorter
+            side of a matrix).
+        router: type of the routers: topk, switch (one expert per token) or expert_choice. `"expert_choice"`
+            is only for encoders, since it uses later tokens. To use a router of your own, give the name under
+            which you registered it with `tensornet_moe.register_router`.
+        shared_expert: number of hidden features of a new expert that processes every token (default: no such
+            expert). Its output is zero at the start.
+        capacity_factor: largest number of tokens of an expert, relative to an even load (default: no limit).
+            Only for encoders, since what an expert drops depends on later tokens.
+            With `"expert_choice"`: average number of experts for each token (default 1).
+        balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer)
+            (default: pool). See `ExpertPool`.
+        balance_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
+        z_coef: weight of the router z-loss.
+        bias_rate: step size of router biases, which balance the load without an auxiliary loss (default:
+            0.001 with a pool, otherwise 0). Pools need such biases. See `tensornet_moe.update_biases`, and
+            `RouterBiasCallback` for `Trainer`.
+        combine: how the outputs of the chosen experts are weighted (default: unit). Only with `"unit"` does
+            the model initially compute the same as the dense model; see `tensornet_moe.Router`.
+        normalize: normalize the logits of the routers. See `tensornet_moe.Router`.
+        jitter: relative noise on the inputs of the routers in training.
+        noise: relative noise that is added to private parameters to make the experts differ.
+        seed: seed of the initial router weights and the noise.
+        target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
+            feed-forward networks).
+        matrices: names of a network's layers in the order (gate,) up, down; only needed for unusual names.
         causal: whether tokens must not depend on later tokens; this matters only for the router
             `"expert_choice"` and for `capacity_factor`. By default, four kinds of models count as not causal:
             encoders of encoder-decoder models, masked language models, image classifiers, and bare encoders
             of these architectures.
         progress: show a progress bar.
-        words: the options themselves: `experts`, `top_k`, `share`, `pool`, `router` and all others of
-            `UpcycleOptions`, or arguments of a router that you registered.
+        router_options: other arguments of a router that you registered.
 
     Raises:
         TargetError: no feed-forward network is found, a network computes something else, or the router or
             a capacity uses later tokens and a network is or may be causal; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: a decomposition failed; the model is unchanged.
-        ShapeError, ValueError: layers of different sizes cannot use the same pool, the size of a group does
-            not divide the number of layers, or a pool has too few experts; the model is unchanged.
-        TypeError: `model` or `config` has another type, both `config` and `words` are given, or a word is
-            unknown.
+        ShapeError, ValueError: an option is out of its range, or two options exclude each other; layers of
+            different sizes cannot use the same pool, the size of a group does not divide the number of
+            layers, or a pool has too few experts; the model is unchanged.
+        TypeError: `model` is not a module, or an option is unknown.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -321,16 +238,41 @@ def upcycle(
         >>> print(th.upcycle(model, experts=8, pool="all"))
         4 feed-forward networks became 8 experts in 1 pool: ...
     """
-    config = _options(config, words)
-    if not isinstance(model, nn.Module) or not isinstance(config, UpcycleOptions):
-        raise TypeError(
-            "upcycle takes a model and UpcycleOptions, got a "
-            f"{type(model).__name__} and a {type(config).__name__}."
-        )
-    networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
+    check_type("model", model, nn.Module, "pass a model with feed-forward networks")
+    check_capacity(capacity_factor)
+    check_not_negative(noise=noise, z_coef=z_coef, balance_coef=balance_coef or 0.0)
+    for name, given in (("matrices", matrices), ("target_modules", target_modules)):
+        if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+            raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
+    of_router = router_kind(router).options
+    known = [name for name in signature(upcycle).parameters if name not in ("model", "router_options")]
+    check_options([name for name in router_options if name not in of_router], "upcycle", [*known, *of_router])
+    if share is None and pool is not None and not callable(experts):
+        share = "none"
+    bank_options: dict[str, Any] = {"experts": experts, "share": share, "rank": rank}
+    new_router: Callable[[int, int], Router] = partial(
+        make_router,
+        router,
+        pooled=pool is not None,
+        top_k=top_k,
+        capacity_factor=capacity_factor,
+        bias_rate=bias_rate,
+        combine=combine or "unit",
+        normalize=normalize,
+        jitter=jitter,
+        device="cpu",
+        **router_options,
+    )
+    # These calls raise errors for options that are out of range, before the model is read.
+    tried = new_router(1, 8 * (top_k or 1) if callable(experts) else experts)
+    if not callable(experts):
+        make_bank(torch.empty(0, 2**16, 2**16, device="meta"), **bank_options)
+    _check_pool(pool, balance, tried)
+
+    networks = find_feed_forwards(model, target_modules=target_modules, matrices=matrices)
     if causal is not False:
-        _refuse_looking_ahead(config, model, networks, causal)
-    size = _group_size(model, networks, config)
+        _refuse_looking_ahead(router, capacity_factor, model, networks, causal)
+    size = _group_size(model, networks, pool)
 
     # Build everything before the model is changed.
     pools: dict[str, ExpertPool] = {}
@@ -338,16 +280,26 @@ def upcycle(
     layers: list[UpcycledLayer] = []
     for start in tqdm(range(0, len(networks), size), desc="upcycling", disable=not progress, unit="layer"):
         group = networks[start : start + size]
-        network = _experts(group, config, seed=config.seed + start)
+        network = _experts(group, bank_options, noise, seed=seed + start)
         banks = [network.bank(name) for name in network.names]
         shared = {id(p): p.numel() for bank in banks for p in bank.shared_parameters().values()}
-        experts: ExpertFFN | ExpertPool = network
-        if config.pool is not None:
+        used: ExpertFFN | ExpertPool = network
+        if pool is not None:
             label = "pool" if size == len(networks) else f"pool{start // size}"
-            pools[label] = experts = ExpertPool(network, label=label, balance=config.balance or "pool")
+            pools[label] = used = ExpertPool(network, label=label, balance=balance or "pool")
         for place, dense in enumerate(group):
-            mixture = _mixture(dense, experts, config, seed=config.seed + start + place)
-            if config.pool is not None:
+            like = dense.matrix(dense.matrices[0])
+            made = _random(new_router(like.shape[1], network.num_experts), seed=seed + start + place)
+            mixture = make_layer(
+                made.to(device=like.device, dtype=like.dtype),
+                used,
+                shared_expert=None if shared_expert is None else _silent_expert(dense, shared_expert),
+                capacity_factor=capacity_factor,
+                balance_coef=balance_coef,
+                z_coef=z_coef,
+                dropout=dense.dropout if dense.dropout_place == "output" else 0.0,
+            )
+            if pool is not None:
                 _choose_own(mixture.router, place, size)
             mixtures.append(mixture)
             layers.append(
@@ -372,23 +324,38 @@ def upcycle(
     return UpcycleReport(tuple(layers), network.num_experts, across, len(pools))
 
 
-def _options(config: UpcycleOptions | None, words: Mapping[str, Any]) -> UpcycleOptions:
-    """Return the options, or build them from keyword arguments; unknown ones must be those of the router."""
-    if config is not None:
-        if words:
-            raise TypeError(
-                f"upcycle takes either a config or words, but got both: add {', '.join(words)} to the config."
+def _check_pool(pool: Literal["all"] | int | None, balance: Balance | None, router: Router) -> None:
+    """Check the options of a pool.
+
+    Raises:
+        ValueError: an option is out of its range, or needs another one.
+    """
+    if pool is None:
+        if balance is not None:
+            raise ValueError(
+                f"balance={balance!r} needs pool=, since it says whether the load of a pool is balanced over "
+                "its layers together. Without a pool, each layer is balanced alone."
             )
-        return config
-    known = [field.name for field in fields(UpcycleOptions)]
-    own = {name: value for name, value in words.items() if name not in known}
-    options = UpcycleOptions(**{name: value for name, value in words.items() if name in known})
-    router = router_kind(options.router)
-    check_options([name for name in own if name not in router.options], "upcycle", [*known, *router.options])
-    return replace(options, router_options={**options.router_options, **own})
+        return
+    if balance not in (None, *BALANCES):
+        raise ValueError(f"Unknown balance={balance!r}; choose one of {', '.join(BALANCES)}.")
+    if pool != "all":
+        check_size('pool (or "all")', pool, least=2, error=ValueError)
+    if not isinstance(router, TopKRouter) or router.bias_rate == 0:
+        raise ValueError(
+            'A pool needs router="switch" or "topk" and a bias_rate above 0, since biases let each layer '
+            "choose its own experts at the start."
+        )
 
 
-def _group_size(model: nn.Module, networks: Sequence[FeedForward], config: UpcycleOptions) -> int:
+def _random(router: Router, *, seed: int) -> Router:
+    """Give a router random weights that depend on `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    router.weight.normal_(0, 0.1 / router.weight.shape[1] ** 0.5, generator=generator)
+    return router
+
+
+def _group_size(model: nn.Module, networks: Sequence[FeedForward], pool: Literal["all"] | int | None) -> int:
     """Return the number of neighbouring networks that use the same experts; 1 without pools.
 
     Raises:
@@ -396,9 +363,9 @@ def _group_size(model: nn.Module, networks: Sequence[FeedForward], config: Upcyc
         ShapeError: networks of a group have different shapes or activations.
         TargetError: the model cannot own pools, or networks of a group are on different devices.
     """
-    if config.pool is None:
+    if pool is None:
         return 1
-    size = len(networks) if config.pool == "all" else int(config.pool)
+    size = len(networks) if pool == "all" else int(pool)
     if len(networks) < 2:
         raise ValueError(
             f"A pool needs several layers, but {networks[0].names[0]} is the only network to replace."
@@ -452,7 +419,7 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
     Raises:
         ValueError: the pool has fewer than `top_k` experts for each layer.
     """
-    assert isinstance(router, TopKRouter)  # as `UpcycleOptions` checks for pools
+    assert isinstance(router, TopKRouter)  # as `_check_pool` makes sure
     assert router.bias_steps is not None
     if router.num_experts < layers * router.top_k:
         raise ValueError(
@@ -467,10 +434,14 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
 
 
 def _refuse_looking_ahead(
-    config: UpcycleOptions, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
+    router: str,
+    capacity_factor: float | None,
+    model: nn.Module,
+    networks: Sequence[FeedForward],
+    causal: bool | None,
 ) -> None:
     """Raise TargetError if a router or a capacity that uses later tokens would be in a causal network."""
-    if router_kind(config.router).causal and config.capacity_factor is None:
+    if router_kind(router).causal and capacity_factor is None:
         return
     found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
@@ -483,10 +454,10 @@ def _refuse_looking_ahead(
     if not found:
         return
     others = [network.names[0] for network in networks if network not in found]
-    if not router_kind(config.router).causal:
-        what, instead = f"router={config.router!r} looks", 'Use router="switch" or "topk".'
+    if not router_kind(router).causal:
+        what, instead = f"router={router!r} looks", 'Use router="switch" or "topk".'
     else:
-        what = f"capacity_factor={config.capacity_factor!r} looks"
+        what = f"capacity_factor={capacity_factor!r} looks"
         instead = "Leave out capacity_factor=, so that no token is dropped."
     rest = (
         f" The other {len(others)} networks, such as {others[0]}, can use it: select them with "
@@ -501,7 +472,9 @@ def _refuse_looking_ahead(
     )
 
 
-def _experts(group: Sequence[FeedForward], config: UpcycleOptions, *, seed: int) -> ExpertFFN:
+def _experts(
+    group: Sequence[FeedForward], bank_options: Mapping[str, Any], noise: float, *, seed: int
+) -> ExpertFFN:
     """Build experts; expert `e` starts as the network `group[e % len(group)]`.
 
     Raises:
@@ -513,19 +486,18 @@ def _experts(group: Sequence[FeedForward], config: UpcycleOptions, *, seed: int)
         weights = [network.matrix(name) for network in group]
         stack = torch.stack([w.to(weights[0]) for w in weights])
         try:
-            bank = make_bank(stack, **config.bank_options, seed=3 * seed + position)
+            bank = make_bank(stack, **bank_options, seed=3 * seed + position)
         except (BudgetError, NonFiniteError, ShapeError, TopologyError) as error:
             names = " to ".join(dict.fromkeys((first.names[0], group[-1].names[0])))
             raise type(error)(f"{names}.{name}: {error}") from error
-        if config.noise:
+        if noise:
             if isinstance(bank, LowRankDeltaExperts):
                 raise ValueError(
-                    f"noise={config.noise} is added to private cores, but deltas start at zero: leave out "
-                    "noise=."
+                    f"noise={noise} is added to private cores, but deltas start at zero: leave out noise=."
                 )
             generator = torch.Generator().manual_seed(3 * seed + position)
             for tensor in bank.private_tensors():
-                tensor.copy_(with_noise(tensor, config.noise, generator))
+                tensor.copy_(with_noise(tensor, noise, generator))
         banks[name] = bank.requires_grad_(True)
     like = first.matrix(first.matrices[0])
     biases = {name: [network.bias(name) for network in group] for name in first.matrices}
@@ -544,35 +516,19 @@ def _experts(group: Sequence[FeedForward], config: UpcycleOptions, *, seed: int)
     return experts
 
 
-def _mixture(
-    network: FeedForward,
-    experts: ExpertFFN | ExpertPool,
-    config: UpcycleOptions,
-    *,
-    seed: int,
-) -> SharedCoreMoE:
-    """Build the mixture that replaces a network from its experts and a new router with random weights."""
-    first = network.matrix(network.matrices[0])
-    where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
-    always = None
-    if config.shared_expert is not None:
-        always = new_experts(
-            network.matrices,
-            first.shape[1],
-            config.shared_expert,
-            experts=1,
-            share="none",
-            activation=network.activation,
-            **where,
-        )
-        for parameter in always.bank(network.matrices[-1]).parameters():
-            parameter.zero_()
-    return make_layer(
-        config.make_router(first.shape[1], experts.num_experts, seed=seed).to(**where),
-        experts,
-        shared_expert=always,
-        capacity_factor=config.capacity_factor,
-        balance_coef=config.balance_coef,
-        z_coef=config.z_coef,
-        dropout=network.dropout if network.dropout_place == "output" else 0.0,
+def _silent_expert(network: FeedForward, features: int) -> ExpertFFN:
+    """Build the expert that processes every token, of a layer with this network; its output is zero."""
+    like = network.matrix(network.matrices[0])
+    made = new_experts(
+        network.matrices,
+        like.shape[1],
+        features,
+        experts=1,
+        share="none",
+        activation=network.activation,
+        device=like.device,
+        dtype=like.dtype,
     )
+    for parameter in made.bank(network.matrices[-1]).parameters():
+        parameter.zero_()
+    return made

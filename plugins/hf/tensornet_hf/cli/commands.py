@@ -41,12 +41,13 @@ from tensornet_hf.cli.options import (
     Dtype,
     Force,
     Json,
-    NewFolder,
     NewModel,
     Source,
     collect,
+    help_of,
     note,
     parse_pairs,
+    parse_pool,
     print_json,
     print_lines,
     print_result,
@@ -88,7 +89,6 @@ from tensornet_hf.text import (
     token_ids,
     usual_context,
 )
-from tensornet_hf.upcycling import UpcycleOptions
 from tensornet_hf.upcycling import upcycle as upcycle_model
 
 #: Prompt for the model of the demo.
@@ -610,17 +610,35 @@ def export(
         print_lines(str(report))
 
 
-@with_options(UpcycleOptions)
 def upcycle(
     source: Source,
-    destination: NewFolder = None,
-    *,
+    destination: Annotated[
+        str | None,
+        typer.Argument(help="Folder to write, or hf://owner/name to upload (default: only show the sizes)."),
+    ] = None,
+    experts: Annotated[int, typer.Option(help=help_of(upcycle_model, "experts"))] = 8,
+    top_k: Annotated[int | None, typer.Option(help=help_of(upcycle_model, "top_k"))] = None,
+    share: Annotated[str | None, typer.Option(help=help_of(upcycle_model, "share"))] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(help=help_of(upcycle_model, "pool"), metavar="all|N", parser=parse_pool),
+    ] = None,
+    router: Annotated[str, typer.Option(help=help_of(upcycle_model, "router"))] = "topk",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{help_of(upcycle_model, 'target_modules')} Repeatable.", metavar="PATTERN"),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another argument of tensornet_hf.upcycle, such as noise=0.05. Repeatable.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = CPU,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes without writing files.")] = False,
     force: Force = False,
     as_json: Json = False,
-    **given: Any,
 ) -> None:
     """Convert a dense model to a mixture of experts, ready to be trained.
 
@@ -629,31 +647,36 @@ def upcycle(
     With a pool: tensornet upcycle MODEL MIXTURE --pool all --experts 32
 
     Without --pool, or with --share none, the mixture initially computes the same as the dense model.
-
-    --help-all also shows rare options.
     """
-    config = UpcycleOptions(**collect(UpcycleOptions, given))
-    if destination is None and not dry_run:
-        raise typer.BadParameter("Give a destination or --dry-run.")
+    words: dict[str, Any] = {
+        "experts": experts,
+        "top_k": top_k,
+        "share": share,
+        "pool": pool,
+        "router": router,
+    }
+    words |= {"target_modules": target, **parse_pairs("--option", option)}
     stored, folder = dtype_of(dtype), resolve_folder(source)
-    written = None if dry_run else destination
-    if written is not None:
-        check_free(written, force=force, sources=(folder,))
+    if destination is not None:
+        check_free(destination, force=force, sources=(folder,))
     model = on_device(open_dense(folder), device)
-    report = upcycle_model(model, config, progress=sys.stderr.isatty())
-    if written is not None:
+    try:
+        report = upcycle_model(model, **words, progress=sys.stderr.isatty())
+    except TypeError as error:  # an unknown name, or a value of another type
+        raise typer.BadParameter(str(error)) from error
+    if destination is not None:
         if stored is not None:
             torch.nn.Module.to(model, dtype=stored)
-        save(model, written, source=folder, force=force)
+        save(model, destination, source=folder, force=force)
     if as_json:
-        print_json({"source": source, "destination": written, **report.to_dict()})
+        print_json({"source": source, "destination": destination, **report.to_dict()})
         return
     rows = [
         (x.name, f"{x.dense_params:,}", f"{x.params:,}", f"{x.shared_params:,}", f"{x.error:.1e}")
         for x in report.layers
     ]
     print_table(("network", "dense", "mixture", "shared", "error"), rows)
-    print_lines(str(report), *([] if written is None else [f"written to {written}"]))
+    print_lines(str(report), *([] if destination is None else [f"written to {destination}"]))
 
 
 def specialize(

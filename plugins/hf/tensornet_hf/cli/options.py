@@ -135,10 +135,6 @@ NewModel = Annotated[
         help="Folder or GGUF file (.gguf) to write, or hf://owner/name to upload; not needed with --dry-run."
     ),
 ]
-NewFolder = Annotated[
-    str | None,
-    typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed with --dry-run."),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing destination.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Dtype = Annotated[
@@ -157,8 +153,6 @@ CPU = torch.device("cpu")
 
 #: Maps the `group` of a field to the title of its option group in the help, which shows groups in this order.
 GROUPS = {
-    "experts": "Experts and what they share",
-    "routing": "Router and load balance",
     "budget": "Budget (several can be combined; the tightest decides)",
     "data": "Texts for calibration and measurement",
     "layers": "Layers",
@@ -173,7 +167,6 @@ _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "integer": (int, {"metavar": "N"}),
     "share": (float, {"metavar": "SHARE", "parser": parse_share}),
     "size": (int, {"metavar": "SIZE", "parser": parse_size}),
-    "pool": (str, {"metavar": "all|N", "parser": parse_pool}),
     "text": (str, {"metavar": "NAME"}),
     "names": (str, {"metavar": "A,B,..."}),
     "pairs": (list[str], {"metavar": "KEY=VALUE"}),
@@ -224,8 +217,8 @@ def with_options(
     return wrap
 
 
-def help_of(kind: type, name: str) -> str:
-    """Return the first sentence about an argument in the docstring of a class, as a help text."""
+def help_of(kind: Any, name: str) -> str:
+    """Return the first sentence about an argument in the docstring of a class or function, as a help text."""
     _, _, entry = (inspect.getdoc(kind) or "").partition(f"\n    {name}: ")
     entry, _, _ = re.sub(r"\n {8}", " ", entry).partition("\n")
     text = entry.partition(". ")[0].rstrip(".")
