@@ -1116,11 +1116,6 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
             "transformers does not save its tables of positions. Compress it in memory.",
         )
     },
-    "NomicBERT": {
-        "file to file": Exceptional(
-            "refused", _NOT_STORED, "Query, key and value are stored as one matrix. Compress it in memory."
-        )
-    },
 }
 
 #: Close relatives of others in the table, which only the nightly profile runs.

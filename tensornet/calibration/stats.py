@@ -176,11 +176,14 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
 
 
 def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
-    """Map the name of each target to four elements of its weight; targets on the meta device are omitted."""
+    """Map the name of each target to four elements of its weight.
+
+    Empty weights and those on the meta device are omitted.
+    """
     found = {}
     for target in targets:
         matrix = target.matrix if target.kinds else target.weight.detach().reshape(1, -1)
-        if not matrix.is_meta:
+        if matrix.numel() and not matrix.is_meta:
             rows, columns = (
                 torch.linspace(0, size - 1, 4, device=matrix.device).round().long() for size in matrix.shape
             )

@@ -414,9 +414,10 @@ class _Job(NamedTuple):
         options, batches = self.options, None if data is None else tensor_digest(data.batches)
         names = ("refine", "heal", "share_experts", "dtype", "networks", "max_shard_bytes")
         survey = [batches, str(options.device), options.calibration_tokens, options.rotate]
-        rest = [self.config.to_dict(), self.text, self.target, {x: getattr(options, x) for x in names}]
+        rest = [self.config.to_dict(), self.target, {x: getattr(options, x) for x in names}]
+        depends_on = {"texts": [batches, self.text], "options": [survey[1:], rest]}
         reusable = {PRICES: survey, ROTATED: options.rotate, PLAN: rest}
-        begin(work, marks, [survey, rest], resume=options.resume, reusable=reusable)
+        begin(work, marks, depends_on, resume=options.resume, reusable=reusable)
 
 
 def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderReport | None:

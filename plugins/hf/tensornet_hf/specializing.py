@@ -245,7 +245,7 @@ def specialize(
     else:
         s = specialists(model, rank=rank, share=share, target_modules=target_modules)
     depends_on = {
-        "destination": [*s.names, tensor_digest([s.tensors()])] if old else [],
+        "specialists": [*s.names, tensor_digest([s.tensors()])] if old else [],
         "texts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
         "options": [share, rank, target_modules, steps, lr, batch_size, length, str(device), seed],
     }

@@ -82,7 +82,7 @@ def _kept(folder: Path) -> list[Path]:
 def begin(
     work: Path,
     sources: Mapping[str, str],
-    depends_on: Any,
+    depends_on: Mapping[str, Any],
     *,
     resume: bool,
     reusable: Mapping[str, Any] = {},
@@ -92,7 +92,8 @@ def begin(
     Args:
         work: the staging folder, locked by this process.
         sources: what each file that the run reads is like, by path (see `file_marks`).
-        depends_on: everything else that the result depends on, such as options and texts; JSON-ready.
+        depends_on: everything else that the result depends on, by what it is, such as options and texts;
+            JSON-ready.
         resume: whether to continue an interrupted run.
         reusable: files that depend on less than the result does, and what they depend on. As long as there is
             nothing else, other options are no error: these files are kept if this is unchanged, or deleted.
@@ -105,7 +106,7 @@ def begin(
     record: dict[str, Any] = {
         "library": {**versions, "transformers": transformers.__version__},
         "sources": dict(sources),
-        "options": json_digest(depends_on),
+        "depends_on": {what: json_digest(x) for what, x in depends_on.items()},
         "reusable": {name: json_digest(x) for name, x in reusable.items()},
     }
     path, again = work / RECORD, "start again with resume=False (--no-resume)"
@@ -121,10 +122,12 @@ def begin(
                     f"{', '.join(changed)} changed since the interrupted run, so what is in {work} belongs "
                     f"to the old content. Restore the old files, or {again}."
                 )
-            what = "other versions of the library"
-            what = "other options" if earlier.get("library") == record["library"] else what
+            what = _differing(earlier.get("depends_on") or {}, record["depends_on"])
+            if earlier.get("library") != record["library"]:
+                what = ["versions of the library"]
             raise FormatError(
-                f"The interrupted run in {work} had {what}. Use the same to continue it, or {again}."
+                f"The interrupted run in {work} had other {' and '.join(what) or 'options'}. "
+                f"Use the same to continue it, or {again}."
             )
         if all(earlier.get(key) == record[key] for key in ("library", "sources")):
             known = earlier.get("reusable") or {}

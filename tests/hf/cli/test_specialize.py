@@ -203,7 +203,7 @@ def test_a_run_resumes_only_what_it_began(
             th.specialize(*run, **{**options, **changed})
     content = text.read_text()
     text.write_text(content + "more")
-    with pytest.raises(FormatError, match="another texts"):
+    with pytest.raises(FormatError, match="other texts"):
         th.specialize(*run, **options)
     text.write_text(content)
     assert th.specialize(*run, **options).losses == expected
@@ -239,7 +239,7 @@ def test_a_run_that_adds_to_a_folder_depends_on_its_cores(
     interrupt(monkeypatch, *run, **options)
     s.shared_parameters()[0].data += 1
     s.save(tmp_path / "s", force=True)
-    with pytest.raises(FormatError, match="other options"):
+    with pytest.raises(FormatError, match="other specialists"):
         th.specialize(*run, **options)
     assert th.specialize(*run, **options, resume=False).steps == 2
 

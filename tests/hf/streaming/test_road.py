@@ -84,7 +84,7 @@ def test_a_fresh_run_uses_nothing_of_an_interrupted_one(tmp_path: Path) -> None:
     run = partial(compress_files, source, config=config)
     interrupted_in("model.layers.3", lambda: run(tmp_path / "out", calibration=tokens(1)))
     assert list((staging_folder(tmp_path / "out") / "states").iterdir())
-    with pytest.raises(FormatError, match="other options"):
+    with pytest.raises(FormatError, match="other texts"):
         run(tmp_path / "out", calibration=tokens(2))
     report = run(tmp_path / "out", calibration=tokens(2), resume=False)
     expected = run(tmp_path / "fresh", calibration=tokens(2))
