@@ -420,7 +420,7 @@ def bars(rows: Sequence[Row], name: str, file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6, 2.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 2.5), layout="constrained")
     for axes, size in zip(figure.subplots(1, 2), (POPULAR, "Q2_K"), strict=True):
         same = [x for x in rows if x["model"] == name and x["size"] == size]
         shown = {}
@@ -441,7 +441,8 @@ def bars(rows: Sequence[Row], name: str, file: Path) -> None:
             xlabel="loss increase, nats per token",
         )
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.15)
+        axes.set(ylim=(-0.6, 2.6))  # bars of equal height, whatever their number
+        axes.margins(x=0.3)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
         figure.savefig(file, metadata={"Date": None})
 
