@@ -24,7 +24,7 @@ help: ## list the targets
 	@echo "  PYTHON=python3.12  another interpreter (after 'make clean')   ARGS='-k svd'  more for pytest"
 
 demo: $(VENV)/.made-cli ## compress the embedded GPT-2, evaluate, reload, generate, write demo_out/
-	$(ONE_THREAD) $(BIN)/tensornet demo --output demo_out --force
+	$(ONE_THREAD) $(BIN)/tensornet demo demo_out --force
 
 test: $(VENV)/.made-dev ## run the tests, in a few minutes
 	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)

@@ -96,7 +96,7 @@ def _os_errors(what: str | None, path: Path) -> Iterator[None]:
         if what is None:
             raise
         taken = isinstance(error, FileExistsError)
-        why = "it exists already. Choose another name, or set force=True (--force)." if taken else error
+        why = "it exists already. Choose another name, or set force=True." if taken else error
         raise DestinationError(f"{what} cannot be written to {path}: {why}") from error
 
 
@@ -383,7 +383,7 @@ def take_place(folder: Path, target: Path, *, force: bool = False) -> None:
             if taken and not force:
                 raise DestinationError(
                     f"{target} exists already: another run has written it. Choose another name, or replace "
-                    "it with force=True (--force)."
+                    "it with force=True."
                 ) from error
             if not (taken or error.errno == errno.ENOENT) or not folder.exists():
                 raise

@@ -608,7 +608,7 @@ def upload(folder: str | Path, destination: str, *, force: bool) -> None:
     except Exception as error:  # huggingface_hub raises many unrelated classes
         raise DestinationError(
             f"Cannot upload to {destination}: {first_line(error)}. If this attempt created an empty "
-            "repository, repeat it with force=True (--force)."
+            "repository, repeat it with force=True."
         ) from error
 
 
@@ -702,7 +702,7 @@ def check_free(
             raise DestinationError(f"Cannot ask the hub about {destination}: {first_line(error)}") from error
         if taken and not force:
             raise DestinationError(
-                f"{destination} exists already. Choose another name, or replace it with force=True (--force)."
+                f"{destination} exists already. Choose another name, or replace it with force=True."
             )
         return
     target = Path(destination).expanduser().absolute()
@@ -731,7 +731,7 @@ def check_free(
         return
     if not force:
         raise DestinationError(
-            f"{target} exists already. Choose another name, or replace it with force=True (--force)."
+            f"{target} exists already. Choose another name, or replace it with force=True."
         )
     if not (target / "config.json").is_file():
         raise DestinationError(

@@ -161,7 +161,7 @@ class CompressOptions:
     device: torch.device | str = option("cpu", "run", "device")
     workers: int = option(1, "run", "integer")
     resume: bool = option(True, "advanced", "flag")
-    export: str | None = option(None, "output", choices=tuple(EXPORT_TARGETS))
+    export: str | None = option(None, "output", name="to", choices=tuple(EXPORT_TARGETS))
     report: str | Path | None = option(None, "output", "path")
     networks: Networks = option("dense", "advanced", choices=NETWORKS)
     force: bool = option(False, "output", "flag")

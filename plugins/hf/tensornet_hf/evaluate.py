@@ -467,7 +467,6 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     task_path: str | Path | None = None,
-    shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 16,
 ) -> TaskScores:
@@ -478,7 +477,6 @@ def run_tasks(
         tokenizer: the model's tokenizer.
         tasks: names of tasks, which the harness or the files of `task_path` define.
         task_path: a task file, or a folder of task files.
-        shots: number of examples before each question; None uses the default of the task.
         limit: largest number of examples of each task; None uses all.
         batch_size: number of requests that are run at once.
 
@@ -497,9 +495,6 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     loaded = _load_tasks(tasks, task_path)
-    if shots is not None:
-        for task in loaded["tasks"].values():
-            task.set_config(key="num_fewshot", value=shots)
     wrapped = HFLM(
         pretrained=model,
         tokenizer=tokenizer,

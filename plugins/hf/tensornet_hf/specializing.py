@@ -81,27 +81,20 @@ class SpecializeReport:
         """Return a dict for JSON."""
         return asdict(self)
 
-    def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Return the header and the rows of the table."""
-        columns = list(next(iter(self.losses.values())))
-        rows = [[name, *(f"{values[x]:.4f}" for x in columns)] for name, values in self.losses.items()]
-        sizes = ["bytes", *(f"{self.bytes[x]:,}" if x in self.bytes else "" for x in columns)]
-        return ["held-out loss", *columns], [*rows, sizes]
-
-    def notes(self) -> list[str]:
-        """Return the lines below the table."""
-        tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(self.rates.items()))
-        return [
-            f"shared cores: {self.bytes['shared']:,} bytes",
-            f"trained for {self.steps:,} steps at the rate {self.rate:g}"
-            + (f" (losses after short trials: {tried})" if tried else ""),
-        ]
-
     def __str__(self) -> str:
-        """Return the table, and the lines below it."""
-        header, rows = self.rows()
-        lines = ["".join(f"{cell:>16}" for cell in row) for row in (header, *rows)]
-        return "\n".join([*lines, *self.notes()])
+        columns = list(next(iter(self.losses.values())))
+        rows = [["held-out loss", *columns]]
+        rows += [[name, *(f"{values[x]:.4f}" for x in columns)] for name, values in self.losses.items()]
+        rows.append(["bytes", *(f"{self.bytes[x]:,}" if x in self.bytes else "" for x in columns)])
+        tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(self.rates.items()))
+        return "\n".join(
+            [
+                *("".join(f"{cell:>16}" for cell in row) for row in rows),
+                f"shared cores: {self.bytes['shared']:,} bytes",
+                f"trained for {self.steps:,} steps at the rate {self.rate:g}"
+                + (f" (losses after short trials: {tried})" if tried else ""),
+            ]
+        )
 
 
 def _example(number: int, ids: Tensor) -> dict[str, Tensor]:
@@ -217,7 +210,7 @@ def specialize(
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"lr={lr} must be a positive number, or None for short trials.")
     if not domains:
-        raise TargetError("Name at least one domain: domains={'law': 'law.txt'} (--domain law=law.txt).")
+        raise TargetError("Name at least one domain: domains={'law': 'law.txt'}.")
     texts = {name: read_text(Path(file)) for name, file in domains.items()}
     folder, target = resolve_folder(os.fspath(source)), Path(destination).expanduser().resolve()
     marks = file_marks(folder)
@@ -232,7 +225,7 @@ def specialize(
         if len(windows) < LEAST_WINDOWS:
             raise TargetError(
                 f"The text of {name!r} is too short: {len(ids)} tokens, but {LEAST_WINDOWS} windows of "
-                f"{length} are needed. Give more text, or choose shorter windows (context=, --context)."
+                f"{length} are needed. Give more text, or choose shorter windows (context=)."
             )
         last = max(len(windows) // 10, 2)
         training[name], held_out[name] = windows[:-last], windows[-last:]

@@ -109,7 +109,7 @@ def begin(
         "depends_on": {what: json_digest(x) for what, x in depends_on.items()},
         "reusable": {name: json_digest(x) for name, x in reusable.items()},
     }
-    path, again = work / RECORD, "start again with resume=False (--no-resume)"
+    path, again = work / RECORD, "start again with resume=False"
     shutil.rmtree(work / SURVEYED, ignore_errors=True)
     keep = {LOCK}
     if resume and _kept(work) and path.is_file():
@@ -143,7 +143,7 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     if changed := _differing(before, now):
         raise FormatError(
             f"{', '.join(changed)} changed since this run began, so finished tensors belong to the old "
-            "content. Restore the old files, or start again with resume=False (--no-resume)."
+            "content. Restore the old files, or start again with resume=False."
         )
 
 

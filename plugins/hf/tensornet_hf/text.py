@@ -159,7 +159,7 @@ def continue_text(
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature}.")
     if chat and not tokenizer.chat_template:
         raise TargetError(
-            f"The {type(tokenizer).__name__} has no chat template, which chat=True (--chat) needs. Leave out "
+            f"The {type(tokenizer).__name__} has no chat template, which chat=True needs. Leave out "
             "this option to continue the prompt unchanged, or copy chat_template.jinja into the folder."
         )
     if chat:

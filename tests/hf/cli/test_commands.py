@@ -134,7 +134,7 @@ def test_json_is_all_that_stdout_holds(tensornet: Run) -> None:
     assert all(layer["error"] <= 0.3 for layer in data["layers"])
     assert data["file_bytes_after"] == Path("small/model.safetensors").stat().st_size
     assert load("small").dtype == torch.bfloat16
-    status, out, _ = tensornet("generate", "small", "--prompt", "In the", "--max-new-tokens", 5, "--json")
+    status, out, _ = tensornet("generate", "small", "In the", "--max-new-tokens", 5, "--json")
     assert (status, json.loads(out)["prompt"]) == (0, "In the")
 
 
@@ -290,21 +290,16 @@ def test_eval_states_its_windows_and_agrees_with_transformers(tensornet: Run) ->
     count = sum(chunk.shape[1] - 1 for chunk in ids.split(100, dim=1))
     assert (status, data["tokens"], data["windows"]) == (0, count, len(losses))
     assert data["perplexity"] == pytest.approx(math.exp(sum(losses) / count), rel=1e-4)
-    status, out, _ = tensornet("eval", gpt2_path(), "--text", "text.txt", "--stride", 50)
-    assert status == 0
-    assert "of 128, stride 50" in out
 
 
-def test_generate_is_repeatable_and_greedy_agrees_with_transformers(tensornet: Run) -> None:
-    words = ("generate", gpt2_path(), "--prompt", "And God said", "--max-new-tokens", 12)
+def test_generate_agrees_with_transformers(tensornet: Run) -> None:
+    words = ("generate", gpt2_path(), "And God said", "--max-new-tokens", 12)
     status, out, _ = tensornet(*words)
     tokenizer, model = load_tokenizer(gpt2_path()), AutoModelForCausalLM.from_pretrained(gpt2_path())
     inputs = tokenizer("And God said", return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
     assert (status, out.rstrip("\n")) == (0, tokenizer.decode(expected).rstrip("\n"))
-    drawn = [tensornet(*words, "--temperature", 1.0, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    status, out, _ = tensornet("generate", t5_path(), "--prompt", "n th bgnnng")
+    status, out, _ = tensornet("generate", t5_path(), "n th bgnnng")
     assert (status, out.startswith("n th")) == (0, False)  # an encoder-decoder answers, it does not continue
 
 

@@ -33,7 +33,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "demo", "--output", "demo_out"],
+        [sys.executable, "-c", PROGRAM, "demo", "demo_out"],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -90,4 +90,4 @@ def test_report_says_the_same(done: tuple[Path, str]) -> None:
     assert "Comparison with baselines of the same size" in html
     assert "://" not in html
     assert str(folder.parent) not in html
-    assert "tensornet demo --output demo_out" in html
+    assert "tensornet demo demo_out" in html

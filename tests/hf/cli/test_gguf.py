@@ -47,7 +47,7 @@ def test_compress_to_a_folder_of_a_given_size(tensornet: Run, texts: None, targe
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).to(torch.bfloat16)
     model.save_pretrained("dense")
     AutoTokenizer.from_pretrained(gpt2_path()).save_pretrained("dense")
-    how = ("--export", target, "--calibration", "text.txt", "--calibration-tokens", 2048)
+    how = ("--to", target, "--calibration", "text.txt", "--calibration-tokens", 2048)
     size = 300_000 if target == "mlx" else 700_000
     status, out, err = tensornet("compress", "dense", "small", "--max-bytes", size, *how)
     assert status == 0, err
@@ -74,7 +74,7 @@ def test_exported_folder_predicts_the_same(tensornet: Run, texts: None) -> None:
     ours, theirs = measured
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
     assert theirs["divergence"]["mean"] == pytest.approx(ours["divergence"]["mean"], rel=1e-4)
-    how = ("--prompt", "In the beginning", "--max-new-tokens", 5, "--json")
+    how = ("In the beginning", "--max-new-tokens", 5, "--json")
     written = [json.loads(tensornet("generate", path, *how)[1])["text"] for path in ("small", "small.gguf")]
     assert written[0] == written[1] != ""
     status, _, err = tensornet("inspect", "small.gguf")
@@ -89,9 +89,9 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
             "vocabulary",
         ),
         (("export", gpt2_path(), "x"), "gguf"),
-        (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--export", "mlx"), "end in .gguf"),
-        (("compress", gpt2_path(), "x", "--bits", 5, "--export", "onnx"), "onnx"),
-        (("compress", gpt2_path(), "hf://a/b", "--bits", 5, "--export", "mlx"), "--export"),
+        (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--to", "mlx"), "end in .gguf"),
+        (("compress", gpt2_path(), "x", "--bits", 5, "--to", "onnx"), "onnx"),
+        (("compress", gpt2_path(), "hf://a/b", "--bits", 5, "--to", "mlx"), "--to"),
         (("upcycle", gpt2_path(), "x.gguf"), "folder"),
         (("export", gpt2_path(), "x.gguf", "--networks", "keep"), "refuse"),
         (("eval", gpt2_path(), "--reference", gpt2_path()), "--text"),

@@ -74,7 +74,7 @@ def test_windows_and_prompts_begin_as_texts_do(
         return choose(self, **inputs)
 
     monkeypatch.setattr(PretrainedSpecialists, "choose", chosen)
-    assert tensornet("generate", "s", "--prompt", "def f", "--max-new-tokens", 1)[0] == 0
+    assert tensornet("generate", "s", "def f", "--max-new-tokens", 1)[0] == 0
     assert [int(x[0, 0]) for x in prompts] == [bos]
 
 
@@ -103,7 +103,7 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
     assert {name: (tmp_path / "s" / name).read_bytes() for name in kept} == kept
     assert th.load_specialists(tmp_path / "s").names == ["law", "code", "sums"]
 
-    status, out, err = tensornet("generate", "s", "--specialist", "code", "--prompt", "def f", "--json")
+    status, out, err = tensornet("generate", "s", "--specialist", "code", "def f", "--json")
     assert status == 0, err
     s = th.load_specialists(tmp_path / "s")
     with torch.no_grad(), s.use("code"):
@@ -112,9 +112,9 @@ def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) 
     assert json.loads(out)["text"] == load_tokenizer(TRUNK).decode(made[0, ids.shape[1] :])
     # Without a name, the specialist that finds the prompt most likely is used: here the same one.
     assert s.choose(input_ids=ids) == ["code"]
-    status, found, err = tensornet("generate", "s", "--prompt", "def f", "--json")
+    status, found, err = tensornet("generate", "s", "def f", "--json")
     assert (status, json.loads(found)["text"]) == (0, json.loads(out)["text"])
-    status, _, err = tensornet("generate", TRUNK, "--prompt", "def f", "--specialist", "code")
+    status, _, err = tensornet("generate", TRUNK, "def f", "--specialist", "code")
     assert (status, "not a folder of specialists" in err) == (2, True)
 
     read = ("eval", "s", "--text", "code.txt", "--context", 32, "--json")

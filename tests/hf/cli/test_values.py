@@ -88,7 +88,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     shutil.copytree(gpt2_path(), folder)
-    command = ["generate", str(folder), "--prompt", "beginning", "--max-new-tokens", "4"]
+    command = ["generate", str(folder), "beginning", "--max-new-tokens", "4"]
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     model, tokenizer = load(folder), load_tokenizer(folder)
     plain = continue_text(model, tokenizer, "In the beginning and", max_new_tokens=4)

@@ -176,7 +176,7 @@ def test_the_command_compresses_saves_and_generates(
     Path("text.txt").write_text(th.embedded.heldout_text()[:6000])
     options = ["--bits", "5", "--calibration", "text.txt", "--exclude", "lm_head"]
     assert run(["compress", "dense", "small", *options]) == 0
-    assert run(["generate", "small", "--prompt", "In the beginning", "--max-new-tokens", "3"]) == 0
+    assert run(["generate", "small", "In the beginning", "--max-new-tokens", "3"]) == 0
     tokenizer = AutoTokenizer.from_pretrained("small")
     batch = tokenizer("In the beginning", return_tensors="pt")
     loaded, other = th.load("small").eval(), AutoModelForCausalLM.from_pretrained("small").eval()

@@ -353,10 +353,6 @@ def evaluate(
     task_path: Annotated[
         Path | None, typer.Option(help="Your own task file, or a folder of task files.")
     ] = None,
-    shots: Annotated[
-        int | None,
-        typer.Option(min=0, help="Number of solved examples before each question (default: as in the task)."),
-    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Largest number of questions of each task (default: all).")
     ] = None,
@@ -365,12 +361,6 @@ def evaluate(
         typer.Option(
             help="Number of tokens in a window of --text (default: the context length of the model, at most "
             "1024)."
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of tokens from the start of a window to the start of the next (default: no overlap)."
         ),
     ] = None,
     batch: Annotated[
@@ -387,8 +377,8 @@ def evaluate(
     if reference is not None and text is None:
         raise typer.BadParameter("--reference compares predictions on a text; add --text FILE.")
     for needed, chosen, options in (
-        ("--tasks NAMES", tasks, {"--task-path": task_path, "--shots": shots, "--limit": limit}),
-        ("--text FILE", text, {"--context": context, "--stride": stride}),
+        ("--tasks NAMES", tasks, {"--task-path": task_path, "--limit": limit}),
+        ("--text FILE", text, {"--context": context}),
     ):
         if unused := [name for name, value in options.items() if value is not None and chosen is None]:
             raise typer.BadParameter(f"Add {needed}, or leave out {' and '.join(unused)}.")
@@ -406,7 +396,7 @@ def evaluate(
         if text is not None and content is not None:
             require_causal(model)
             ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
-            windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "bos": bos_token(tokenizer)}
+            windows: dict[str, Any] = {"batch_size": batch, "bos": bos_token(tokenizer)}
             windows["progress"] = progress
             windows["context"] = usual_context(model) if context is None else context
             if other is None:
@@ -419,9 +409,7 @@ def evaluate(
             found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
         if tasks is not None:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
-            scores = run_tasks(
-                model, tokenizer, names, task_path=task_path, shots=shots, limit=limit, batch_size=batch
-            )
+            scores = run_tasks(model, tokenizer, names, task_path=task_path, limit=limit, batch_size=batch)
             found["tasks"] = asdict(scores)
     if as_json:
         print_json({"model": path, **found})
@@ -469,7 +457,7 @@ def _loaded(path: Path, device: torch.device) -> PreTrainedModel:
 
 def generate(
     path: Source,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     specialist: Annotated[
         str | None,
         typer.Option(
@@ -478,10 +466,6 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest length of the continuation in tokens.")] = 60,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
-    ] = 0.0,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -493,7 +477,12 @@ def generate(
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
-    """Let a model continue a prompt; an encoder-decoder or a chat model answers the prompt instead."""
+    """Let a model continue a prompt; an encoder-decoder or a chat model answers the prompt instead.
+
+    Example: tensornet generate SMALL "In the beginning"
+
+    Each token is the most likely one.
+    """
     model, folder, specialists = _opened(path, device, specialist)
     tokenizer = load_tokenizer(folder)
     using: AbstractContextManager[None] = nullcontext()
@@ -510,11 +499,9 @@ def generate(
             prompt,
             chat=chat,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
         )
     if as_json:
-        options = {"chat": chat, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        options = {"chat": chat, "max_new_tokens": max_new_tokens}
         print_json({"model": path, "prompt": prompt, "text": text, **options})
     elif chat or model.config.is_encoder_decoder:
         print_lines(text)
@@ -563,8 +550,10 @@ def export(
     target: Annotated[
         str | None,
         typer.Option(
+            "--to",
+            metavar="NAME",
             help=f"Format to write: {', '.join(EXPORT_TARGETS)} (default: gguf if the destination ends in "
-            ".gguf). For a specialist: peft (the default), gguf, mlx."
+            ".gguf). For a specialist: peft (the default), gguf, mlx.",
         ),
     ] = None,
     specialist: Annotated[
@@ -624,9 +613,11 @@ def upcycle(
         typer.Option(help=help_of(upcycle_model, "pool"), metavar="all|N", parser=parse_pool),
     ] = None,
     router: Annotated[str, typer.Option(help=help_of(upcycle_model, "router"))] = "topk",
-    target: Annotated[
+    target_modules: Annotated[
         list[str] | None,
-        typer.Option(help=f"{help_of(upcycle_model, 'target_modules')} Repeatable.", metavar="PATTERN"),
+        typer.Option(
+            "--target", help=f"{help_of(upcycle_model, 'target_modules')} Repeatable.", metavar="PATTERN"
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -655,7 +646,7 @@ def upcycle(
         "pool": pool,
         "router": router,
     }
-    words |= {"target_modules": target, **parse_pairs("--option", option)}
+    words |= {"target_modules": target_modules, **parse_pairs("--option", option)}
     stored, folder = dtype_of(dtype), resolve_folder(source)
     if destination is not None:
         check_free(destination, force=force, sources=(folder,))
@@ -700,8 +691,9 @@ def specialize(
         int | None,
         typer.Option(help="Number of tokens in a window (default: context of the model, at most 512)."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or delete its files.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the windows.")] = 0,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Do not continue an interrupted run; delete its files.")
+    ] = False,
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
@@ -721,31 +713,27 @@ def specialize(
         lr=lr,
         batch_size=batch,
         context=context,
-        resume=resume,
+        resume=not no_resume,
         device=device,
-        seed=seed,
         progress=sys.stderr.isatty() and not as_json,
     )
     if as_json:
         print_json({"source": source, "destination": str(destination), **report.to_dict()})
         return
-    print_table(*report.rows())
-    print_lines(*report.notes(), f"written to {destination}")
+    print_lines(str(report), f"written to {destination}")
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("demo_out"),
-    bits: Annotated[
-        float, typer.Option(help="Bits per weight of the linear layers, scales included.")
-    ] = 4.25,
-    seed: Annotated[int, typer.Option(help="Seed of the generated text.")] = 0,
+    destination: Annotated[Path, typer.Argument(help="Folder for the model and the report.")] = Path(
+        "demo_out"
+    ),
     device: Device = CPU,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compress a small trained GPT-2, measure, save and load it, and write a report."""
-    output.mkdir(parents=True, exist_ok=True)
-    folder, report = output / "model", output / "report.html"
+    destination.mkdir(parents=True, exist_ok=True)
+    folder, report = destination / "model", destination / "report.html"
     options = CompressOptions(
         calibration=DEFAULT,
         calibration_tokens=16_384,
@@ -756,10 +744,10 @@ def demo(
         command=display_command(["tensornet", *sys.argv[1:]]),
         progress=sys.stderr.isatty(),
     )
-    done = compress_folder(gpt2_path(), folder, CompressionConfig(bits_per_weight=bits), options)
+    done = compress_folder(gpt2_path(), folder, CompressionConfig(bits_per_weight=4.25), options)
     # Load the folder with transformers, as users do after importing tensornet_hf.
     loaded = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
-    sample = continue_text(loaded, load_tokenizer(folder), PROMPT, temperature=0.7, seed=seed)
+    sample = continue_text(loaded, load_tokenizer(folder), PROMPT, temperature=0.7)
     if as_json:
         files = {"folder": str(folder), "report": str(report)}
         print_json({**done.to_dict(), **files, "prompt": PROMPT, "sample": sample})

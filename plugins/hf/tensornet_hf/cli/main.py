@@ -173,9 +173,7 @@ def as_options(text: str, options: Mapping[str, Any]) -> str:
     )
     spoken = "|".join(re.escape(x) for x in options if "_" in x) or "$."  # `$.` matches nothing
     pattern = rf"{outside}(?:(?P<rule>{names})(?= must )|(?P<spoken>{spoken})\b(?![/'(]))"
-    text = re.sub(pattern, lambda x: options[x["rule"] or x["spoken"]].opts[0], text)
-    # Messages often give both names, as in `force=True (--force)` and `(calibration=, --calibration)`.
-    return re.sub(r"(--[\w-]+)(?: \S+)? \(\1\)|(?<=\()(--[\w-]+), \2(?=\))", r"\1\2", text)
+    return re.sub(pattern, lambda x: options[x["rule"] or x["spoken"]].opts[0], text)
 
 
 def _assigned(option: Any, value: str) -> str:

@@ -36,7 +36,7 @@ def check_new_file(path: Path, *, force: bool) -> None:
     """
     if path.is_dir() or (path.exists() and not force):
         raise DestinationError(
-            f"{path} exists already. Choose another name, or replace the file with force=True (--force)."
+            f"{path} exists already. Choose another name, or replace the file with force=True."
         )
     check_place("The model", path)
 

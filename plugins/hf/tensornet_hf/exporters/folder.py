@@ -117,7 +117,7 @@ def packed_model(
     if not layers:
         raise TargetError(
             "This model has no compressed layers, so there is nothing to pack. Compress it first: "
-            "`tensornet compress SOURCE FOLDER --export TARGET --bits 4.5 --calibration text.txt`, or in "
+            "`tensornet compress SOURCE FOLDER --to TARGET --bits 4.5 --calibration text.txt`, or in "
             'Python tensornet.compress(model, CompressionConfig(bits_per_weight=4.25, formats=("int4",))).'
         )
     integers, low_ranks, dense = split_layers(model, networks)

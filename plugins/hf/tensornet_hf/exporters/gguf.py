@@ -553,7 +553,7 @@ def _blocks(gguf: ModuleType, name: str, kind: str, place: Place, weights: Weigh
                     raise TargetError(
                         f"The tensor {name!r} has the type {kind} because of the number formats of its "
                         "layers, but this type does not store the new weight of "
-                        f"{next(iter(place.layers))!r} exactly. Plan with formats='gguf' (--formats gguf), "
+                        f"{next(iter(place.layers))!r} exactly. Plan with formats='gguf', "
                         "or leave the layer dense."
                     )
                 yield data

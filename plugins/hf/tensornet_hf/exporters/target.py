@@ -196,8 +196,8 @@ def export(
     name = find_target(destination, target)
     if name is None:
         raise ValueError(
-            f"No export target is given. Choose {', '.join(EXPORT_TARGETS)} (target=, --target), or a file "
-            "name that ends in .gguf."
+            f"No export target is given. Choose {', '.join(EXPORT_TARGETS)} (target=), or a file name that "
+            "ends in .gguf."
         )
     origin = (
         None if isinstance(model_or_folder, PreTrainedModel) else resolve_folder(os.fspath(model_or_folder))
