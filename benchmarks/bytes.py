@@ -45,7 +45,7 @@ from subjects import Batches, Subject, tokens_of
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against, pooled
-from tensornet.compression import PriceList, measure, record_losses
+from tensornet.compression import Survey, measure, record_losses
 from tensornet.compression.loss_increase import RecordedLosses
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.targets import LayerSelection, find_targets
@@ -131,7 +131,7 @@ class Bench:
     def ours(self, method: str, seed: int, sizes: Sequence[float]) -> None:
         """Measure a method of this library at every size; plans are also measured on validation text."""
         data = ProvidedData(self.subject.calibration(seed), "calibration text", self.subject.losses)
-        prices: PriceList | None = None
+        survey: Survey | None = None
         for bits in sizes:
             options = dict(OURS[method])
             if "formats" in options:
@@ -139,11 +139,11 @@ class Bench:
                 options |= {"formats": tuple(names), "topology": "dense"}
             config = tn.CompressionConfig(bits_per_weight=bits, **asdict(self.subject.layers), **options)
             start, small = processor_seconds(), self.subject.load()
-            if method in PLANS and prices is None:  # the prices are the same for all sizes
-                prices = tn.survey(self.dense, data.batches, config, loss_fn=data.loss_fn)
+            if method in PLANS and survey is None:  # one survey serves all sizes
+                survey = tn.survey(self.dense, data.batches, config, loss_fn=data.loss_fn)
             planned = processor_seconds()
             text = None if method == "nearest" else data
-            plan = tn.compress(small, config, calibration=text, prices=prices, progress=False).plan
+            plan = tn.compress(small, config, calibration=text, survey=survey, progress=False).plan
             seconds = {"survey": planned - start, "compress": processor_seconds() - planned}
             row: Row = {"seconds": seconds, "peak_mib": peak_mib()}
             if method in PLANS:

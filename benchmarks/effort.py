@@ -80,18 +80,18 @@ def measure_effort(
         targets, left_out = subject.layers.target_modules, subject.layers.exclude_modules
         return tn.CompressionConfig(targets, left_out, bits_per_weight=size, whole_model=False, effort=effort)
 
-    # Find the prices once for all sizes.
+    # Survey the model once for all sizes.
     start = processor_seconds()
-    prices = tn.survey(dense, batches, config_of(sizes[0]), loss_fn=subject.losses)
+    survey = tn.survey(dense, batches, config_of(sizes[0]), loss_fn=subject.losses)
     planning = processor_seconds() - start
 
     rows = []
     for size in sizes:
         start = processor_seconds()
-        plan = prices.with_config(config_of(size)).plan()
+        plan = survey.with_config(config_of(size)).plan()
         schemes = {x.name: (x.name, x.topology, x.storage) for x in plan}
         cache = {}
-        for _, new in compress_blocks(dense, plan, batches, factors=prices.factors):
+        for _, new in compress_blocks(dense, plan, batches, factors=survey.factors):
             cache |= {schemes[name]: made for name, made in new.items()}
         small = subject.load()
         tn.apply_plan(small, plan, cache=cache)

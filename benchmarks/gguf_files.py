@@ -145,7 +145,7 @@ class Bench:
             self.text.write_text(self.decode(torch.cat(windows)))
         self.options = th.CompressOptions(
             calibration=self.text,
-            prices=self.work / f"{given.effort}-{given.formats}.prices",
+            survey=self.work / f"{given.effort}-{given.formats}.survey",
             export="gguf",
             force=True,
         )
@@ -308,7 +308,7 @@ class Bench:
         file = self.file(f"recipe {name}")
         if self.row(file) is not None:
             return
-        options = replace(self.options, prices=self.work / "recipe.prices", export=None)
+        options = replace(self.options, survey=self.work / "recipe.survey", export=None)
         config = tn.CompressionConfig(max_bytes=size)
         recipe = th.plan_recipe(self.subject.folder, config, options, imatrix=self.importance())
         recipe.save(file.with_suffix(".txt"))

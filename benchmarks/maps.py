@@ -43,7 +43,7 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, processor_seconds, record
 
-from tensornet_hf.recipes import TYPES, PricedTensor, choose_types, type_bytes
+from tensornet_hf.recipes import TYPES, SurveyedTensor, choose_types, type_bytes
 
 #: Column of the divergences of whole files, and texts that stand for a divergence that was not measured.
 WHOLE, MISSING = "group0", ("", "404")
@@ -134,7 +134,7 @@ def read_sizes(files: Sequence[Path]) -> Sizes:
     return found
 
 
-def forecast(damage: DamageMap, tensors: Sizes, kinds: Sequence[str]) -> list[PricedTensor]:
+def forecast(damage: DamageMap, tensors: Sizes, kinds: Sequence[str]) -> list[SurveyedTensor]:
     """Forecast the divergence of each measured tensor in the types that fit its rows."""
     losses = {kind: damage.losses(kind) for kind in kinds}
     found = []
@@ -143,7 +143,7 @@ def forecast(damage: DamageMap, tensors: Sizes, kinds: Sequence[str]) -> list[Pr
         sizes = {kind: known[kind] if kind in known else type_bytes(kind, shape) for kind in kinds}
         fitting = {kind: size for kind, size in sizes.items() if size is not None and name in losses[kind]}
         each = {kind: losses[kind][name] for kind in fitting}
-        found.append(PricedTensor(name, fitting, each, each))
+        found.append(SurveyedTensor(name, fitting, each, each))
     return found
 
 
@@ -176,14 +176,14 @@ def mix(tensors: Sizes, names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def compared(priced: Sequence[PricedTensor], mixed: Mapping[str, str]) -> tuple[dict[str, str], int]:
+def compared(surveyed: Sequence[SurveyedTensor], mixed: Mapping[str, str]) -> tuple[dict[str, str], int]:
     """Return the plan of the bytes of a mix, and these bytes."""
-    size = sum(x.sizes[mixed[x.name]] for x in priced)
-    return choose_types(priced, size), size
+    size = sum(x.sizes[mixed[x.name]] for x in surveyed)
+    return choose_types(surveyed, size), size
 
 
-def total(priced: Sequence[PricedTensor], kinds: Mapping[str, str]) -> float:
-    return sum(x.losses[kinds[x.name]] for x in priced)
+def total(surveyed: Sequence[SurveyedTensor], kinds: Mapping[str, str]) -> float:
+    return sum(x.losses[kinds[x.name]] for x in surveyed)
 
 
 def _bits(kind: str, tensors: Sizes) -> float:
@@ -201,11 +201,11 @@ def measure(folder: Path) -> dict[str, Any]:
     lists = sorted((folder / "group0").glob("tensors.*.map"))
     damage, tensors = read_map(maps), read_sizes(lists)
     kinds = [x for x in TYPES if x in damage.files]
-    priced = forecast(damage, tensors, kinds)
-    mixed = mix(tensors, [x.name for x in priced])
-    plan, size = compared(priced, mixed)
+    surveyed = forecast(damage, tensors, kinds)
+    mixed = mix(tensors, [x.name for x in surveyed])
+    plan, size = compared(surveyed, mixed)
     seconds = processor_seconds() - start
-    counts = {x.name: math.prod(tensors[x.name][0]) for x in priced}
+    counts = {x.name: math.prod(tensors[x.name][0]) for x in surveyed}
     rows = {k: row for k, row in damage.tensors.items() if 0 < damage.files.get(k, math.inf) <= MOST}
     zero = [kind for kind, value in damage.files.items() if value == 0]
     bits = {kind: _bits(kind, tensors) for kind in zero}
@@ -218,12 +218,12 @@ def measure(folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {
         "model": folder.name,
         "weights": sum(counts.values()),
-        "tensors": len(priced),
+        "tensors": len(surveyed),
         "bytes": size,
         "bits_per_weight": 8 * size / sum(counts.values()),
-        "mix": total(priced, mixed),
-        "plan": total(priced, plan),
-        "ratio": total(priced, plan) / total(priced, mixed) if bits.get(reference, 0) > 6 else None,
+        "mix": total(surveyed, mixed),
+        "plan": total(surveyed, plan),
+        "ratio": total(surveyed, plan) / total(surveyed, mixed) if bits.get(reference, 0) > 6 else None,
         "reference": reference,
         "measured": list(damage.tensors),
         "sum_over_file": adds,

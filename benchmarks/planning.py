@@ -10,7 +10,7 @@ like `1/k` as in trained models. Two records are written:
   according to the plan, `loss_increase` that of the rounded layer under the same moments.
 - `rounding.json`: rounding to nearest, one-sided rounding (GPTQ) and two-sided rounding to one format, timed
   in turn. `seconds` is the time of the whole call: scale search, factorization of the moments, refit of the
-  scales. `price` is the loss increase `1/2 tr(R E C E^T)` of the error `E`. Goal: two-sided rounding takes at
+  scales. `predicted_loss` is `1/2 tr(R E C E^T)` of the error `E`. Goal: two-sided rounding takes at
   most three times as long as one-sided rounding.
 
 Seconds are medians of the repeats, with one thread. Bytes are those of the packed matrix.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import price
+from tensornet.compression import survey_from_stats
 from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.nn.targets import find_targets
 from tensornet.quantization import NumberFormat, round_weight
@@ -56,15 +56,15 @@ def measure_planning(shape: str, budgets: Sequence[float], repeats: int) -> dict
     model = nn.Sequential(nn.Linear(columns, rows, bias=False))
     stats = tn.CalibrationStats({"0": moment(rows, 1)}, {"0": moment(columns, 2)}, 1, loss=0.0)
     config = tn.CompressionConfig(bits_per_weight=max(budgets), effort="thorough")
-    prices = price(model, config, stats)
-    plans = {bits: prices.plan(bits_per_weight=bits) for bits in budgets}
+    survey = survey_from_stats(model, config, stats)
+    plans = {bits: survey.plan(bits_per_weight=bits) for bits in budgets}
     made: dict[float, Any] = {}
 
     def rounded(bits: float) -> None:
         made[bits] = copy.deepcopy(model)
         tn.apply_plan(made[bits], plans[bits], stats)
 
-    calls: dict[str, Callable[[], Any]] = {"plan": lambda: price(model, config, stats)}
+    calls: dict[str, Callable[[], Any]] = {"plan": lambda: survey_from_stats(model, config, stats)}
     calls |= {f"round {bits}": lambda bits=bits: rounded(bits) for bits in budgets}
     times = paired_medians(calls, repeats, clock=time.thread_time)
     (target,) = (x for x in find_targets(model, config) if not x.skip)
@@ -107,7 +107,7 @@ def measure_rounding(size: int, name: str, repeats: int) -> dict[str, Any]:
         "format": name,
         "bytes": NumberFormat.parse(name).nbytes((size, size)),
         "seconds": {method: round(timing.median, 3) for method, timing in times.items()},
-        "price": {
+        "predicted_loss": {
             m: 0.5 * float(((rows @ e) * (e @ columns)).sum(dtype=torch.float64)) for m, e in errors.items()
         },
         "loss_increase": float(found["two_sided"].loss_increase),

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
-from tensornet.compression import PriceList, price
+from tensornet.compression import Survey, survey_from_stats
 from tensornet.compression.report import model_size
 from tensornet.healing import refine
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
@@ -129,7 +129,7 @@ class Bench:
     heal_seconds: float
     refine_windows: int
     length: int
-    prices: dict[tuple[str, str], PriceList] = field(default_factory=dict)
+    surveys: dict[tuple[str, str], Survey] = field(default_factory=dict)
     moments: dict[tuple[str, ...], tn.CalibrationStats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -210,15 +210,15 @@ class Bench:
         config = tn.CompressionConfig(
             target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
         )
-        if config.objective == "weight":  # each layer is planned alone, so there are no prices
+        if config.objective == "weight":  # each layer is planned alone, so there is no survey
             return tn.plan(model, config)
         key = (job.method, job.layers)
-        whole = self.prices.get((job.method, "all"))
-        if key not in self.prices and whole is not None:
-            self.prices[key] = part_of(whole, LAYERS[job.layers])
-        if key not in self.prices:
-            self.prices[key] = price(model, config, self.stats(job.method))
-        return self.prices[key].plan(param_ratio=job.ratio)
+        whole = self.surveys.get((job.method, "all"))
+        if key not in self.surveys and whole is not None:
+            self.surveys[key] = part_of(whole, LAYERS[job.layers])
+        if key not in self.surveys:
+            self.surveys[key] = survey_from_stats(model, config, self.stats(job.method))
+        return self.surveys[key].plan(param_ratio=job.ratio)
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
         """Heal a model for a fixed time, on a text that is used neither for calibration nor for testing."""
@@ -357,7 +357,7 @@ def mean_loss(model: nn.Module, windows: Tensor) -> float:
     return total / count
 
 
-def part_of(whole: PriceList, pattern: str | None) -> PriceList:
+def part_of(whole: Survey, pattern: str | None) -> Survey:
     """Select the candidates of the layers whose names match a pattern."""
     assert pattern is not None
     return replace(whole, layers=tuple(x for x in whole.layers if fnmatch(x.name, pattern)))

@@ -16,10 +16,10 @@ from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan
-from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport
 from tensornet.compression.serialization import load_model, save_model
-from tensornet.compression.survey import survey
+from tensornet.compression.survey import Survey
+from tensornet.compression.surveying import survey_model as survey
 from tensornet.decompose import decompose
 from tensornet.errors import TensorNetError
 from tensornet.healing.heal import heal
@@ -37,7 +37,7 @@ __all__ = [
     "CompressionConfig",
     "CompressionPlan",
     "CompressionReport",
-    "PriceList",
+    "Survey",
     "TensorNetError",
     "TensorNetwork",
     "Topology",

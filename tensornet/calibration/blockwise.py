@@ -67,7 +67,7 @@ def calibrate(
 
     The model is walked over block by block, forward and backward, in eval mode on the device of its
     parameters, and is not changed. The moments of all layers are kept. Calls such as `compress` and `survey`,
-    which drop the moments of a block as soon as its layers are priced, need far less memory.
+    which drop the moments of a block as soon as the losses of its layers are predicted, need far less memory.
 
     If factors are fitted to moments of `n` independent tokens, the loss increase is larger by a fraction
     `(rows + columns) / n` than with exact moments. Pass batches in random order.

@@ -2,14 +2,14 @@
 
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses
 from tensornet.compression.plan import LayerPlan
-from tensornet.compression.planning import price
-from tensornet.compression.prices import PriceList
+from tensornet.compression.planning import survey_from_stats
+from tensornet.compression.survey import Survey
 
 __all__ = [
     "LayerPlan",
     "LossIncrease",
-    "PriceList",
+    "Survey",
     "measure",
-    "price",
     "record_losses",
+    "survey_from_stats",
 ]

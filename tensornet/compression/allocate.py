@@ -64,7 +64,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class PricedLayer:
+class SurveyedLayer:
     """A weight and the candidates for storing it.
 
     Args:
@@ -88,7 +88,7 @@ class PricedLayer:
     @classmethod
     def of(
         cls, target: Target, candidates: Sequence[Candidate], spectrum: Sequence[float] = ()
-    ) -> "PricedLayer":
+    ) -> "SurveyedLayer":
         """Combine a weight and its candidates; the weight itself is not kept."""
         shape, dtype = (target.matrix.shape[0], target.matrix.shape[1]), target.matrix.dtype
         sample = weight_samples([target])[target.name]
@@ -339,7 +339,7 @@ def curve_of(candidates: Sequence[Candidate], unit: str, entry: int = 0) -> Cost
 
 
 def choose_candidates(
-    layers: Sequence[PricedLayer],
+    layers: Sequence[SurveyedLayer],
     candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
     objective: str,
@@ -476,7 +476,7 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
     return best, max(caps, key=lambda cap: cap.use(best)).name
 
 
-def entry_bytes(config: CompressionConfig, budget: str, layers: Sequence[PricedLayer]) -> int:
+def entry_bytes(config: CompressionConfig, budget: str, layers: Sequence[SurveyedLayer]) -> int:
     """Bound the bytes that a tensor takes in the header of a safetensors file, if a budget counts them.
 
     Budgets of the whole model in bytes count them, except for export targets, which count their own files.
@@ -491,7 +491,7 @@ def entry_bytes(config: CompressionConfig, budget: str, layers: Sequence[PricedL
 
 
 def allowed_bytes(
-    config: CompressionConfig, layers: Sequence[PricedLayer], untargeted: tuple[int, int, int]
+    config: CompressionConfig, layers: Sequence[SurveyedLayer], untargeted: tuple[int, int, int]
 ) -> dict[str, float]:
     """Map the name of each budget of bytes to the number of bytes that it leaves for the targeted layers.
 
@@ -528,7 +528,7 @@ def allowed_bytes(
 
 
 def one_format(
-    layers: Sequence[PricedLayer],
+    layers: Sequence[SurveyedLayer],
     candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
     untargeted: tuple[int, int, int],
@@ -580,7 +580,7 @@ def _with_rel_error(config: CompressionConfig) -> str:
 
 
 def _choose_alone(
-    layers: Sequence[PricedLayer], candidates: Sequence[Sequence[Candidate]], config: CompressionConfig
+    layers: Sequence[SurveyedLayer], candidates: Sequence[Sequence[Candidate]], config: CompressionConfig
 ) -> list[int]:
     """Choose the best candidate of each layer separately, under the limits on single layers."""
     if config.param_ratio is not None:

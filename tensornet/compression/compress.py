@@ -16,10 +16,10 @@ from tensornet.compression.apply import run_once
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
 from tensornet.compression.road import Source, calibration_config, make_plan, run
 from tensornet.compression.sinks import ReplacedLayers
+from tensornet.compression.survey import Survey
 from tensornet.compression.write import read_enough
 from tensornet.errors import CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, round_others
@@ -35,7 +35,7 @@ def compress(
     config: CompressionConfig | CompressionPlan,
     *,
     calibration: Calibration | None = None,
-    prices: PriceList | None = None,
+    survey: Survey | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Compress a model in place: replace the targeted layers by tensor-network layers.
@@ -55,7 +55,7 @@ def compress(
             provide text; without any data, plans minimize the error of the weights. A `CalibrationWarning`
             reports both cases. The model is walked over block by block (see `survey` and `compress_blocks`),
             unless statistics are given.
-        prices: price list of this model, from `survey`; the model is then not surveyed again.
+        survey: survey of this model, from `survey`; the model is then not surveyed again.
         progress: whether to show progress bars.
 
     Returns:
@@ -85,7 +85,7 @@ def compress(
     data = gather(model, config, calibration)
     stats = calibration if isinstance(calibration, CalibrationStats) else None
     source = Source(model)
-    planned = make_plan(source, config, data, stats=stats, prices=prices, progress=progress)
+    planned = make_plan(source, config, data, stats=stats, survey=survey, progress=progress)
     comparable = data.loss_fn not in RANDOM_LOSSES
     before = record_losses(
         model, data.batches, loss_fn=data.loss_fn if comparable else None, source=data.source

@@ -271,7 +271,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def survey_kind(self) -> str:
-        """Kind of a survey: `"fast"` if it prices number formats alone, `"networks"`, or `"thorough"`."""
+        """Kind of a survey: `"fast"` if it looks at number formats alone, `"networks"`, or `"thorough"`."""
         limited = self.param_ratio is not None or not self.budget.unlimited
         networks = not self.formats or self.topology != AUTO or limited
         return "networks" if networks and self.effort == "fast" else self.effort

@@ -254,7 +254,7 @@ class CompressionPlan:
 
     @property
     def has_no_choice(self) -> bool:
-        """True if nearly every layer has its smallest number format, and networks were not priced."""
+        """True if nearly every layer has its smallest number format, and networks were not considered."""
         planned = [x for x in self.layers if len(x.curve) > 1 and x.target is None]
         least = sum(x.curve[0][0] for x in planned)
         small = sum(x.bytes_after for x in planned) <= _LITTLE_CHOICE * least

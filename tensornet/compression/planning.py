@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 
 from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats, weight_samples
-from tensornet.compression.allocate import PricedLayer, decide_alone
+from tensornet.compression.allocate import SurveyedLayer, decide_alone
 from tensornet.compression.apply import check_stats
 from tensornet.compression.candidates import find_candidates, format_fits
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet.compression.prices import PriceList, untargeted_sizes
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
+from tensornet.compression.survey import Survey, untargeted_sizes
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
 from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
@@ -67,18 +67,18 @@ def plan(
     if planned_alone(config, template.objective):
         layers = _plan_by_weight(targets, config, stats, progress=progress)
         return replace(template, layers=tuple(layers))
-    return _priced(model, targets, template, config, stats, progress=progress).plan()
+    return _survey(model, targets, template, config, stats, progress=progress).plan()
 
 
 @torch.no_grad()
 @on_cpu_unless_said
-def price(
+def survey_from_stats(
     model: nn.Module,
     config: CompressionConfig,
     stats: CalibrationStats | None = None,
     *,
     progress: bool = False,
-) -> PriceList:
+) -> Survey:
     """Find the candidates of every targeted layer; making plans from them for any budget is then quick.
 
     For the arguments and errors see `plan`.
@@ -87,11 +87,11 @@ def price(
         BudgetError: every layer is planned separately by the error of its weight, so `plan` is needed.
 
     Example:
-        >>> from tensornet.compression import price
+        >>> from tensornet.compression import survey_from_stats
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
         >>> stats = tn.calibrate(model, [(torch.randn(64, 32), torch.randint(10, (64,)))])
-        >>> prices = price(model, tn.CompressionConfig(param_ratio=0.5), stats)
-        >>> plans = [prices.plan(param_ratio=ratio) for ratio in (0.7, 0.4)]
+        >>> survey = survey_from_stats(model, tn.CompressionConfig(param_ratio=0.5), stats)
+        >>> plans = [survey.plan(param_ratio=ratio) for ratio in (0.7, 0.4)]
         >>> plans[0].predicted_loss_increase < plans[1].predicted_loss_increase
         True
     """
@@ -99,12 +99,12 @@ def price(
     if planned_alone(config, template.objective):
         raise BudgetError(
             "Without number formats and calibration data, each layer is planned alone by the error of its "
-            "weight, so there are no prices: call tensornet.plan."
+            "weight, so there is no survey: call tensornet.plan."
         )
-    return _priced(model, targets, template, config, stats, progress=progress)
+    return _survey(model, targets, template, config, stats, progress=progress)
 
 
-def _priced(
+def _survey(
     model: nn.Module,
     targets: Sequence[Target],
     template: CompressionPlan,
@@ -112,14 +112,14 @@ def _priced(
     stats: CalibrationStats | None,
     *,
     progress: bool,
-) -> PriceList:
+) -> Survey:
     found = find_candidates(targets, config, template.objective, stats)
     layers = []
     for target, candidates in zip(
         tqdm(targets, desc="planning", disable=not progress, unit="layer"), found, strict=True
     ):
-        layers.append(PricedLayer.of(target, candidates, singular_values(target.matrix).tolist()))
-    return PriceList(config, tuple(layers), template, untargeted_sizes(model, targets))
+        layers.append(SurveyedLayer.of(target, candidates, singular_values(target.matrix).tolist()))
+    return Survey(config, tuple(layers), template, untargeted_sizes(model, targets))
 
 
 def _select(

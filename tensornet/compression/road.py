@@ -22,9 +22,9 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan as plan_by_weights
-from tensornet.compression.prices import PriceList
 from tensornet.compression.sinks import Sink
-from tensornet.compression.survey import FindCandidates, dense_only, survey_or_load
+from tensornet.compression.survey import Survey
+from tensornet.compression.surveying import FindCandidates, dense_only, survey_or_load
 from tensornet.compression.tasks import compress_alone
 from tensornet.compression.write import compress_blocks
 from tensornet.errors import BudgetError, TargetError
@@ -61,13 +61,13 @@ class Planned(NamedTuple):
 
     Args:
         plan: the plan.
-        prices: the price list from which it was chosen, or which has the moments that it needs; None if the
+        survey: the survey from which it was chosen, or which has the moments that it needs; None if the
             errors of weights decide.
         weights: all weights of the model, with the reasons why some are not compressed.
     """
 
     plan: CompressionPlan
-    prices: PriceList | None
+    survey: Survey | None
     weights: list[Target]
 
     @property
@@ -80,12 +80,12 @@ class Candidates(NamedTuple):
     """What a plan is chosen from, if not from the candidates of single layers (`find_candidates`).
 
     Args:
-        price: function that finds the candidates of layers (see `survey`).
-        plan: function that chooses among the candidates of a price list.
+        find: function that finds the candidates of layers (see `survey`).
+        plan: function that chooses among the candidates of a survey.
     """
 
-    price: FindCandidates
-    plan: Callable[[PriceList], CompressionPlan] = PriceList.plan
+    find: FindCandidates
+    plan: Callable[[Survey], CompressionPlan] = Survey.plan
 
 
 def make_plan(
@@ -94,7 +94,7 @@ def make_plan(
     data: ProvidedData,
     *,
     stats: CalibrationStats | None = None,
-    prices: PriceList | str | os.PathLike[str] | None = None,
+    survey: Survey | str | os.PathLike[str] | None = None,
     tokens: int | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     candidates: Candidates | None = None,
@@ -107,31 +107,31 @@ def make_plan(
         config: the options; or a finished plan, for which at most the moments that it needs are found.
         data: batches, their name and the loss function; without batches, the errors of the weights decide.
         stats: statistics in place of batches.
-        prices: a price list of this model; or a file, which is read if it exists and written otherwise.
+        survey: a survey of this model; or a file, which is read if it exists and written otherwise.
         tokens, inputs: see `survey`.
         candidates: what the plan is chosen from, if not from the candidates of single layers.
         progress: whether to show progress bars.
 
     Raises:
-        TargetError, BudgetError, NonFiniteError, FormatError: see `survey` and `PriceList.plan`.
+        TargetError, BudgetError, NonFiniteError, FormatError: see `survey` and `Survey.plan`.
     """
     finished = isinstance(config, CompressionPlan)
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     by_blocks = config.reads_data and bool(data.batches)
-    if prices is not None and not by_blocks:
-        raise TargetError("prices need calibration=batches, from which they were found; leave them out.")
-    if isinstance(config, CompressionPlan) and isinstance(prices, (str, os.PathLike)):
-        options = _priced_config(Path(prices), config) if Path(prices).is_file() else options
-    found: PriceList | None = None
-    if isinstance(prices, PriceList):
-        found = prices if finished else prices.with_config(options)
+    if survey is not None and not by_blocks:
+        raise TargetError("survey= needs calibration=batches, on which it was made; leave it out.")
+    if isinstance(config, CompressionPlan) and isinstance(survey, (str, os.PathLike)):
+        options = _surveyed_config(Path(survey), config) if Path(survey).is_file() else options
+    found: Survey | None = None
+    if isinstance(survey, Survey):
+        found = survey if finished else survey.with_config(options)
     elif by_blocks and (not isinstance(config, CompressionPlan) or config.objective == "curvature"):
-        price = dense_only if finished else None if candidates is None else candidates.price
+        find = dense_only if finished else None if candidates is None else candidates.find
         found = survey_or_load(
             source.model,
             [*data.batches],
             options,
-            prices,
+            survey,
             loss_fn=data.loss_fn,
             source=data.source,
             tokens=tokens,
@@ -139,7 +139,7 @@ def make_plan(
             loaded=source.loaded,
             device=source.device,
             inputs=inputs,
-            price=price,
+            find=find,
             progress=progress,
         )
     if isinstance(config, CompressionPlan):
@@ -193,7 +193,7 @@ def run(
         TargetError, NonFiniteError, WorkerError: see `compress_blocks`.
         DestinationError: the sink cannot be written.
     """
-    plan, prices = planned.plan, planned.prices
+    plan, survey = planned.plan, planned.survey
     measured: list[LossIncrease] = []
     sink = open_sink(plan)
     if stats is None:
@@ -209,9 +209,9 @@ def run(
             device=source.device,
             loss_fn=data.loss_fn or (None if source.loaded is in_memory else label_losses),
             # A model in memory can be measured whole, when it is compressed.
-            losses=() if prices is None or source.loaded is in_memory else prices.losses,
-            factors=None if prices is None else prices.factors,
-            heads=None if prices is None else prices.heads,
+            losses=() if survey is None or source.loaded is in_memory else survey.losses,
+            factors=None if survey is None else survey.factors,
+            heads=None if survey is None else survey.heads,
             measured=measured,
             written=sink.written,
             executor=executor,
@@ -242,17 +242,17 @@ def calibration_config(plan: CompressionPlan) -> CompressionConfig:
     )
 
 
-def _priced_config(prices: Path, plan: CompressionPlan) -> CompressionConfig:
-    """Return the configuration of a price list whose moments are used to compress the layers of a plan.
+def _surveyed_config(survey: Path, plan: CompressionPlan) -> CompressionConfig:
+    """Return the configuration of a survey whose moments are used to compress the layers of a plan.
 
     Raises:
         BudgetError: the plan has layers that were not surveyed.
     """
-    known = PriceList.load(prices)
+    known = Survey.load(survey)
     missing = sorted({x.name for x in plan} - {x.name for x in known.layers})
     if missing:
         raise BudgetError(
             f"The plan compresses {missing[0]} ({len(missing)} of {len(plan)} layers are missing), of which "
-            f"{prices} says nothing. Give the prices from which the plan was made, or leave them out."
+            f"{survey} says nothing. Give the survey from which the plan was made, or leave it out."
         )
     return known.config

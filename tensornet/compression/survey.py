@@ -1,330 +1,424 @@
-"""Survey a model block by block: price every scheme of every layer, in the memory of one block."""
+"""Surveys: the size and the predicted loss of every way to store every layer, from which plans are made.
+
+A survey contains no weights, so it is a small file. A plan for any budget is computed from it in seconds.
+"""
 
 import hashlib
+import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import safetensors
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tensornet._util import on_cpu_unless_said
-from tensornet.calibration.batches import (
-    BatchLike,
-    check_batches,
-    device_of,
-    read_batches,
-    tokens_of,
-)
-from tensornet.calibration.blockwise import begin_walk, inputs_by_block, moments_by_block
-from tensornet.calibration.calibrate import (
-    ENOUGH_LOSSES,
-    MomentRecorder,
-    lowered,
-    observed,
-)
-from tensornet.calibration.losses import RANDOM_LOSSES, TokenLosses
-from tensornet.calibration.stats import CalibrationStats, weight_samples
-from tensornet.calibration.walk import (
-    Loaded,
-    block_bar,
-    block_of,
-    in_memory,
-    walk_dtype,
-)
-from tensornet.compression.allocate import Candidate, PricedLayer
-from tensornet.compression.candidates import find_candidates
-from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planning import unfit_formats, without_unseen
-from tensornet.compression.prices import PriceList, untargeted_sizes
-from tensornet.compression.sensitivity import is_known
-from tensornet.errors import BudgetError
-from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
-from tensornet.nn.storage import PLAIN
-from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
+from tensornet._util import check_number, check_size, on_cpu_unless_said
+from tensornet.calibration.stats import first_difference
+from tensornet.compression.allocate import MOST_ENTRY, Candidate, SurveyedLayer, choose_candidates, uniform
+from tensornet.compression.candidates import hull_of
+from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig
+from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.report import model_size
+from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet.io import write_tensors
+from tensornet.nn.storage import Storage
+from tensornet.nn.targets import Target, list_weights
 from tensornet.nn.unfuse import unfused
+from tensornet.quantization.menus import MENUS
+from tensornet.topology import Topology
 
-#: Number of tokens on which a survey differentiates the loss, by `CompressionConfig.survey_kind`.
-SURVEY_TOKENS = {"fast": 4096, "networks": 16_384, "thorough": 32_768}
-#: Rank of the factors of gradient moments, by `CompressionConfig.survey_kind`. Rounding damps these moments
-#: so much that only directions with far more than the mean gradient matter. Networks are fitted with little
-#: damping.
-GRADIENT_RANK = {"fast": 16, "networks": 384, "thorough": 256}
-#: Largest number of tokens that a survey of number formats reads to get 1,024 losses of rows.
-MOST_TOKENS = 32_768
-#: Largest number of features for which a full moment of inputs is stored. Since only those of one block are
-#: in memory, it is far above that of `calibrate`.
-FULL_UP_TO = 1 << 15
+SURVEY_VERSION = 4
+#: Budgets that `Survey.plan` can change, since the candidates do not depend on them.
+BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 
-class FindCandidates(Protocol):
-    """Function that finds the candidates of layers, such as `find_candidates`."""
+@dataclass(frozen=True)
+class Survey:
+    """Candidates of all targeted layers; finding them is slow, but they are the same for all budgets.
 
-    def __call__(
-        self, targets: Sequence[Target], config: CompressionConfig, *, stats: CalibrationStats
-    ) -> Iterable[Sequence[Candidate]]:
-        """Return the candidates of each layer."""
-
-
-@torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
-@on_cpu_unless_said
-def survey(
-    model: nn.Module,
-    batches: Iterable[BatchLike],
-    config: CompressionConfig,
-    *,
-    loss_fn: TokenLosses | None = None,
-    tokens: int | None = None,
-    source: str = "calibration data",
-    states: Any = None,
-    loaded: Loaded = in_memory,
-    device: torch.device | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
-    price: FindCandidates | None = None,
-    progress: bool = False,
-) -> PriceList:
-    """Price the networks and number formats of all targeted layers by the loss increase that they cause.
-
-    The model is walked over block by block (see `moments_by_block`). For the layers of a block, the full
-    moment `C` of the inputs and the moment `R` of the gradients are collected; of `R` only the diagonal if
-    number formats alone are priced and `config.effort` is not `"thorough"`. The predicted loss increases of
-    networks of all ranks, and of rounding with error feedback, follow from them in closed form. A thorough
-    survey also prices networks in number formats. Then the moments are dropped, so a survey needs the memory
-    of one block, besides hidden states and a factor of low rank of each `R`.
-
-    With the objective `"activation"` the model only runs forward, and errors of outputs are priced.
+    `tensornet.survey` makes a survey from batches, and `survey_from_stats` from calibration statistics.
 
     Args:
-        model: any module. If its blocks do not form a single chain, it is surveyed as one block.
-        batches: batches as for `calibrate`; the first `tokens` tokens are read.
-        config: the options, with a budget, number formats or a topology.
-        loss_fn: see `calibrate`.
-        tokens: number of tokens to read; by default `SURVEY_TOKENS`. If the loss belongs to
-            rows instead of tokens, 1,024 rows or 32,768 tokens are read.
-        source: name of the data, for reports.
-        states: mapping for the hidden states (see `Walk`); by default they stay in memory.
-        loaded: context in which the weights of given modules are in memory (see `Walk`).
-        device: device to which `loaded` moves weights; by default, that of the model.
-        inputs: mean squares of the inputs of layers by name, shape `(in,)`, such as those of an importance
-            matrix. They replace the moments of the inputs, of which only the diagonal is then known.
-        price: function that finds the candidates of layers from the configuration and the moments; by
-            default `find_candidates`.
-        progress: whether to show a progress bar.
-
-    Raises:
-        TargetError: there is no batch, no layer is selected, or no token has a loss.
-        NonFiniteError: a weight, inputs or gradients of a layer are not finite; the message names the layer.
-        BudgetError: a layer has no candidate that keeps the limits of the configuration.
-        FormatError: no number format fits any layer.
+        config: the configuration.
+        layers: the weights to compress and their candidates, in model order.
+        template: a plan without layers, which contains all that is known from calibration.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
+            other bytes of the model's file; they count in budgets of the whole model.
+        key: everything else that the predicted losses depend on, such as the text, by name.
+        losses: losses of the dense model on the tokens that were read, to compare with the compressed model;
+            empty if the losses are random.
+        samples: four elements of every weight of the model, targeted or not, by name; they recognize the
+            model. Weights that can only be read with their block have none.
+        factors: moments of gradients by name of a module, as a diagonal and a low-rank factor (see
+            `CalibrationStats`). Networks are fitted with them, and rounding feeds errors back along outputs.
+        inputs: mean squares of the inputs of each weight, shape `(in,)`, and the number of its tokens, by
+            name; they make up an importance matrix.
+        heads: moments of the inputs of heads that are tied to an embedding, shape `(in, in)`, by name of the
+            module; only if networks are candidates.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> batches = [(torch.randn(64, 64), torch.randint(8, (64,)))]
-        >>> prices = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25))
-        >>> prices.plan(bits_per_weight=3).bits_per_weight <= 3
+        >>> survey = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25))
+        >>> plans = [survey.plan(bits_per_weight=bits) for bits in (3.25, 6)]
+        >>> plans[0].predicted_loss_increase > plans[1].predicted_loss_increase
         True
     """
-    check_model(model)
-    check_config(config)
-    check_batches(batches, "survey")
-    recorder = MomentRecorder(
-        diagonal_gradients=config.survey_kind == "fast",
-        full_up_to=FULL_UP_TO if inputs is None else 0,
-        rank=GRADIENT_RANK[config.survey_kind],
-    )
-    tokens = tokens or SURVEY_TOKENS[config.survey_kind]
-    objective = "activation" if config.objective == "activation" else "curvature"
-    families = () if config.survey_kind == "fast" or price is dense_only else config.families
-    price = price or partial(find_candidates, objective=objective, families=families)
-    device = device or device_of(model)
-    precision = partial(lowered, device, walk_dtype(model, loaded, device))
-    with observed(model, recorder, config) as targets:
-        if loaded is in_memory:
-            check_loaded(targets)
-        unfit = unfit_formats(targets, config)
-        with recorder.paused():
-            walk, loss_fn, of_tokens = begin_walk(
-                model,
-                batches,
-                targets,
-                tokens=tokens,
-                most=most_tokens(config.survey_kind),
-                loss_fn=loss_fn,
-                gradients=objective == "curvature",
-                device=device,
-                states=states,
-                loaded=loaded,
-                precision=precision,
+
+    config: CompressionConfig
+    layers: tuple[SurveyedLayer, ...]
+    template: CompressionPlan
+    untargeted: tuple[int, int, int] = (0, 0, 0)
+    key: Mapping[str, str] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    factors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    inputs: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict, compare=False, repr=False)
+    heads: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @torch.no_grad()
+    @on_cpu_unless_said
+    def plan(self, **budget: Any) -> CompressionPlan:
+        """Compute the plan of least predicted loss for one budget.
+
+        Args:
+            budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes` and `loss_increase`;
+                they replace the budgets of the configuration.
+
+        Raises:
+            BudgetError: the budget cannot be met; or it contains another limit, such as `max_bond`, which
+                cannot be changed because the candidates depend on it.
+        """
+        if unknown := sorted(budget.keys() - set(BUDGETS)):
+            raise BudgetError(
+                f"The budget of a plan can be {', '.join(BUDGETS)}; got {', '.join(unknown)}. Survey "
+                "the model again with other options."
             )
-        names, given = walk.names, walk.batches
+        config = replace(self.config, **{**dict.fromkeys(BUDGETS), **budget}) if budget else self.config
+        config.check_says_how_far()
+        objective = self.template.objective
+        alone = self.config.formats is not None and config.one_format_keeps
+        if config.needs_curvature and objective != "curvature" and not alone:
+            raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
+        # Layers that need the same number format in the export target are planned as one.
+        names = [layer.name for layer in self.layers]
+        keys: dict[Hashable, list[int]] = {}
+        for k, layer in enumerate(self.layers):
+            key = k if config.menu is None else MENUS[config.menu].group(layer.name, layer.stack)
+            keys.setdefault(key, []).append(k)
+        groups = list(keys.values())
+        joined = [_joined([self.layers[k].candidates for k in group]) for group in groups]
+        found, bound_by = choose_candidates(
+            self.layers,
+            [candidates for candidates, _ in joined],
+            config,
+            objective,
+            untargeted=self.untargeted,
+            names=[", ".join(names[k] for k in group) for group in groups],
+        )
+        chosen = [0] * len(names)
+        for group, (_, places), index in zip(groups, joined, found, strict=True):
+            for k, place in zip(group, places[index], strict=True):
+                chosen[k] = place
+        return self.planned(chosen, bound_by)
 
-        # Price the layers of every block as soon as its moments are known, then drop the moments.
-        priced: dict[str, PricedLayer] = {}
-        factors: dict[str, Tensor] = {}
-        heads: dict[str, Tensor] = {}
-        seen: dict[str, tuple[Tensor, int]] = {}
-        unrouted: list[str] = []
-        loss: float | None = None
-        count = sum(map(tokens_of, given))
-        visits = len(names) * (2 if loss_fn is not None else 1) + 1
-        with block_bar("surveying", visits, count, progress=progress) as visited:
-            for name, stats in (
-                inputs_by_block(walk, recorder, precision=precision)
-                if loss_fn is None
-                else moments_by_block(
-                    walk, recorder, loss_fn, precision=precision, source=source, visited=visited
+    def planned(self, chosen: Sequence[int], bound_by: str) -> CompressionPlan:
+        """Make the plan that consists of the chosen candidate of each layer.
+
+        Args:
+            chosen: index of the chosen candidate of each layer.
+            bound_by: name of the tightest budget.
+        """
+        predicts = self.template.objective == "curvature"
+        layers = []
+        for layer, index in zip(self.layers, chosen, strict=True):
+            candidate = layer.candidates[index]
+            planned = LayerPlan(
+                name=layer.name,
+                shape=layer.shape,
+                topology=candidate.topology,
+                bound_by="dense" if candidate.topology is None else bound_by,
+                error=candidate.error,
+                storage=candidate.storage,
+                loss_increase=candidate.predicted_loss if predicts else None,
+                curve=hull_of(layer.candidates) if predicts else (),
+                dtype=layer.dtype,
+                sample=layer.sample,
+                target=self.config.menu,
+            )
+            layers.append(planned.with_baseline(layer.spectrum) if layer.spectrum else planned)
+        return replace(self.template, layers=tuple(layers))
+
+    def with_config(self, config: CompressionConfig) -> "Survey":
+        """Return the survey for a configuration that differs from the first only in its budgets.
+
+        Raises:
+            BudgetError: the survey depends on an option that differs; the message names it.
+        """
+        budgets = (*BUDGETS, "whole_model", "rounding")
+        for x in fields(config):
+            if x.name not in budgets and getattr(config, x.name) != getattr(self.config, x.name):
+                raise BudgetError(
+                    f"The survey was made with {x.name}={getattr(self.config, x.name)!r}, not "
+                    f"{getattr(config, x.name)!r}. Use the same option, or survey the model again."
                 )
-            ):
-                if inputs is not None:
-                    known_inputs = {x: inputs[x] for x in stats.columns if x in inputs}
-                    stats = replace(stats, columns={**stats.columns, **known_inputs})
-                here = [
-                    x
-                    for x in targets
-                    if x.name not in priced and (not name or block_of(x.name, names) == name)
+        return replace(self, config=replace(config, rounding=config.rounding or self.config.rounding))
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the survey was made for a model, which includes all that is not surveyed.
+
+        Budgets of the whole model count the bytes of all parameters, and a measured loss increase is compared
+        with losses of the dense model, so a model that differs anywhere needs a survey of its own.
+
+        Raises:
+            TargetError: a weight is missing, has another size, or differs by more than its rounding to 16
+                bits.
+        """
+
+        def refuse(why: str) -> TargetError:
+            return TargetError(f"The survey was made for another model: {why}. Survey this model.")
+
+        with unfused(model):
+            weights = list_weights(model)
+            known = {target.name: target for target in weights}
+            for layer in self.layers:
+                if layer.name not in known or tuple(known[layer.name].matrix.shape) != layer.shape:
+                    raise refuse(f"this one has no weight {layer.name!r} of shape {layer.shape}")
+            sizes = untargeted_sizes(model, [known[layer.name] for layer in self.layers])
+            samples = {**self.samples, **{x.name: x.sample for x in self.layers}}
+            if self.samples and (missing := sorted(self.samples.keys() - known.keys())):
+                raise refuse(f"this one has no weight {missing[0]!r}")
+            name = first_difference(samples, weights)
+        if name is not None:
+            raise refuse(f"the weight of {name!r} differs")
+        if sizes != self.untargeted:
+            raise refuse(
+                f"all that is not surveyed has {sizes[0]:,} parameters and {sizes[1]:,} bytes, not "
+                f"{self.untargeted[0]:,} and {self.untargeted[1]:,}"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the survey to a safetensors file, which replaces an existing file when it is complete.
+
+        Raises:
+            DestinationError: the file cannot be written.
+        """
+        schemes: dict[tuple[Topology | None, Storage], int] = {}
+        layers = []
+        for layer in self.layers:
+            rows = [
+                [
+                    schemes.setdefault((x.topology, x.storage), len(schemes)),
+                    *(getattr(x, y) for y in _NUMBERS),
                 ]
-                known = [x for x in here if is_known(x, stats)]
-                with loaded([module for x in known for module in x.modules], dtype=None):
-                    for target in known:
-                        check_finite(target.matrix, f"Layer {target.name!r}", OF_LAYER)
-                    found = price(known, config, stats=stats)
-                    spectra = [singular_values(x.matrix).tolist() if families else [] for x in known]
-                    for target, *facts_of in zip(known, found, spectra, strict=True):
-                        priced[target.name] = PricedLayer.of(target, *facts_of)
-                unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
-                factors |= {y: stats.factors[y] for x in known for y in x.names if y in stats.factors}
-                heads |= tied_heads(known, stats) if config.survey_kind != "fast" else {}
-                seen |= seen_inputs(known, stats)
-                loss = stats.loss
-                del stats  # the moments of a block need more memory than all else
-                visited()
-    kept, unseen = without_unseen(targets, [x for x in targets if x.name not in priced], config)
-    template = CompressionPlan(
-        (),
-        objective=objective,
-        damping=config.damping,
-        rounding=config.rounding,
-        dense_loss=None if loss is None or math.isnan(loss) else loss,
-        calibration=source,
-        topology_options=config.topology_options,
-        of_tokens=of_tokens,
-        effort=config.effort,
-        unseen=unseen,
-        unrouted=tuple(unrouted),
-        unfit=unfit,
-    )
-    layers = tuple(priced[x.name] for x in kept)
-    key = {"tokens": str(count), "text": tensor_digest(given), "inputs": tensor_digest([inputs or {}])}
-    scored = walk.losses if loss_fn not in RANDOM_LOSSES else []
-    losses = tuple(float(f"{x:.4g}") for part in scored for x in part.tolist())
-    sizes = untargeted_sizes(model, kept)
-    with unfused(model):
-        samples = weight_samples(list_weights(model))
-    return PriceList(
-        config,
-        layers,
-        template,
-        sizes,
-        key=key,
-        losses=losses,
-        samples=samples,
-        factors=factors,
-        inputs=seen,
-        heads=heads,
-    )
+                for x in layer.candidates
+            ]
+            facts = {"names": layer.names, "shape": layer.shape, "dtype": str(layer.dtype).split(".")[1]}
+            facts |= {"sample": layer.sample, "spectrum": layer.spectrum, "stack": layer.stack}
+            facts["candidates"] = rows
+            layers.append(facts)
+        data = {
+            "version": SURVEY_VERSION,
+            "config": self.config.to_dict(),
+            "key": dict(self.key),
+            "losses": self.losses,
+            "samples": self.samples,
+            "untargeted": self.untargeted,
+            "template": self.template.to_dict(),
+            "schemes": [[t and t.to_dict(), storage.to_dict()] for t, storage in schemes],
+            "layers": layers,
+        }
+        data["tokens"] = {name: count for name, (_, count) in self.inputs.items()}
+        tensors = {f"factor.{name}": x.contiguous() for name, x in self.factors.items()}
+        tensors |= {f"inputs.{name}": x.contiguous() for name, (x, _) in self.inputs.items()}
+        tensors |= {f"head.{name}": x.contiguous() for name, x in self.heads.items()}
+        text = json.dumps(data)
+        metadata = {"survey": text, "sha256": content_digest(text, tensors)}
+        write_tensors(Path(path), tensors, metadata, what="The survey")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Survey":
+        """Read a survey from a file that `save` wrote.
+
+        Raises:
+            FormatError: the file cannot be read, or does not contain a survey of this version.
+        """
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                data = json.loads(metadata["survey"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata["sha256"] != content_digest(metadata["survey"], tensors):
+                raise ValueError("its checksum does not match, so the file is damaged")
+            if data["version"] != SURVEY_VERSION:
+                raise ValueError(f"it has version {data['version']}, expected {SURVEY_VERSION}")
+            schemes = {
+                place: (t and Topology.from_dict(t), Storage.from_dict(s))
+                for place, (t, s) in enumerate(data["schemes"])
+            }
+            layers = tuple(
+                SurveyedLayer(
+                    _listed(x["names"], str),
+                    _listed(x["shape"], int),
+                    getattr(torch, x["dtype"]),
+                    tuple(
+                        Candidate(*schemes[place], **dict(zip(_NUMBERS, numbers, strict=True)))
+                        for place, *numbers in x["candidates"]
+                    ),
+                    _listed(x["sample"], float),
+                    _listed(x["spectrum"], float),
+                    *_listed([x["stack"]], str),
+                )
+                for x in data["layers"]
+            )
+            parts: dict[str, dict[str, Tensor]] = {"factor": {}, "inputs": {}, "head": {}}
+            for name, tensor in tensors.items():
+                kind, _, layer = name.partition(".")
+                parts[kind][layer] = tensor
+            found = cls(
+                CompressionConfig.from_dict(data["config"]),
+                layers,
+                CompressionPlan.from_dict(data["template"], complete=False),
+                _listed(data["untargeted"], int),
+                data["key"],
+                _listed(data["losses"], float),
+                {name: _listed(x, float) for name, x in data["samples"].items()},
+                parts["factor"],
+                {name: (x, int(data["tokens"][name])) for name, x in parts["inputs"].items()},
+                parts["head"],
+            )
+            _check(found)
+            return found
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            ValueError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            raise FormatError(
+                f"Cannot read a survey from {path}: {error}. Give a file of Survey.save, or of "
+                "tensornet compress --survey."
+            ) from error
 
 
-def dense_only(
-    targets: Sequence[Target], config: CompressionConfig, *, stats: CalibrationStats
-) -> list[list[Candidate]]:
-    """Return the dense matrix as the only candidate of each layer; for surveys that only collect moments."""
-    return [[Candidate(None, PLAIN, x.matrix.nbytes, x.matrix.numel(), 0.0, 0.0)] for x in targets]
+#: Fields of a candidate that a file stores; its topology and storage are stored once for all layers.
+_NUMBERS = tuple(x.name for x in fields(Candidate) if x.name not in ("topology", "storage"))
 
 
-def most_tokens(kind: str) -> float:
-    """Return the largest number of tokens that a survey reads to get enough losses of rows.
-
-    Networks are fitted with little damping to the moments of the gradients, so they need all these losses.
-    """
-    return math.inf if kind == "networks" else MOST_TOKENS
-
-
-def tied_heads(targets: Iterable[Target], stats: CalibrationStats) -> dict[str, Tensor]:
-    """Return `PriceList.heads`: moments of the inputs of layers that share their weight with an embedding."""
-    return {
-        name: stats.columns[name].float().cpu()
-        for target in targets
-        if any(kind.name == "embedding" for kind in target.kinds)
-        for name, kind in zip(target.names, target.kinds, strict=True)
-        if kind.name != "embedding" and name in stats.columns
-    }
-
-
-def seen_inputs(targets: Iterable[Target], stats: CalibrationStats) -> dict[str, tuple[Tensor, int]]:
-    """Return `PriceList.inputs` of the layers that read activations, by name of the weight."""
-    found = {}
-    for target in targets:
-        for name, kind in zip(target.names, target.kinds, strict=True):
-            if kind.name != "embedding" and name in stats.columns and target.name not in found:
-                moment = stats.columns[name]
-                diagonal = moment if moment.ndim == 1 else moment.diagonal()
-                found[target.name] = (diagonal.float().cpu().clone(), stats.counts.get(name, 0))
-    return found
-
-
-def survey_or_load(
-    model: nn.Module,
-    batches: Sequence[BatchLike],
-    config: CompressionConfig,
-    file: str | os.PathLike[str] | None,
-    *,
-    tokens: int | None = None,
-    **options: Any,
-) -> PriceList:
-    """Read the prices of a model from a file, or survey the model and write the file.
-
-    Args:
-        model, batches, config, tokens, options: see `survey`.
-        file: file of the price list; if None, the model is surveyed and nothing is written.
+def _listed(values: Any, kind: type) -> tuple[Any, ...]:
+    """Return the values of a list in a file as a tuple.
 
     Raises:
-        TargetError: the price list was made for another model.
-        BudgetError: the price list was made with another text or with other options.
+        TypeError: it is not a list, or a value has another type.
     """
-    if file is None or not Path(file).exists():
-        prices = survey(model, batches, config, tokens=tokens, **options)
-        if file is not None:
-            prices.save(file)
-        return prices
-    prices = PriceList.load(file)
-    prices.check_model(model)
-    kind, rows = config.survey_kind, 0 if prices.template.of_tokens else ENOUGH_LOSSES
-    count = tokens or SURVEY_TOKENS[kind]
-    read = read_batches(batches, model, tokens=count, rows=rows, most=most_tokens(kind))
-    if prices.key.get("text") != tensor_digest(read):
-        raise BudgetError(
-            f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens, from "
-            f"{prices.template.calibration}. Give the same text and number of tokens, or another file."
-        )
-    if prices.key.get("inputs") != tensor_digest([options.get("inputs") or {}]):
-        raise BudgetError(
-            f"The prices in {file} were found with another importance matrix, or without one. Give the same "
-            "importance matrix, or another file."
-        )
-    return prices.with_config(config)
+    if not isinstance(values, list) or any(type(x) is not kind for x in values):
+        raise TypeError(f"expected a list of {kind.__name__}, got {values!r:.60}")
+    return tuple(values)
 
 
-def tensor_digest(batches: Iterable[Mapping[str, Any]]) -> str:
-    """Compute a checksum of the names, dtypes, shapes and values of the tensors in batches."""
-    found = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()):
-            if isinstance(value, Tensor):
-                found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-                found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def _check(survey: Survey) -> None:
+    """Check that a survey read from a file is consistent.
+
+    Raises:
+        ValueError, TypeError: the survey is inconsistent; the message says which part.
+    """
+    if not isinstance(survey.key, dict) or any(not isinstance(x, str) for x in survey.key.values()):
+        raise TypeError(f"key must map names to texts, got {survey.key!r:.60}")
+    if len(survey.untargeted) != 3 or min(survey.untargeted) < 0:
+        raise ValueError(f"untargeted must be three sizes, got {survey.untargeted!r:.60}")
+    names = [name for layer in survey.layers for name in layer.names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"layer {twice[0]!r} is listed twice")
+    for layer in survey.layers:
+        if not layer.names or not layer.candidates or not isinstance(layer.dtype, torch.dtype):
+            raise ValueError(f"layer {layer.names!r:.60} lacks names, candidates or a dtype")
+        if len(layer.shape) != 2 or min(layer.shape) < 1 or math.prod(layer.shape) >= 2**63:
+            raise ValueError(f"layer {layer.name!r} must have two sizes, got {layer.shape}")
+        for candidate in layer.candidates:
+            for name in ("num_bytes", "params", "tensors"):
+                check_size(f"{name} of layer {layer.name!r}", getattr(candidate, name))
+            for name in ("predicted_loss", "error", "cost"):
+                check_number(f"{name} of layer {layer.name!r}", getattr(candidate, name))
+            if not isinstance(candidate.number_format, str):
+                raise TypeError(f"number_format must be a text, got {candidate.number_format!r:.60}")
+            if candidate.topology is not None and candidate.topology.shape != layer.shape:
+                raise ValueError(f"a topology of layer {layer.name!r} has shape {candidate.topology.shape}")
+    shapes = {name: layer.shape for layer in survey.layers for name in layer.names}
+    for name, factor in survey.factors.items():
+        if factor.ndim != 2 or len(factor) not in shapes.get(name, ()) or not bool(factor.isfinite().all()):
+            raise ValueError(f"the factor of layer {name!r} does not fit, or is not finite")
+    for name, moment in survey.heads.items():
+        if name not in shapes or moment.shape[-1] != shapes[name][1] or not bool(moment.isfinite().all()):
+            raise ValueError(f"the moment of the head {name!r} does not fit, or is not finite")
+    inputs = {layer.name: (layer.shape[1],) for layer in survey.layers}
+    for name, (squares, _) in survey.inputs.items():
+        if tuple(squares.shape) != inputs.get(name) or not bool(squares.isfinite().all()):
+            raise ValueError(f"the inputs of layer {name!r} do not fit, or are not finite")
+
+
+def content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Compute the SHA-256 checksum of the content of a file: its text, and the bytes of its tensors."""
+    checksum = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        checksum.update(name.encode())
+        checksum.update(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
+
+
+def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:
+    """Make a joint candidate of several layers in each format; its size and loss are sums over the layers.
+
+    Args:
+        group: the candidates of each layer; a single layer keeps its candidates.
+
+    Returns:
+        The joint candidates, and for each of them the index of the candidate of each layer.
+    """
+    if len(group) == 1:
+        return list(group[0]), [(k,) for k in range(len(group[0]))]
+    by_format = [uniform(found) for found in group]
+    places = [tuple(x[name] for x in by_format) for name in by_format[0] if all(name in x for x in by_format)]
+    sums = []
+    for place in places:
+        same = [found[k] for found, k in zip(group, place, strict=True)]
+        parts = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
+        sums.append(replace(same[0], **{name: sum(getattr(x, name) for x in same) for name in parts}))
+    return sums, places
+
+
+def untargeted_sizes(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int, int]:
+    """Compute the sizes of what is not targeted (see `Survey`)."""
+    params, size = model_size(model)
+    return (
+        params - sum(x.matrix.numel() for x in targets),
+        size - sum(x.matrix.numel() * x.matrix.element_size() for x in targets),
+        _other_bytes(model, targets, size),
+    )
+
+
+def _other_bytes(model: nn.Module, targets: Sequence[Target], size: int) -> int:
+    """Bound the bytes of a safetensors file of a model that belong to no parameter: buffers and the header.
+
+    Args:
+        model: the dense model.
+        targets: the weights to compress, whose entries in the header are counted with their candidates.
+        size: bytes of the parameters.
+    """
+    state = {
+        id(x): (name, x) for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)
+    }
+    buffers = sum(x.nbytes for _, x in state.values()) - size
+    planned = {id(module.weight) for target in targets for module in target.modules}
+    header = sum(MOST_ENTRY + len(name) for key, (name, _) in state.items() if key not in planned)
+    return max(buffers, 0) + header

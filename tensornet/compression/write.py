@@ -47,7 +47,7 @@ from tensornet.compression.apply import (
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, layer_weighting, never_ran
-from tensornet.compression.survey import FULL_UP_TO, most_tokens
+from tensornet.compression.surveying import FULL_UP_TO, most_tokens
 from tensornet.compression.tasks import Task, compress_tasks
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, damped
@@ -115,8 +115,8 @@ def compress_blocks(
         tokens: number of tokens to read; by default `WRITE_TOKENS`.
         states, loaded, device: see `survey`. Mappings that outlive a run have the methods of `Resumable`.
         factors: moments of gradients, with which networks are fitted and errors are fed back along the
-            outputs too (see `PriceList`).
-        heads: moments of the inputs of tied heads, with which their networks are fitted (see `PriceList`).
+            outputs too (see `Survey`).
+        heads: moments of the inputs of tied heads, with which their networks are fitted (see `Survey`).
         loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
         measured: receives the loss increase on these tokens when the last block is finished.
         written: function that returns True if an interrupted run has written the new layer of a weight.

@@ -142,8 +142,8 @@ def test_rounding_with_more_feedback_causes_less_loss(
     for each in (four, two):
         assert each["predicted"] == pytest.approx(each["loss_increase"], rel=0.3)
     module = load_benchmark("planning")
-    price = module.measure_rounding(64, "int3", 1)["price"]
-    assert price["two_sided"] < price["one_sided"] < price["nearest"]
+    predicted_loss = module.measure_rounding(64, "int3", 1)["predicted_loss"]
+    assert predicted_loss["two_sided"] < predicted_loss["one_sided"] < predicted_loss["nearest"]
 
 
 def test_equal_bonds_give_equal_errors(records: Any) -> None:
@@ -160,7 +160,7 @@ def test_a_file_of_one_type_is_forecast_as_published(
     damage = module.read_map([folder / "kld_results.csv", folder / "group0" / "kld_results.csv"])
     tensors = module.read_sizes([folder / "group0" / "tensors.bf16.map"])
     for kind, published in damage.files.items():
-        priced = module.forecast(damage, tensors, [kind])
-        assert sum(x.losses[kind] for x in priced) == pytest.approx(published)
+        surveyed = module.forecast(damage, tensors, [kind])
+        assert sum(x.losses[kind] for x in surveyed) == pytest.approx(published)
     (row,) = records("maps")["rows"]
     assert row["plan"] < row["mix"]

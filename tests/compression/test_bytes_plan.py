@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import PriceList, price
+from tensornet.compression import Survey, survey_from_stats
 from tensornet.compression.allocate import (
     Cap,
     CostCurve,
@@ -38,7 +38,7 @@ SIZES = st.floats(2.3, 34.0)
 
 
 @cache
-def _calibrated() -> tuple[nn.Module, CalibrationStats, PriceList]:
+def _calibrated() -> tuple[nn.Module, CalibrationStats, Survey]:
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=1, n_embd=64, n_head=2, n_positions=32, vocab_size=80, bos_token_id=0, eos_token_id=0
@@ -48,10 +48,14 @@ def _calibrated() -> tuple[nn.Module, CalibrationStats, PriceList]:
         for parameter in model.parameters():
             parameter.mul_(3)  # random models predict nothing; larger weights make their opinions strong
     stats = tn.calibrate(model, list(tokens(1)), loss_fn=sampled_losses)
-    return model, stats, price(model, CompressionConfig(bits_per_weight=4.25, formats=FORMATS), stats)
+    return (
+        model,
+        stats,
+        survey_from_stats(model, CompressionConfig(bits_per_weight=4.25, formats=FORMATS), stats),
+    )
 
 
-def calibrated() -> tuple[nn.Module, CalibrationStats, PriceList]:
+def calibrated() -> tuple[nn.Module, CalibrationStats, Survey]:
     model, stats, prepared = _calibrated()
     return copy.deepcopy(model), stats, prepared
 
@@ -60,11 +64,13 @@ def tokens(seed: int) -> Tensor:
     return torch.randint(1, 80, (3, 8, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def cost(prepared: PriceList, plan: tn.CompressionPlan) -> float:
+def cost(prepared: Survey, plan: tn.CompressionPlan) -> float:
     """Cost that decides, which is not the predicted loss."""
     return sum(
-        next(x.cost for x in priced.candidates if (x.topology, x.storage) == (layer.topology, layer.storage))
-        for priced, layer in zip(prepared.layers, plan, strict=True)
+        next(
+            x.cost for x in surveyed.candidates if (x.topology, x.storage) == (layer.topology, layer.storage)
+        )
+        for surveyed, layer in zip(prepared.layers, plan, strict=True)
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tensornet as tn
-from tensornet.compression import PriceList, measure
+from tensornet.compression import Survey, measure
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text import load_tokenizer, token_ids
 
@@ -22,22 +22,22 @@ def windows(text: str) -> list[Tensor]:
 
 
 @cache
-def real() -> tuple[nn.Module, list[Tensor], PriceList]:
-    """The embedded GPT-2, its calibration batches, and the prices of its number formats."""
+def real() -> tuple[nn.Module, list[Tensor], Survey]:
+    """The embedded GPT-2, its calibration batches, and a survey of its number formats."""
     model = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     batches = windows(calibration_text()[:60_000])
-    prices = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25, whole_model=False))
-    return model, batches, prices
+    survey = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25, whole_model=False))
+    return model, batches, survey
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [3.25, 4.25, 6])
 def test_the_predicted_loss_increase_is_measured_on_other_text(bits: float) -> None:
     """Its text is from other books than the calibration text."""
-    model, batches, prices = real()
+    model, batches, survey = real()
     copied = copy.deepcopy(model)
-    plan = prices.plan(bits_per_weight=bits)
-    report = tn.compress(copied, plan, calibration=batches, prices=prices, progress=False)
+    plan = survey.plan(bits_per_weight=bits)
+    report = tn.compress(copied, plan, calibration=batches, survey=survey, progress=False)
     found = measure(copied, model, windows(heldout_text()))
     predicted = report.plan.predicted_loss_increase
     assert predicted is not None
@@ -48,13 +48,13 @@ def test_the_predicted_loss_increase_is_measured_on_other_text(bits: float) -> N
 
 
 def test_a_budget_of_the_loss_is_kept_by_the_prediction() -> None:
-    _, _, prices = real()
-    plan = prices.plan(loss_increase=0.02)
+    _, _, survey = real()
+    plan = survey.plan(loss_increase=0.02)
     assert plan.predicted_loss_increase == pytest.approx(0.02, rel=0.05)
     assert plan.predicted_loss_increase <= 0.02
     assert plan.predicted_kl == plan.predicted_loss_increase  # equal to second order
     with pytest.raises(tn.errors.BudgetError, match=r"loss_increase=0\.0001 contradict"):
-        prices.plan(bits_per_weight=3.25, loss_increase=1e-4)
+        survey.plan(bits_per_weight=3.25, loss_increase=1e-4)
 
 
 def test_an_encoder_needs_no_loss_of_its_own() -> None:

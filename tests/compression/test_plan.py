@@ -116,11 +116,11 @@ def test_formats_that_fit_no_layer(objective: str) -> None:
 def test_a_plan_without_a_choice_says_that_networks_may_lose_less() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     batches = [(torch.randn(64, 64), torch.randint(32, (64,)))]
-    prices = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4))
+    survey = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4))
     least = 2.26
     advice = "effort='thorough'"
-    assert advice in str(prices.plan(bits_per_weight=least))
-    assert advice not in str(prices.plan(bits_per_weight=3))
+    assert advice in str(survey.plan(bits_per_weight=least))
+    assert advice not in str(survey.plan(bits_per_weight=3))
     thorough = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4, effort="thorough"))
     assert advice not in str(thorough.plan(bits_per_weight=least))
     exported = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=8, formats="mlx"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import price
+from tensornet.compression import survey_from_stats
 from tensornet.compression.allocate import (
     CostCurve,
     frontier,
@@ -179,20 +179,20 @@ def test_the_curve_runs_through_every_budget() -> None:
 
 def test_one_preparation_serves_all_budgets() -> None:
     model, stats = gpt2_stats()
-    prepared = price(model, CompressionConfig(param_ratio=0.7), stats)
+    prepared = survey_from_stats(model, CompressionConfig(param_ratio=0.7), stats)
     assert prepared.plan() == tn.plan(model, CompressionConfig(param_ratio=0.7), stats)
     for budget in ({"param_ratio": 0.5}, {"loss_increase": 0.01}):
         config = CompressionConfig(topology="low_rank", **budget)  # type: ignore[arg-type]
         assert prepared.plan(**budget) == tn.plan(model, config, stats)
     with pytest.raises(tn.errors.BudgetError, match=r"planned alone.*tensornet\.plan"):
-        price(model, CompressionConfig(param_ratio=0.7, objective="weight"))
+        survey_from_stats(model, CompressionConfig(param_ratio=0.7, objective="weight"))
 
 
 def test_what_forms_depend_on_is_no_budget() -> None:
     model, stats = gpt2_stats()
     with pytest.raises(tn.errors.BudgetError, match="got max_bond"):
-        price(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
-    inputs = price(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
+        survey_from_stats(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
+    inputs = survey_from_stats(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
     with pytest.raises(tn.errors.BudgetError, match=r"max_bytes.*curvature"):
         inputs.plan(max_bytes=60_000)
 
@@ -231,7 +231,7 @@ def test_pivoted_weight_objective_keeps_more_rank() -> None:
     assert sum(x.error for x in pivoted) < 0.95 * sum(x.error for x in plain)
 
 
-def test_tied_embedding_and_head_are_one_layer_with_both_prices() -> None:
+def test_tied_embedding_and_head_are_one_layer_with_both_losses() -> None:
     model = gpt2().eval()
     stats = tn.calibrate(model, list(tokens())[:2])
     plan = tn.plan(model, CompressionConfig(target_modules="wte", param_ratio=0.6), stats)

@@ -1,4 +1,4 @@
-"""Where a plan has to watch out: layers without a price, families with few forms, foreign statistics."""
+"""Where a plan has to watch out: layers of zero loss, families with few forms, foreign statistics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def silent_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("objective", ["curvature", "activation"])
 @pytest.mark.parametrize("topology", ["auto", "mpo"])
-def test_layers_whose_prices_are_zero(objective: str, topology: str) -> None:
+def test_layers_whose_predicted_losses_are_zero(objective: str, topology: str) -> None:
     """They are not thrown away: they stay dense, or their weights decide."""
     model, batch = Silent(), {"x": torch.randn(40, 6), "y": torch.randint(9, (40,))}
     stats = tn.calibrate(model, [batch], loss_fn=silent_losses)
@@ -148,7 +148,7 @@ def test_a_plan_with_the_statistics_of_another_model() -> None:
 
 @pytest.mark.parametrize("pivoted", [True, False])
 def test_moments_that_rounding_made_singular(pivoted: bool) -> None:
-    """Accumulated in 16 bits they have negative eigenvalues; errors without a price are still certified."""
+    """Accumulated in 16 bits they have negative eigenvalues; errors of zero loss are still certified."""
     model = nn.Sequential(nn.Linear(12, 8, bias=False))
     rows = torch.eye(8)
     rows[0, 0] = -1.0
@@ -158,6 +158,6 @@ def test_moments_that_rounding_made_singular(pivoted: bool) -> None:
     assert planned.layers[0].topology is not None
     errors = tn.apply_plan(model, planned, stats)
     real = float((model[0].to_matrix().detach() - weight).norm() / weight.norm())  # type: ignore[operator]
-    assert real > 0.1  # the row without a price is not there
+    assert real > 0.1  # the row without a predicted loss is not there
     assert errors["0"] == pytest.approx(real, rel=1e-5)
     assert planned.layers[0].error == pytest.approx(real, rel=1e-5)

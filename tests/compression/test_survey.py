@@ -1,4 +1,4 @@
-"""Prices of a survey are those of statistics of the whole model, and so are those from a file."""
+"""A survey block by block equals one from statistics of the whole model, also after it was saved."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tensornet.calibration import sampled_losses
 from tensornet.calibration.batches import as_batch
 from tensornet.calibration.calibrate import MomentRecorder, observed
 from tensornet.calibration.losses import default_losses
-from tensornet.compression import PriceList, price
+from tensornet.compression import Survey, survey_from_stats
 from tensornet.compression.candidates import find_candidates
-from tensornet.compression.prices import content_digest
+from tensornet.compression.survey import content_digest
 from tensornet.compression.write import moment_of
 from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError
 from tensornet.nn.targets import list_weights
@@ -54,7 +54,7 @@ MODELS: dict[Callable[[], nn.Module], Callable[[int], Any]] = {
 
 
 @cache
-def surveyed() -> tuple[nn.Module, PriceList]:
+def surveyed() -> tuple[nn.Module, Survey]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = llama().eval()
@@ -82,20 +82,20 @@ def statistics(model: nn.Module, batches: list[Any], *, diagonal: bool = True) -
     [*((x, "fast") for x in (*MODELS, "mixtral")), *((x, "thorough") for x in (llama, bert, TwoReaders))],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
-def test_prices_are_those_of_statistics_of_the_whole_model(make: Any, effort: Any) -> None:
+def test_survey_equals_that_from_statistics_of_the_whole_model(make: Any, effort: Any) -> None:
     torch.manual_seed(0)
     model = mixture(make) if isinstance(make, str) else make().eval()
     batches = [MODELS.get(make, text)(seed) for seed in range(3)]
-    prices = tn.survey(model, batches, replace(CONFIG, effort=effort))
+    survey = tn.survey(model, batches, replace(CONFIG, effort=effort))
     stats = statistics(model, batches, diagonal=effort == "fast")
     with unfused(model):
         targets = {x.name: x for x in list_weights(model)}
-        chosen = [targets[layer.name] for layer in prices.layers]
+        chosen = [targets[layer.name] for layer in survey.layers]
         families = () if effort == "fast" else None
         expected = list(find_candidates(chosen, CONFIG, "curvature", stats, families))
     assert {x.name for x in chosen} == {x.name for x in targets.values() if x.kinds}
-    assert prices.template.dense_loss == pytest.approx(stats.loss, rel=1e-5)
-    for layer, candidates in zip(prices.layers, expected, strict=True):
+    assert survey.template.dense_loss == pytest.approx(stats.loss, rel=1e-5)
+    for layer, candidates in zip(survey.layers, expected, strict=True):
         assert [(x.topology, x.storage) for x in layer.candidates] == [
             (x.topology, x.storage) for x in candidates
         ]
@@ -110,14 +110,14 @@ def test_prices_are_those_of_statistics_of_the_whole_model(make: Any, effort: An
             assert mine.error == pytest.approx(theirs.error, rel=1e-3)
 
 
-def test_the_plan_is_that_of_prices_from_statistics() -> None:
-    """A menu has no networks, so that `price` finds the same candidates."""
+def test_plan_equals_that_from_statistics() -> None:
+    """A menu has no networks, so that `survey_from_stats` finds the same candidates."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8))
     batches = [(torch.randn(40, 64), torch.randint(8, (40,))) for _ in range(3)]
     config = tn.CompressionConfig(bits_per_weight=5, formats="compressed-tensors", rounding="one_sided")
     mine = tn.survey(model, batches, config)
-    theirs = price(model, config, statistics(model, batches))
+    theirs = survey_from_stats(model, config, statistics(model, batches))
     for bits in (4.6, 5.0, 7.0, 9.0):
         plans = [x.plan(bits_per_weight=bits) for x in (mine, theirs)]
         schemes = [[layer.scheme for layer in plan] for plan in plans]
@@ -125,18 +125,18 @@ def test_the_plan_is_that_of_prices_from_statistics() -> None:
         assert plans[0].predicted_loss_increase == pytest.approx(plans[1].predicted_loss_increase, rel=1e-2)
 
 
-def test_weights_of_two_blocks_are_priced() -> None:
+def test_weights_of_two_blocks_are_surveyed() -> None:
     torch.manual_seed(0)
-    prices = tn.survey(TwoReaders(), [numbers(0)], CONFIG)
-    assert [layer.names for layer in prices.layers] == [
+    survey = tn.survey(TwoReaders(), [numbers(0)], CONFIG)
+    assert [layer.names for layer in survey.layers] == [
         ("blocks.0.0", "blocks.2.0"),
         ("blocks.0.2",),
         ("blocks.1.0", "blocks.1.2"),
         ("blocks.2.2",),
         ("head",),
     ]
-    assert prices.template.unseen == ()
-    assert all(x.predicted_loss > 0 for layer in prices.layers for x in layer.candidates if x.topology)
+    assert survey.template.unseen == ()
+    assert all(x.predicted_loss > 0 for layer in survey.layers for x in layer.candidates if x.topology)
 
 
 def test_a_survey_changes_nothing() -> None:
@@ -163,16 +163,16 @@ def test_it_reads_its_tokens_only_once_and_no_more() -> None:
         raise AssertionError("enough")
 
     model, _ = surveyed()
-    prices = tn.survey(model, batches(), CONFIG, tokens=32)
-    assert prices.key["tokens"] == "32"
-    assert tn.survey(model, [window(0), window(1)], CONFIG, tokens=32) == prices
-    assert tn.survey(model, [window(0), window(2)], CONFIG, tokens=32).key["text"] != prices.key["text"]
+    survey = tn.survey(model, batches(), CONFIG, tokens=32)
+    assert survey.key["tokens"] == "32"
+    assert tn.survey(model, [window(0), window(1)], CONFIG, tokens=32) == survey
+    assert tn.survey(model, [window(0), window(2)], CONFIG, tokens=32).key["text"] != survey.key["text"]
 
 
-def test_another_loss_gives_other_prices() -> None:
-    model, prices = surveyed()
+def test_another_loss_gives_another_survey() -> None:
+    model, survey = surveyed()
     other = tn.survey(model, [text(1), text(2)], CONFIG, loss_fn=sampled_losses, source="the manual")
-    assert other.layers != prices.layers
+    assert other.layers != survey.layers
     assert other.plan().calibration == "the manual"
 
 
@@ -223,9 +223,9 @@ class Part(nn.Module):
 
 def test_layers_that_never_run_stay_dense_with_a_warning() -> None:
     with pytest.warns(tn.errors.CalibrationWarning, match=r"blocks\.0\.idle"):
-        prices = tn.survey(Unused(), [numbers(0)], CONFIG)
-    assert prices.template.unseen == ("blocks.0.idle", "blocks.1.idle")
-    assert [x.name for x in prices.layers] == ["blocks.0.used", "blocks.1.used", "head"]
+        survey = tn.survey(Unused(), [numbers(0)], CONFIG)
+    assert survey.template.unseen == ("blocks.0.idle", "blocks.1.idle")
+    assert [x.name for x in survey.layers] == ["blocks.0.used", "blocks.1.used", "head"]
     with pytest.raises(TargetError, match=r"blocks\.0\.idle.*never ran"):
         tn.survey(Unused(), [numbers(0)], replace(CONFIG, require_calibrated=True))
 
@@ -234,8 +234,8 @@ def test_layers_that_never_run_stay_dense_with_a_warning() -> None:
 
 
 def test_more_bits_never_cost_more() -> None:
-    _, prices = surveyed()
-    plans = [prices.plan(bits_per_weight=bits) for bits in (5, 8, 10, 20, 32)]
+    _, survey = surveyed()
+    plans = [survey.plan(bits_per_weight=bits) for bits in (5, 8, 10, 20, 32)]
     losses = [plan.predicted_loss_increase for plan in plans]
     assert losses == sorted(losses, reverse=True)  # type: ignore[type-var]
     assert losses[-1] == 0
@@ -243,58 +243,58 @@ def test_more_bits_never_cost_more() -> None:
         assert plan.bits_per_weight <= bits
 
 
-def test_a_file_of_prices_is_as_good_as_they_are(tmp_path: Path) -> None:
-    model, prices = surveyed()
-    for k, given in enumerate((prices, price_of_networks())):
+def test_saved_survey_gives_the_same_plans(tmp_path: Path) -> None:
+    model, survey = surveyed()
+    for k, given in enumerate((survey, survey_of_networks())):
         given.save(tmp_path / f"{k}.safetensors")
-        loaded = PriceList.load(tmp_path / f"{k}.safetensors")
+        loaded = Survey.load(tmp_path / f"{k}.safetensors")
         assert loaded == given
         assert loaded.factors.keys() == given.factors.keys()
         assert all(torch.equal(x, given.factors[name]) for name, x in loaded.factors.items())
-    loaded = PriceList.load(tmp_path / "0.safetensors")
+    loaded = Survey.load(tmp_path / "0.safetensors")
     assert (tmp_path / "0.safetensors").stat().st_size < 200_000
     budgets = ({"bits_per_weight": 6}, {"byte_ratio": 0.4}, {"loss_increase": 0.01}, {"max_bytes": 20_000})
     for budget in (*budgets, {}):
-        assert loaded.plan(**budget) == prices.plan(**budget)
+        assert loaded.plan(**budget) == survey.plan(**budget)
     loaded.check_model(model)
 
 
-def test_damaged_file_of_prices_is_refused(tmp_path: Path) -> None:
-    _, prices = surveyed()
-    path = tmp_path / "prices.safetensors"
-    prices.save(path)
+def test_damaged_survey_is_refused(tmp_path: Path) -> None:
+    _, survey = surveyed()
+    path = tmp_path / "survey.safetensors"
+    survey.save(path)
     data = path.read_bytes()
     path.write_bytes(data[:-100] + bytes(100))  # as a crash of the file system leaves it
     with pytest.raises(FormatError, match="checksum"):
-        PriceList.load(path)
-    wide = replace(prices, layers=(replace(prices.layers[0], shape=(10**30, 1)), *prices.layers[1:]))
+        Survey.load(path)
+    wide = replace(survey, layers=(replace(survey.layers[0], shape=(10**30, 1)), *survey.layers[1:]))
     wide.save(path)
     with pytest.raises(FormatError, match="two sizes"):
-        PriceList.load(path)
+        Survey.load(path)
 
 
 @cache
-def price_of_networks() -> PriceList:
+def survey_of_networks() -> Survey:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = perceptron()
     batches = [numbers(seed) for seed in range(3)]
-    return price(model, tn.CompressionConfig(param_ratio=0.5), tn.calibrate(model, batches))
+    return survey_from_stats(model, tn.CompressionConfig(param_ratio=0.5), tn.calibrate(model, batches))
 
 
 def test_a_file_replaces_another_as_a_whole(tmp_path: Path) -> None:
-    _, prices = surveyed()
-    file = tmp_path / "prices.safetensors"
+    _, survey = surveyed()
+    file = tmp_path / "survey.safetensors"
     file.write_text("before")
-    prices.save(file)
-    assert PriceList.load(file) == prices
-    assert [x.name for x in tmp_path.iterdir()] == ["prices.safetensors"]
+    survey.save(file)
+    assert Survey.load(file) == survey
+    assert [x.name for x in tmp_path.iterdir()] == ["survey.safetensors"]
     with pytest.raises(tn.errors.DestinationError):
-        prices.save(tmp_path / "nowhere" / "prices.safetensors")
+        survey.save(tmp_path / "nowhere" / "survey.safetensors")
 
 
 def damaged() -> Iterator[tuple[str, str]]:
-    """Texts in a file of prices with one fault each."""
+    """Texts in a file of a survey with one fault each."""
     data = as_data()
     whole = json.dumps(data)
     yield from ((f"cut at {k}", whole[:k]) for k in (0, 1, len(whole) // 3, len(whole) - 1))
@@ -329,7 +329,7 @@ def damaged() -> Iterator[tuple[str, str]]:
 
 
 def test_inputs_are_mean_squares_and_may_be_given() -> None:
-    model, prices = surveyed()
+    model, survey = surveyed()
     name, seen = "model.layers.1.mlp.down_proj", []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for seed in (1, 2):
@@ -338,10 +338,10 @@ def test_inputs_are_mean_squares_and_may_be_given() -> None:
         seen[-1] = seen[-1][batch["attention_mask"] == 1]
     handle.remove()
     vectors = torch.cat(seen).detach()
-    squares, count = prices.inputs[name]
+    squares, count = survey.inputs[name]
     assert count == len(vectors)
     assert torch.allclose(squares, vectors.square().mean(0), rtol=1e-4, atol=1e-6)
-    assert "model.embed_tokens" not in prices.inputs
+    assert "model.embed_tokens" not in survey.inputs
     once, twice = (
         tn.survey(model, [text(1), text(2)], CONFIG, inputs={name: factor * squares}) for factor in (1, 2)
     )
@@ -358,18 +358,18 @@ MISSING = object()
 @cache
 def saved() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        surveyed()[1].save(Path(folder) / "prices.safetensors")
-        return (Path(folder) / "prices.safetensors").read_bytes()
+        surveyed()[1].save(Path(folder) / "survey.safetensors")
+        return (Path(folder) / "survey.safetensors").read_bytes()
 
 
 def as_data() -> Any:
     header = saved()[8 : 8 + int.from_bytes(saved()[:8], "little")]
-    return json.loads(json.loads(header)["__metadata__"]["prices"])
+    return json.loads(json.loads(header)["__metadata__"]["survey"])
 
 
 def with_text(text: str, factors: dict[str, Tensor] | None = None) -> bytes:
     tensors = factors or load_bytes(saved())
-    return safetensors.torch.save(tensors, {"prices": text, "sha256": content_digest(text, tensors)})
+    return safetensors.torch.save(tensors, {"survey": text, "sha256": content_digest(text, tensors)})
 
 
 def changed(data: Any, path: list[Any], value: Any) -> str:
@@ -385,7 +385,7 @@ def changed(data: Any, path: list[Any], value: Any) -> str:
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    file, accepted = tmp_path / "prices.safetensors", []
+    file, accepted = tmp_path / "survey.safetensors", []
     contents = [(fault, with_text(text)) for fault, text in damaged()]
     contents += [(f"cut at {k}", saved()[:k]) for k in (0, 7, 100, len(saved()) // 2, len(saved()) - 1)]
     contents += [
@@ -401,11 +401,11 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     for name in ("factor.lm_foot", "inputs.lm_foot", "lm_head"):
         contents.append((name, with_text(whole, {name: torch.ones(101, 2)})))
     file.write_bytes(with_text(whole, {"factor.lm_head": torch.ones(101, 2)}))
-    PriceList.load(file)
+    Survey.load(file)
     for fault, content in contents:
         file.write_bytes(content)
         try:
-            PriceList.load(file)
+            Survey.load(file)
         except FormatError as error:
             assert str(file) in str(error)  # noqa: PT017
         else:
@@ -413,12 +413,12 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     assert accepted == []
     file.write_bytes(b"\xff\xfe\x00")
     for path in (file, tmp_path, tmp_path / "missing"):
-        with pytest.raises(FormatError, match=r"price list.*PriceList\.save"):
-            PriceList.load(path)
+        with pytest.raises(FormatError, match=r"survey.*Survey\.save"):
+            Survey.load(path)
 
 
-def test_prices_of_another_model_are_refused() -> None:
-    model, prices = surveyed()
+def test_survey_of_another_model_is_refused() -> None:
+    model, survey = surveyed()
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.add_(1.0)
@@ -428,7 +428,7 @@ def test_prices_of_another_model_are_refused() -> None:
     wider.lm_head = nn.Linear(24, 7)
     scaled = copy.deepcopy(model)
     with torch.no_grad():
-        scaled.model.embed_tokens.weight.mul_(1.3)  # not priced
+        scaled.model.embed_tokens.weight.mul_(1.3)  # not surveyed
     resized = copy.deepcopy(model)
     resized.model.embed_tokens = nn.Embedding(200, 24)
     with torch.no_grad():
@@ -436,30 +436,30 @@ def test_prices_of_another_model_are_refused() -> None:
     half = copy.deepcopy(model).bfloat16()
     names = {"differs": other, "mlp": fewer, "lm_head": wider, "embed_tokens": scaled}
     names |= {"": resized, "bytes": half}
-    prices.check_model(model)
-    prices.check_model(copy.deepcopy(model))
+    survey.check_model(model)
+    survey.check_model(copy.deepcopy(model))
     for named, changed_model in names.items():
         with pytest.raises(TargetError, match=rf"another model.*{named}"):
-            prices.check_model(changed_model)
+            survey.check_model(changed_model)
 
 
 def test_only_budgets_can_be_changed_later() -> None:
-    _, prices = surveyed()
+    _, survey = surveyed()
     with pytest.raises(BudgetError, match="got max_bond"):
-        prices.plan(max_bond=3)
+        survey.plan(max_bond=3)
     with pytest.raises(BudgetError, match="smallest"):
-        prices.plan(bits_per_weight=1)
+        survey.plan(bits_per_weight=1)
 
 
-def test_compress_takes_loaded_prices(tmp_path: Path) -> None:
-    model, prices = surveyed()
-    prices.save(tmp_path / "prices.safetensors")
-    loaded = PriceList.load(tmp_path / "prices.safetensors")
+def test_compress_takes_a_loaded_survey(tmp_path: Path) -> None:
+    model, survey = surveyed()
+    survey.save(tmp_path / "survey.safetensors")
+    loaded = Survey.load(tmp_path / "survey.safetensors")
     first, second = copy.deepcopy(model), copy.deepcopy(model)
     batches = [text(1), text(2)]
     config = replace(CONFIG, bits_per_weight=8)
     report = tn.compress(
-        first, config, calibration=batches, prices=loaded.with_config(config), progress=False
+        first, config, calibration=batches, survey=loaded.with_config(config), progress=False
     )
     direct = tn.compress(second, config, calibration=batches, progress=False)
     assert [layer.scheme for layer in report.plan] == [layer.scheme for layer in direct.plan]
@@ -469,12 +469,12 @@ def test_compress_takes_loaded_prices(tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected[name])
 
 
-def test_saved_prices_know_the_layers_that_were_left_out(tmp_path: Path) -> None:
+def test_saved_survey_knows_the_layers_that_were_left_out(tmp_path: Path) -> None:
     """A file has lists where the configuration had tuples; both mean the same layers."""
     model, _ = surveyed()
     config = replace(CONFIG, exclude_modules=("lm_head", "*.q_proj"))
-    tn.survey(model, [text(1)], config).save(tmp_path / "prices.safetensors")
-    loaded = PriceList.load(tmp_path / "prices.safetensors")
+    tn.survey(model, [text(1)], config).save(tmp_path / "survey.safetensors")
+    loaded = Survey.load(tmp_path / "survey.safetensors")
     for names in (("lm_head", "*.q_proj"), ["lm_head", "*.q_proj"]):
         again = replace(config, bits_per_weight=8, exclude_modules=names)
         assert loaded.with_config(again).plan().bits_per_weight <= 8
@@ -482,15 +482,15 @@ def test_saved_prices_know_the_layers_that_were_left_out(tmp_path: Path) -> None
         loaded.with_config(replace(config, exclude_modules=("lm_head",)))
 
 
-def test_prices_only_serve_plans_that_use_them() -> None:
-    model, prices = surveyed()
+def test_survey_only_serves_plans_that_use_it() -> None:
+    model, survey = surveyed()
     config = replace(CONFIG, formats=None, bits_per_weight=None, param_ratio=0.5)
-    with pytest.raises(BudgetError, match="found with formats"):
-        tn.compress(model, config, calibration=[text(1)], prices=prices)
-    with pytest.raises(TargetError, match="prices need calibration"):
-        tn.compress(model, replace(config, objective="weight"), calibration=[text(1)], prices=prices)
+    with pytest.raises(BudgetError, match="made with formats"):
+        tn.compress(model, config, calibration=[text(1)], survey=survey)
+    with pytest.raises(TargetError, match="needs calibration"):
+        tn.compress(model, replace(config, objective="weight"), calibration=[text(1)], survey=survey)
     with pytest.raises(BudgetError, match="effort='fast', not 'thorough'"):
-        prices.with_config(replace(CONFIG, effort="thorough"))
+        survey.with_config(replace(CONFIG, effort="thorough"))
 
 
 @pytest.mark.parametrize("effort", ["fast", "thorough"])
@@ -498,23 +498,23 @@ def test_a_factor_and_a_diagonal_make_up_the_moment(effort: Any) -> None:
     """The layers have fewer outputs than the rank, so nothing is lost."""
     torch.manual_seed(0)
     model, batches = perceptron(), [numbers(seed) for seed in range(3)]
-    prices = tn.survey(model, batches, replace(CONFIG, effort=effort))
+    survey = tn.survey(model, batches, replace(CONFIG, effort=effort))
     stats = statistics(model, batches, diagonal=False)
-    assert prices.factors.keys() == stats.rows.keys()
-    for name, factor in prices.factors.items():
+    assert survey.factors.keys() == stats.rows.keys()
+    for name, factor in survey.factors.items():
         moment = stats.rows[name]
         found = moment_of(factor, moment.device)
         torch.testing.assert_close(found, moment, rtol=0.05, atol=0.05 * float(moment.diagonal().mean()))
 
 
 def test_the_budget_is_that_of_the_configuration() -> None:
-    """A price list has a budget of its own, which must not win."""
-    model, prices = surveyed()
+    """A survey has a budget of its own, which must not win."""
+    model, survey = surveyed()
     config = replace(CONFIG, bits_per_weight=7)
-    report = tn.compress(copy.deepcopy(model), config, calibration=[text(1)], prices=prices)
-    expected = prices.with_config(config).plan()
+    report = tn.compress(copy.deepcopy(model), config, calibration=[text(1)], survey=survey)
+    expected = survey.with_config(config).plan()
     assert [x.storage for x in report.plan.layers] == [x.storage for x in expected.layers]
-    assert report.plan.bytes_after < prices.plan().bytes_after
+    assert report.plan.bytes_after < survey.plan().bytes_after
 
 
 def test_an_embedding_may_be_the_first_block() -> None:
@@ -524,6 +524,6 @@ def test_an_embedding_may_be_the_first_block() -> None:
     loss_fn = lambda net, batch: nn.functional.cross_entropy(  # noqa: E731
         net(batch["input"]).flatten(0, 1), ids.flatten(), reduction="none"
     )
-    prices = tn.survey(model, [ids], CONFIG, loss_fn=loss_fn)
-    assert [x.name for x in prices.layers] == ["0", "1", "2"]
-    assert all(min(x.predicted_loss for x in layer.candidates) >= 0 for layer in prices.layers)
+    survey = tn.survey(model, [ids], CONFIG, loss_fn=loss_fn)
+    assert [x.name for x in survey.layers] == ["0", "1", "2"]
+    assert all(min(x.predicted_loss for x in layer.candidates) >= 0 for layer in survey.layers)

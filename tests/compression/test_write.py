@@ -360,8 +360,8 @@ def test_networks_are_fitted_to_the_gradients_too() -> None:
     dense = model.get_submodule(name).weight.detach().clone()
     losses = []
     for effort in (None, "thorough"):
-        prices = effort and tn.survey(model, batches, replace(CONFIG, effort=effort))
-        blocks = compress_blocks(model, plan, batches, factors=prices and prices.factors)
+        survey = effort and tn.survey(model, batches, replace(CONFIG, effort=effort))
+        blocks = compress_blocks(model, plan, batches, factors=survey and survey.factors)
         made = {x: new for _, layers in blocks for x, new in layers.items()}
         error = dense - made[name][0][0].to_matrix()
         losses.append(float(torch.trace(stats.rows[name] @ error @ stats.columns[name] @ error.T)))
@@ -379,12 +379,12 @@ def test_a_thorough_plan_with_networks_goes_block_by_block() -> None:
     assert bool(torch.isfinite(model(**batches[0]).loss))
 
 
-def test_a_finished_plan_without_its_prices_gets_the_same_layers() -> None:
+def test_a_finished_plan_without_its_survey_gets_the_same_layers() -> None:
     model, batches, plan = case("llama")
     found = []
     for given in (None, tn.survey(model, batches, CONFIG)):
         copied = copy.deepcopy(model)
-        tn.compress(copied, plan, calibration=batches, prices=given, progress=False)
+        tn.compress(copied, plan, calibration=batches, survey=given, progress=False)
         found.append(copied)
     for layer in plan:
         first, second = (x.get_submodule(layer.name).to_matrix() for x in found)
@@ -410,8 +410,8 @@ def test_a_network_of_an_embedding_is_fitted_to_the_rows_that_are_looked_up() ->
     batches = [{"input_ids": ids, "labels": ids}]
     name = "model.embed_tokens"
     config = tn.CompressionConfig(param_ratio=0.5, target_modules=[name])
-    prices = tn.survey(model, batches, config)
-    (_, layers), *_ = compress_blocks(model, prices.plan(), batches, factors=prices.factors)
+    survey = tn.survey(model, batches, config)
+    (_, layers), *_ = compress_blocks(model, survey.plan(), batches, factors=survey.factors)
     table = model.get_submodule(name).weight.detach()
     gap = (layers[name][0][0].to_matrix().detach() - table).norm(dim=1) / table.norm(dim=1)
     assert float(gap[3:8].mean()) < 0.5 * float(gap[8:].mean())
@@ -450,13 +450,13 @@ def test_an_expert_without_tokens_may_be_the_only_one_to_compress() -> None:
     model = nn.Sequential(TwoOfThree(), TwoOfThree(), nn.Linear(16, 4))
     batches = [(torch.randn(200, 16), torch.randint(4, (200,)))]
     config = tn.CompressionConfig(param_ratio=0.5, target_modules="*.experts.*")
-    prices = tn.survey(model, batches, config)
-    assert set(prices.template.unrouted) == {"0.experts.2", "1.experts.2"}
-    plan = prices.plan()
+    survey = tn.survey(model, batches, config)
+    assert set(survey.template.unrouted) == {"0.experts.2", "1.experts.2"}
+    plan = survey.plan()
     for name in ("0.experts.0", "0.experts.1", "1.experts.0", "1.experts.1"):
         plan = plan.replace_layer(name, None)
     made = {}
-    for _, layers in compress_blocks(model, plan, batches, factors=prices.factors):
+    for _, layers in compress_blocks(model, plan, batches, factors=survey.factors):
         made |= layers
     assert made.keys() == {"0.experts.2", "1.experts.2"}
     for name, ((new,), _) in made.items():

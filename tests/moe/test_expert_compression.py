@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.compression import PriceList, price
+from tensornet.compression import Survey, survey_from_stats
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.errors import BudgetError, TargetError
@@ -258,10 +258,10 @@ def config(**options: object) -> tn.CompressionConfig:
 
 
 @cache
-def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[PriceList, tuple[StackCandidates, ...]]:
+def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Survey, tuple[StackCandidates, ...]]:
     model, stats, _ = calibrated(seed)
     options = config(param_ratio=0.5, formats=formats)
-    prepared = price(model, options, stats)
+    prepared = survey_from_stats(model, options, stats)
     with unfused(model):
         targets = {target.name: target for target in list_weights(model)}
         members = [targets[layer.name] for layer in prepared.layers]

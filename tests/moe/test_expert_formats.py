@@ -239,10 +239,10 @@ def test_the_loss_of_rounding_experts_is_not_taken_for_predicted() -> None:
     config = tn.CompressionConfig(formats=("int4",), effort="thorough")
     layers_alone, unmeasured = copy.deepcopy(model), copy.deepcopy(model)
     stats = tn.calibrate(model, batches, config=config)
-    prices = tn.survey(model, batches, config)
-    report = tn.compress(model, config, calibration=batches, prices=prices, progress=False)
+    survey = tn.survey(model, batches, config)
+    report = tn.compress(model, config, calibration=batches, survey=survey, progress=False)
     of_layers = tn.compress(
-        layers_alone, report.plan, calibration=batches, prices=prices, progress=False
+        layers_alone, report.plan, calibration=batches, survey=survey, progress=False
     ).measured
     assert report.measured is not None
     assert report.measured_layers is not None

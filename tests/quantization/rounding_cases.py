@@ -24,7 +24,7 @@ def weight(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
-def price(error: Tensor, rows: Tensor, columns: Tensor) -> float:
+def predicted_loss(error: Tensor, rows: Tensor, columns: Tensor) -> float:
     """`1/2 vec(E)^T (R kron C) vec(E)`, with the Kronecker product written out."""
     flat = error.double().flatten()
     return 0.5 * float(flat @ torch.kron(rows, columns) @ flat)

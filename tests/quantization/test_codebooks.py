@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantization.rounding_cases import moment, price, unit_upper, weight
+from quantization.rounding_cases import moment, predicted_loss, unit_upper, weight
 from torch import Tensor
 
 from tensornet.errors import FormatError
@@ -233,9 +233,9 @@ def test_sweeps_never_raise_the_loss(name: str, rows: int, diagonal: bool, seed:
     grid = Grid.of(number_format, number_format.spread(scales.double(), 256)[None])
     before = grid.codes(matrix[None])
     side = outputs.diagonal() if diagonal else outputs
-    losses, told = [], [price(matrix - grid.values(before)[0], outputs, inputs)]
+    losses, told = [], [predicted_loss(matrix - grid.values(before)[0], outputs, inputs)]
     for _ in range(3):
-        losses.append(price(matrix - grid.values(before)[0], outputs, inputs))
+        losses.append(predicted_loss(matrix - grid.values(before)[0], outputs, inputs))
         before, change = sweep_runs(matrix[None], before, grid, side[None], inputs[None])
         told.append(told[-1] + float(change))
         number_format.pack(number_format.points.to_codes(before[0]))  # all codes are in the codebook

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantization.rounding_cases import moment, price, weight
+from quantization.rounding_cases import moment, predicted_loss, weight
 
 from tensornet.quantization import NumberFormat, descent, round_weight
 from tensornet.quantization.descent import descend, sweep_codes, sweep_scales, times_rows
@@ -15,7 +15,7 @@ from tensornet.quantization.parts import Integers, Levels
 
 
 @given(st.integers(1, 16), st.integers(1, 80), st.integers(0, 1000), st.integers(2, 4))
-def test_sweeps_never_raise_the_price(m: int, n: int, seed: int, bits: int) -> None:
+def test_sweeps_never_raise_the_loss(m: int, n: int, seed: int, bits: int) -> None:
     matrix, rows, columns = weight(m, n, seed), moment(m, seed, tokens=2), moment(n, seed + 1)
     number_format, top = NumberFormat.parse(f"int{bits}:g32"), 2**bits - 1
     generator = torch.Generator().manual_seed(seed)
@@ -24,7 +24,7 @@ def test_sweeps_never_raise_the_price(m: int, n: int, seed: int, bits: int) -> N
     zero = top / 2
 
     def cost(codes: torch.Tensor, scales: torch.Tensor) -> float:
-        return price(matrix - (codes - zero) * scales.repeat_interleave(32, 1)[:, :n], rows, columns)
+        return predicted_loss(matrix - (codes - zero) * scales.repeat_interleave(32, 1)[:, :n], rows, columns)
 
     before = cost(codes, scales)
     refitted = sweep_scales(
@@ -50,13 +50,13 @@ def test_no_single_move_helps_in_the_end(name: str) -> None:
     codes = torch.full_like(matrix, float(units[2]))
     for _ in range(60):
         codes = sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])[0][0]
-    best = price(matrix - grid.values(codes)[0], rows, columns)
+    best = predicted_loss(matrix - grid.values(codes)[0], rows, columns)
     for i in range(6):
         for j in range(12):
             for code in units:
                 other = codes.clone()
                 other[i, j] = code
-                assert price(matrix - grid.values(other)[0], rows, columns) >= best - 1e-9
+                assert predicted_loss(matrix - grid.values(other)[0], rows, columns) >= best - 1e-9
 
 
 def test_one_group_of_scales_is_solved_exactly() -> None:
@@ -99,12 +99,12 @@ def test_of_many_changes_the_best_are_made() -> None:
     matrix, rows, columns = weight(100, 32, 0), moment(100, 0), moment(32, 1)
     grid = Grid(torch.full_like(matrix, 0.5)[None], 3.5, Integers(3, 3.5))
     codes = torch.zeros_like(matrix)
-    losses = [price(matrix - grid.values(codes)[0], rows, columns)]
+    losses = [predicted_loss(matrix - grid.values(codes)[0], rows, columns)]
     for _ in range(3):
         codes, change = (
             x[0] for x in sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])
         )
-        losses.append(price(matrix - grid.values(codes)[0], rows, columns))
+        losses.append(predicted_loss(matrix - grid.values(codes)[0], rows, columns))
         assert losses[-2] + float(change) == pytest.approx(losses[-1], rel=1e-6)
     assert losses[-1] < 0.5 * losses[0]
     assert losses == sorted(losses, reverse=True)
@@ -127,7 +127,9 @@ def test_scales_are_kept_where_eight_bits_make_the_exact_ones_worse() -> None:
         torch.ones(1, 1, 1).double(),
         1,
         refit=True,
-        loss=torch.tensor([price(matrix - 3 * scales.double(), rows, torch.ones(1, 1).double())]).double(),
+        loss=torch.tensor(
+            [predicted_loss(matrix - 3 * scales.double(), rows, torch.ones(1, 1).double())]
+        ).double(),
     )
     assert torch.equal(kept[0][0], codes)
     assert torch.equal(kept[1][0].float(), scales.float())
@@ -144,18 +146,18 @@ def test_a_diagonal_is_that_matrix(m: int, n: int, seed: int, bits: int) -> None
     rows = moment(m, seed, tokens=2).diagonal()
     codes = torch.full_like(matrix, 2.0)
     scales = torch.full((m, number_format.groups(n)), 0.7, dtype=matrix.dtype)
-    loss = torch.tensor([price(matrix - 0.5 * 0.7, rows.diag(), columns)], dtype=torch.float64)
+    loss = torch.tensor([predicted_loss(matrix - 0.5 * 0.7, rows.diag(), columns)], dtype=torch.float64)
     known = matrix[None], codes[None], scales[None], 1.5, number_format
     given_both = [
         descend(*known, side[None], columns[None], 2, loss.clone(), refit=True)
         for side in (rows, rows.diag())
     ]
-    prices = [
-        price(matrix - (c[0] - 1.5) * s[0].repeat_interleave(32, 1)[:, :n], rows.diag(), columns)
+    losses = [
+        predicted_loss(matrix - (c[0] - 1.5) * s[0].repeat_interleave(32, 1)[:, :n], rows.diag(), columns)
         for c, s, _ in given_both
     ]
-    torch.testing.assert_close(prices[0], prices[1], rtol=1e-6, atol=1e-9)
-    for cost, (_, _, loss) in zip(prices, given_both, strict=True):
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-9)
+    for cost, (_, _, loss) in zip(losses, given_both, strict=True):
         assert float(loss) == pytest.approx(cost, rel=1e-6, abs=1e-9)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from quantization.rounding_cases import moment, price, weight
+from quantization.rounding_cases import moment, predicted_loss, weight
 
 from tensornet.errors import FormatError, NonFiniteError, ShapeError
 from tensornet.linalg.weighted_svd import Weighting
@@ -48,18 +48,18 @@ def test_two_sided_is_never_dearer(m: int, n: int, seed: int, name: str, sweeps:
     increases.append(float(swept.loss_increase))
     assert increases == sorted(increases, reverse=True)
     error = matrix - swept.dequantize(torch.float64)
-    expected = price(error, damped(rows, 0.1), damped(columns, 0.01))
+    expected = predicted_loss(error, damped(rows, 0.1), damped(columns, 0.01))
     assert increases[-1] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_estimates_are_not_returned(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """One-sided rounding that was priced by the diagonal of the rows, and was the cheapest."""
+    """One-sided rounding whose loss was predicted by the diagonal of the rows, and was the cheapest."""
     monkeypatch.setattr(rounding, "_ESTIMATED_ROWS", 1)
     matrix, rows, columns = weight(20, 64, seed), moment(20, seed), moment(64, seed + 1)
     made = round_weight(matrix, "int2:row", rows=rows, columns=columns, row_damping=1e-3)
     error = matrix - made.dequantize(torch.float64)
-    expected = price(error, damped(rows, 1e-3), damped(columns, 0.01))
+    expected = predicted_loss(error, damped(rows, 1e-3), damped(columns, 0.01))
     assert float(made.loss_increase) == pytest.approx(expected, rel=1e-9)
 
 
@@ -82,7 +82,7 @@ def test_more_bits_cost_less(m: int, n: int, seed: int) -> None:
     ]
     # Scales have 16 bits: below that, an element alone in its group has nothing to gain. The signs of errors
     # are their own, so that they cost up to what the elements would without theirs.
-    slack = 1e-5 * price(matrix.abs(), damped(rows, 0.1).abs(), damped(columns, 0.01).abs())
+    slack = 1e-5 * predicted_loss(matrix.abs(), damped(rows, 0.1).abs(), damped(columns, 0.01).abs())
     assert all(more <= fewer + slack for fewer, more in pairwise(costs))
 
 
@@ -153,7 +153,7 @@ def test_integer_scales_round_and_descend(name: str) -> None:
         made = round_weight(matrix, name, rounding=method, **options)  # type: ignore[arg-type]
         assert torch.equal(made.number_format.storable(made.scales), made.scales)
         error = matrix - made.dequantize(torch.float64)
-        increases.append(price(error, damped(rows, 0.1), damped(columns, 0.01)))
+        increases.append(predicted_loss(error, damped(rows, 0.1), damped(columns, 0.01)))
         assert float(made.loss_increase) == pytest.approx(increases[-1], rel=1e-9)
     assert increases == sorted(increases, reverse=True)
     equal = made.number_format.points.run > 1  # without feedback between rows, a refit need not help

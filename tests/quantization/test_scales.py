@@ -34,32 +34,32 @@ from tensornet.quantization.scales import (
 def test_search_is_no_dearer_than_the_full_range(bits: int, m: int, n: int, seed: int) -> None:
     number_format = NumberFormat.parse(f"int{bits}:g32")
     matrix = weight(m, n, seed)
-    prices = torch.rand(n, generator=torch.Generator().manual_seed(seed)).double() + 0.01
-    rounded = round_weight(matrix, number_format, columns=prices, column_damping=0, refits=0)
-    found = (matrix - rounded.dequantize(torch.float64)).square() * prices
+    importance = torch.rand(n, generator=torch.Generator().manual_seed(seed)).double() + 0.01
+    rounded = round_weight(matrix, number_format, columns=importance, column_damping=0, refits=0)
+    found = (matrix - rounded.dequantize(torch.float64)).square() * importance
     for start in range(0, n, 32):
         group = matrix[:, start : start + 32]
         low, high = group.amin(1, keepdim=True).clamp_max(0), group.amax(1, keepdim=True).clamp_min(0)
         center = 2 ** (bits - 1) - (0.5 if bits == 2 else 0)
         step = torch.maximum(high, -low) / center
         full = ((group / step + center).round().clamp(0, 2**bits - 1) - center) * step
-        plain = ((group - full).square() * prices[start : start + 32]).sum(1)
-        floor = 2.0**-16 * (group.square() * prices[start : start + 32]).sum(1)
+        plain = ((group - full).square() * importance[start : start + 32]).sum(1)
+        floor = 2.0**-16 * (group.square() * importance[start : start + 32]).sum(1)
         part = found[:, start : start + 32].sum(1)
         # A scale of bfloat16 is off by up to 2^-8, and so is every point: norms of both errors add.
         assert bool((part.sqrt() <= plain.sqrt() + floor.sqrt() + 1e-12).all())
 
 
 def test_weighted_search_serves_its_weights() -> None:
-    matrix, prices = weight(16, 64, 0), torch.rand(64).double() ** 4 + 1e-3
+    matrix, importance = weight(16, 64, 0), torch.rand(64).double() ** 4 + 1e-3
     number_format = NumberFormat.parse("int3")
 
-    def cost(importance: torch.Tensor | None) -> float:
-        scales = search_scales(matrix, number_format, importance)[0]
+    def cost(known: torch.Tensor | None) -> float:
+        scales = search_scales(matrix, number_format, known)[0]
         error = matrix - scales.double() * (matrix / scales.double()).round().clamp(-4, 3)
-        return float((error.square() * prices).sum())
+        return float((error.square() * importance).sum())
 
-    assert cost(prices) < cost(None)
+    assert cost(importance) < cost(None)
 
 
 @pytest.mark.parametrize("columns", ["full", "diagonal", "none"])
@@ -119,12 +119,12 @@ def cost(
     number_format: NumberFormat,
     scales: Tensor,
     zeros: Tensor | None,
-    prices: Tensor | float = 1,
+    importance: Tensor | float = 1,
 ) -> float:
     """Weighted squared error of the nearest values; equally good scales may differ."""
     codes = number_format.encode(matrix, scales, zeros)
     error = number_format.decode(codes, scales, zeros, matrix.dtype) - matrix
-    return float((prices * error.square()).sum())
+    return float((importance * error.square()).sum())
 
 
 @pytest.mark.parametrize("name", ["int2:g32:float8", "int4:g32:float8", "int3", "nl4:g32:float8"])
@@ -143,11 +143,11 @@ def test_scales_that_are_stored_alike_are_tried_once(name: str, monkeypatch: pyt
 
 def test_groups_are_searched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     number_format, matrix = NumberFormat.parse("int3:g32"), weight(20, 100, 1)
-    prices = torch.rand(20, 100, generator=torch.Generator().manual_seed(0))
-    whole, _ = search_scales(matrix, number_format, prices)
+    importance = torch.rand(20, 100, generator=torch.Generator().manual_seed(0))
+    whole, _ = search_scales(matrix, number_format, importance)
     monkeypatch.setattr(searching, "_CACHED", 3 * 32)
-    parts, _ = search_scales(matrix, number_format, prices)
-    found, expected = (cost(matrix, number_format, scales, None, prices) for scales in (parts, whole))
+    parts, _ = search_scales(matrix, number_format, importance)
+    found, expected = (cost(matrix, number_format, scales, None, importance) for scales in (parts, whole))
     assert found == pytest.approx(expected, rel=1e-6)
 
 

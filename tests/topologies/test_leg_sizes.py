@@ -1,4 +1,4 @@
-"""Leg-whitened coordinates keep every cost and make fitting short; leg sizes are chosen by price."""
+"""Leg-whitened coordinates keep every cost and make fitting short; leg sizes are chosen by predicted loss."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_costs_stay_the_same(
     network = topology_family(family).decompose_to(matrix, topology).network
     legs = legs_of(topology, weighting)
     assert legs.roots
-    target, turned, prices = legs.whitened(matrix, network, weighting)
-    assert (prices.rows is not None and prices.rows.ndim == 1) == diagonal
+    target, turned, white = legs.whitened(matrix, network, weighting)
+    assert (white.rows is not None and white.rows.ndim == 1) == diagonal
     cost = weighting.cost(matrix - network.to_matrix())
-    assert prices.cost(target - turned.to_matrix()) == pytest.approx(cost, rel=1e-3, abs=1e-8)
+    assert white.cost(target - turned.to_matrix()) == pytest.approx(cost, rel=1e-3, abs=1e-8)
     back = legs.undone(turned, topology)
     torch.testing.assert_close(back.to_matrix(), network.to_matrix(), rtol=1e-3, atol=1e-4)
 
@@ -83,13 +83,13 @@ def test_no_leg_of_size_one() -> None:
 
 def test_the_cheapest_legs_are_chosen() -> None:
     generator = torch.Generator().manual_seed(0)
-    prices = Weighting(moment(24, 1, spread=0.5), moment(36, 2, spread=0.5))
+    weighting = Weighting(moment(24, 1, spread=0.5), moment(36, 2, spread=0.5))
     balanced = ((4, 6), (6, 6))
     for dims in (balanced, *unbalanced_dims(24, 36, 2)):
         topology = topology_family("mpo").build(24, 36, out_dims=dims[0], in_dims=dims[1], max_bond=8)
         cores = [torch.randn(shape, generator=generator) for shape in topology.core_shapes.values()]
         matrix = tn.TensorNetwork(topology, cores).to_matrix()
-        found = topology_family("mpo").search_legs(matrix, prices, lambda x: x.num_params, sites=2)
+        found = topology_family("mpo").search_legs(matrix, weighting, lambda x: x.num_params, sites=2)
         assert found == {"out_dims": dims[0], "in_dims": dims[1]}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import tensornet as tn
 from tensornet.als import fit_network
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import price
+from tensornet.compression import survey_from_stats
 from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
@@ -226,9 +226,9 @@ def test_plans_choose_it_where_it_costs_less() -> None:
     """Never dearer than plain integers at the same bytes, and what is planned is what is made."""
     formats = ("int8", "int4", "int3", "int2")
     config = tn.CompressionConfig(bits_per_weight=4, topology="residual", formats=formats)
-    both = price(model(), config, statistics())
-    (priced,) = both.layers
-    found = priced.candidates
+    both = survey_from_stats(model(), config, statistics())
+    (surveyed,) = both.layers
+    found = surveyed.candidates
     chosen = 0
     for bits in (2.4, 2.8, 3.2, 3.6, 4.0, 4.8, 6.0, 8.3):
         plan = both.plan(bits_per_weight=bits)

@@ -28,10 +28,10 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import NO_CHOICE, CompressionPlan
-from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
 from tensornet.compression.road import Source, calibration_config, make_plan, run
-from tensornet.compression.survey import survey_or_load, tensor_digest
+from tensornet.compression.survey import Survey
+from tensornet.compression.surveying import survey_or_load, tensor_digest
 from tensornet.compression.tasks import one_thread, worker_processes
 from tensornet.compression.write import WRITE_TOKENS, moment_of, read_enough
 from tensornet.errors import BudgetError, DestinationError, FormatError, TargetError
@@ -75,8 +75,8 @@ from tensornet_hf.staging import (
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
-#: Files in a staging folder: prices, the plan of a run without data, and the checkpoint of healing.
-PRICES, PLAN, HEALING = "prices.safetensors", "plan.json", "healing.safetensors"
+#: Files in a staging folder: the survey, the plan of a run without data, and the checkpoint of healing.
+SURVEY, PLAN, HEALING = "survey.safetensors", "plan.json", "healing.safetensors"
 #: Name that stands for the package's calibration text, as in `--calibration default`.
 DEFAULT = "default"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,7 +104,7 @@ class CompressOptions:
             (`tn.nn.ProvidedData`). Not needed with `objective="weight"`.
         calibration_tokens: number of calibration tokens on which the loss is differentiated (default: 4,096
             or 1,024 passages; with effort thorough 32,768).
-        prices: file with the predicted loss of every number format of every layer: read if it exists, written
+        survey: file with the predicted loss of every number format of every layer: read if it exists, written
             otherwise. With it, a plan for another budget takes seconds.
         weights: floating-point GGUF file with the weights of the model; the folder then only needs the
             configuration and the tokenizer.
@@ -150,7 +150,7 @@ class CompressOptions:
 
     calibration: str | Path | Sequence[str | Path] | ProvidedData = option((), "data", "paths")
     calibration_tokens: int | None = option(None, "advanced", "integer")
-    prices: str | Path | None = option(None, "data", "path")
+    survey: str | Path | None = option(None, "data", "path")
     weights: str | Path | None = option(None, "data", "path")
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")
@@ -186,7 +186,7 @@ class CompressOptions:
         if self.held_out is not None and Path(self.held_out).resolve() in used:
             raise OptionError("{held_out} is the file of {calibration}; give a text from another source.")
         dtype_of(self.dtype)
-        for what, place in (("The report", self.report), ("The price list", self.prices)):
+        for what, place in (("The report", self.report), ("The survey", self.survey)):
             if place is not None:
                 check_place(what, Path(place))
         if not given and self.calibration_tokens is not None:
@@ -416,7 +416,7 @@ class _Job(NamedTuple):
         survey = [batches, str(options.device), options.calibration_tokens, options.rotate]
         rest = [self.config.to_dict(), self.target, {x: getattr(options, x) for x in names}]
         depends_on = {"texts": [batches, self.text], "options": [survey[1:], rest]}
-        reusable = {PRICES: survey, ROTATED: options.rotate, PLAN: rest}
+        reusable = {SURVEY: survey, ROTATED: options.rotate, PLAN: rest}
         begin(work, marks, depends_on, resume=options.resume, reusable=reusable)
 
 
@@ -459,17 +459,17 @@ def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderRe
         lambda name: StatesOnDisk(work / name),
     )
 
-    # Plan. An interrupted run has left its prices, or its plan if it needed no data.
+    # Plan. An interrupted run has left its survey, or its plan if it needed no data.
     wanted = calibration_config(config) if isinstance(config, CompressionPlan) else config
     _check_readable(lazy, wanted)
-    prices: str | Path | None = options.prices
+    survey: str | Path | None = options.survey
     if (
         reads_data
-        and prices is None
+        and survey is None
         and (isinstance(config, CompressionConfig) or config.objective == "curvature")
     ):
-        prices = work / PRICES
-        _forget_other_prices(prices, wanted)
+        survey = work / SURVEY
+        _forget_other_survey(survey, wanted)
     plan_file = None if reads_data or isinstance(config, CompressionPlan) else work / PLAN
     if plan_file is not None and plan_file.is_file():
         config = CompressionPlan.load(plan_file)
@@ -484,7 +484,7 @@ def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderRe
             opened,
             config,
             data,
-            prices=prices,
+            survey=survey,
             tokens=options.calibration_tokens,
             progress=options.progress,
         )
@@ -570,30 +570,30 @@ def _compress_in_memory(job: _Job, work: Path) -> FolderReport:
     # Compress, refit and train.
     job.begin(work, file_marks(folder, options.weights), calibration)
     done: CompressionReport | ExpertsReport
-    prices = None
+    survey = None
     if options.share_experts:
         assert isinstance(config, CompressionConfig)  # `_check_data` refuses plans with this option
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
         if isinstance(config, CompressionConfig) and calibration is not None and config.reads_data:
-            prices = survey_or_load(
+            survey = survey_or_load(
                 model,
                 list(calibration.batches),
                 config,
-                options.prices,
+                options.survey,
                 tokens=options.calibration_tokens,
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 progress=options.progress,
             )
-        elif options.prices is not None:
-            prices = PriceList.load(options.prices)
-        done = tn.compress(model, config, calibration=calibration, prices=prices, progress=options.progress)
+        elif options.survey is not None:
+            survey = Survey.load(options.survey)
+        done = tn.compress(model, config, calibration=calibration, survey=survey, progress=options.progress)
     notes: tuple[str, ...] = ()
     if teacher is not None and text is not None and (options.refine or options.heal):
         read = () if calibration is None else calibration.batches
         seen = sum(tokens_of(as_batch(x, model, torch.device("cpu"))) for x in read)
-        notes = _correct(model, teacher, folder, text, prices, seen, options, work / HEALING)
+        notes = _correct(model, teacher, folder, text, survey, seen, options, work / HEALING)
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
     done = replace(done, seconds=time.perf_counter() - started)
 
@@ -724,7 +724,7 @@ def plan_folder(
             opened,
             checked,
             data or ProvidedData([], ""),
-            prices=options.prices,
+            survey=options.survey,
             tokens=options.calibration_tokens,
             progress=options.progress,
         )
@@ -809,10 +809,10 @@ def _check_data(
         OptionError: a finished plan is given with an option that would change it.
     """
     has_data = bool(options.calibration)
-    if options.prices is not None and not reads_text(config, options):
+    if options.survey is not None and not reads_text(config, options):
         raise OptionError(
-            "{prices} contains losses that were predicted on a {calibration} text. Leave out {prices}, or "
-            "the options that use no text or need more than prices, such as objective='weight'."
+            "{survey} contains losses that were predicted on a {calibration} text. Leave out {survey}, or "
+            "the options that use no text or need more than a survey, such as objective='weight'."
         )
     if isinstance(config, CompressionPlan):
         if options.share_experts:
@@ -895,7 +895,7 @@ def _correct(
     teacher: PreTrainedModel,
     folder: Path,
     text: str,
-    prices: PriceList | None,
+    survey: Survey | None,
     seen: int,
     options: CompressOptions,
     checkpoint: Path | None,
@@ -917,7 +917,7 @@ def _correct(
         count = min(len(batches), max(8, round(refine_tokens / each)))
         places = torch.linspace(0, len(batches) - 1, count).long().tolist()
         chosen = [batches[k] for k in places]
-        rows = {} if prices is None else {n: moment_of(x, model.device) for n, x in prices.factors.items()}
+        rows = {} if survey is None else {n: moment_of(x, model.device) for n, x in survey.factors.items()}
         refined = refine(model, teacher, chosen, CalibrationStats(rows, {}, 0), progress=options.progress)
         before, after = refined.distances
         left = f", {len(refined.left)} unchanged" if refined.left else ""
@@ -951,13 +951,13 @@ def _correct(
     return (*notes, "the predicted and measured loss increase are those before refitting or healing")
 
 
-def _forget_other_prices(prices: Path, config: CompressionConfig) -> None:
-    """Delete the prices of an interrupted run if they were found with other options than budgets."""
-    if prices.is_file():
+def _forget_other_survey(survey: Path, config: CompressionConfig) -> None:
+    """Delete the survey of an interrupted run if it was made with other options than budgets."""
+    if survey.is_file():
         try:
-            PriceList.load(prices).with_config(config)
+            Survey.load(survey).with_config(config)
         except (BudgetError, FormatError):
-            prices.unlink()
+            survey.unlink()
 
 
 def _check_readable(lazy: LazyModel, config: CompressionConfig) -> None:

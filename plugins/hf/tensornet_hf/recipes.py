@@ -1,12 +1,12 @@
-"""Recipes for `llama-quantize`: a type for each tensor of a GGUF file, priced under llama.cpp's rounding.
+"""Recipes for `llama-quantize`: a type for each tensor, chosen by losses under llama.cpp's rounding.
 
 `llama-quantize --tensor-type-file` reads such a recipe, so a plan needs no rounding by this library. The
 program rounds to the nearest point of a type, with scales searched under the mean squares of the inputs. Its
-errors are larger than those of our rounding, so a recipe has prices of its own: some rows of each matrix are
+errors are larger than those of our rounding, so a recipe has its own survey: some rows of each matrix are
 rounded by llama.cpp's code (the package `libgguf`), and the loss increase of their errors is predicted from
 the moments of a survey.
 
-GGUF stacks the experts of a layer in one tensor, which has a single type. Its price is the sum over experts.
+GGUF stacks the experts of a layer in one tensor with a single type, whose predicted loss is their sum.
 """
 
 import math
@@ -27,7 +27,7 @@ from torch import Tensor
 from tensornet._util import import_optional
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded
-from tensornet.compression.allocate import Candidate, CostCurve, PricedLayer, spend_size
+from tensornet.compression.allocate import Candidate, CostCurve, SurveyedLayer, spend_size
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.road import Candidates, make_plan
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
@@ -60,8 +60,8 @@ UNPLANNED = "BF16"
 #: Menu of plans for `llama-quantize`. It has no number formats, since the program rounds weights itself.
 LLAMA_QUANTIZE = "llama-quantize"
 MENUS.add(LLAMA_QUANTIZE, Menu((), whole_model=True))
-#: Number of rows of each matrix that are rounded to price a type, and number of rows of each expert.
-PRICED_ROWS, EXPERT_ROWS = 64, 8
+#: Number of rows that are rounded to predict the loss of a type: of a matrix, and of an expert.
+ROWS_OF_MATRIX, EXPERT_ROWS = 64, 8
 #: Tensors whose types are options of `llama-quantize` of their own.
 OPTIONS = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
 #: Bytes that `llama-quantize` may add to the metadata: names of the importance matrix and of its text.
@@ -75,7 +75,7 @@ _WITHOUT = (
 _SPECIAL = re.compile(r"([.^$|()\[\]{}*+?\\])")
 
 
-class PricedTensor(NamedTuple):
+class SurveyedTensor(NamedTuple):
     """Tensor of a GGUF file, with the size and the loss of each type that fits.
 
     Args:
@@ -186,7 +186,7 @@ class Recipe:
         return "\n".join([*lines, *(f"note        {x}" for x in self.notes)])
 
 
-def choose_types(tensors: Sequence[PricedTensor], num_bytes: float) -> dict[str, str]:
+def choose_types(tensors: Sequence[SurveyedTensor], num_bytes: float) -> dict[str, str]:
     """Choose a type for each tensor, so that all tensors fit into `num_bytes` at a small sum of costs.
 
     This is a heuristic: types on the lower convex hull of cost over size, by a Lagrange multiplier, and the
@@ -196,9 +196,9 @@ def choose_types(tensors: Sequence[PricedTensor], num_bytes: float) -> dict[str,
         BudgetError: the smallest types need more bytes.
 
     Example:
-        >>> from tensornet_hf.recipes import PricedTensor, choose_types
+        >>> from tensornet_hf.recipes import SurveyedTensor, choose_types
         >>> sizes, costs = {"Q4_K": 4, "Q6_K": 6}, ({"Q4_K": 0.1, "Q6_K": 0.01}, {"Q4_K": 3.0, "Q6_K": 0.3})
-        >>> choose_types([PricedTensor(name, sizes, x, x) for name, x in zip("ab", costs)], 10)
+        >>> choose_types([SurveyedTensor(name, sizes, x, x) for name, x in zip("ab", costs)], 10)
         {'a': 'Q4_K', 'b': 'Q6_K'}
     """
     curves = [
@@ -240,7 +240,7 @@ def budget_of_tensors(config: CompressionConfig, fixed: int, weights: int) -> fl
     return config.max_bytes - fixed
 
 
-# --- prices of the types of llama.cpp ---------------------------------------------------------------
+# --- losses of the types of llama.cpp ---------------------------------------------------------------
 
 
 def type_bytes(kind: str, shape: Sequence[int]) -> int | None:
@@ -276,7 +276,7 @@ def round_rows(rows: Tensor, kind: str, importance: Tensor | None) -> Tensor:
     """
     if kind == "BF16":
         return rows.bfloat16().float()
-    libgguf = import_optional("libgguf", extra="gguf", user="Prices of llama.cpp's types")
+    libgguf = import_optional("libgguf", extra="gguf", user="Predicting losses of llama.cpp's types")
     weights = None if importance is None else importance.float().cpu().contiguous().numpy()
     number = libgguf.GGMLQuantizationType[kind]
     packed = libgguf.quantize_rows(rows.cpu().contiguous().numpy(), number, imatrix=weights)
@@ -284,8 +284,8 @@ def round_rows(rows: Tensor, kind: str, importance: Tensor | None) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).reshape(rows.shape).to(rows.device)
 
 
-def price_types(
-    matrix: Tensor, weightings: Sequence[Weighting], importance: Tensor | None, count: int = PRICED_ROWS
+def type_losses(
+    matrix: Tensor, weightings: Sequence[Weighting], importance: Tensor | None, count: int = ROWS_OF_MATRIX
 ) -> dict[str, list[float]]:
     """Predict the losses of a matrix in each type that fits, from the errors of some rows.
 
@@ -337,7 +337,7 @@ def type_candidates(
     stats: CalibrationStats,
     names: frozenset[str] | None = None,
 ) -> Iterator[list[Candidate]]:
-    """Yield a candidate for each type of llama.cpp that fits a layer; the function `price` of a survey.
+    """Yield a candidate for each type of llama.cpp that fits a layer; the function `find` of a survey.
 
     Args:
         targets: the weights.
@@ -350,8 +350,8 @@ def type_candidates(
         importance = _importance(target, stats, names)
         sensitivity = layer_sensitivity(target, "curvature", stats, config.damping, "nearest")
         seen = sensitivity or Sensitivity(Weighting(), Weighting())
-        count = EXPERT_ROWS if target.kinds[0].name == "part" else PRICED_ROWS
-        losses = price_types(target.matrix, (seen.weighting, seen.forecast), importance, count)
+        count = EXPERT_ROWS if target.kinds[0].name == "part" else ROWS_OF_MATRIX
+        losses = type_losses(target.matrix, (seen.weighting, seen.forecast), importance, count)
         scale = 0.0 if sensitivity is None else 1.0  # errors do not change the loss if all gradients are zero
         yield [
             _candidate(kind, target.matrix, scale * cost, scale * loss)
@@ -375,10 +375,10 @@ def _candidate(kind: str, matrix: Tensor, cost: float, loss: float) -> Candidate
     return Candidate(None, PLAIN, _bytes(kind, matrix.shape), matrix.numel(), loss, 0.0, cost, kind)
 
 
-def price_by_inputs(
+def losses_by_inputs(
     targets: Iterable[Target], inputs: Mapping[str, Tensor], loaded: Loaded
-) -> Iterator[PricedLayer]:
-    """Price the types of layers by the relative error of their outputs, from mean squares of inputs alone.
+) -> Iterator[SurveyedLayer]:
+    """Predict losses as the relative error of a layer's outputs, from mean squares of its inputs alone.
 
     Without gradients nobody knows how much an error of a layer's outputs matters. Here the same relative
     error counts alike in every layer. Of layers without known inputs, the error of the weight counts.
@@ -397,14 +397,14 @@ def price_by_inputs(
             matrix = target.matrix
             check_finite(matrix, f"Layer {target.name!r}", OF_LAYER)
             known = inputs.get(target.name)
-            count = EXPERT_ROWS if target.kinds[0].name == "part" else PRICED_ROWS
-            losses = price_types(matrix, (Weighting(None, known),), known, count)
+            count = EXPERT_ROWS if target.kinds[0].name == "part" else ROWS_OF_MATRIX
+            losses = type_losses(matrix, (Weighting(None, known),), known, count)
             columns = torch.ones(matrix.shape[1]) if known is None else known
             energy = max(0.5 * float((matrix.float().cpu().square() @ columns).double().sum()), 1e-300)
             found = [
                 _candidate(kind, matrix, loss / energy, loss / energy) for kind, (loss,) in losses.items()
             ]
-            yield PricedLayer.of(target, found)
+            yield SurveyedLayer.of(target, found)
 
 
 # --- tensors of the file ----------------------------------------------------------------------------
@@ -500,17 +500,17 @@ def file_importance(
     return found
 
 
-def price_tensors(
-    layers: Sequence[PricedLayer], places: Mapping[str, Place], shapes: Mapping[str, Sequence[int]]
-) -> list[PricedTensor]:
-    """Add up the prices of the layers that make up each tensor, for every type that fits all of them.
+def sum_over_layers(
+    layers: Sequence[SurveyedLayer], places: Mapping[str, Place], shapes: Mapping[str, Sequence[int]]
+) -> list[SurveyedTensor]:
+    """Add up the predicted losses of the layers of each tensor, for every type that fits all of them.
 
     Args:
-        layers: the priced layers; the types are the names of their number formats.
+        layers: the surveyed layers; the types are the names of their number formats.
         places, shapes: see `layer_inputs`.
 
     Returns:
-        The tensors of which all layers are priced.
+        The tensors of which all layers are surveyed.
     """
     known = {name: x for x in layers for name in x.names}
     found = []
@@ -528,7 +528,7 @@ def price_tensors(
         losses = {
             x: sum(share * candidates[x].predicted_loss for candidates, share in options) for x in kinds
         }
-        found.append(PricedTensor(name, {x: _bytes(x, shapes[name]) for x in kinds}, costs, losses))
+        found.append(SurveyedTensor(name, {x: _bytes(x, shapes[name]) for x in kinds}, costs, losses))
     return found
 
 
@@ -559,7 +559,7 @@ def plan_recipe(
         source: model folder, or hub id if there is no folder of that name.
         config: a budget, `max_bytes` (size of the file) or `bits_per_weight` (mean over the tensors of the
             recipe), and the choice of layers. Layers that are not chosen get the type BF16.
-        options: further options: the calibration text, `prices`, `weights` and `device`.
+        options: further options: the calibration text, `survey`, `weights` and `device`.
         imatrix: importance matrix of the model, as a GGUF file or a legacy file.
         types: types that the recipe may use; all of `TYPES` if empty.
 
@@ -597,34 +597,34 @@ def plan_recipe(
             layer_inputs(entries, places, shapes, f"The importance matrix {imatrix}") if entries else None
         )
 
-        # Price the types of every layer.
+        # Predict the losses of every layer in all types.
         notes: list[str] = []
         if options.calibration:
             data = calibration_batches(model, folder, config, options, options.text)
             assert data is not None
-            price = partial(type_candidates, names=None if inputs is None else frozenset(inputs))
-            prices = make_plan(
+            find = partial(type_candidates, names=None if inputs is None else frozenset(inputs))
+            survey = make_plan(
                 opened,
                 config,
                 data,
-                prices=options.prices,
+                survey=options.survey,
                 tokens=options.calibration_tokens,
                 inputs=inputs,
-                candidates=Candidates(price, lambda prices: prices.template),  # types are chosen by tensor
+                candidates=Candidates(find, lambda survey: survey.template),  # types are chosen by tensor
                 progress=options.progress,
-            ).prices
-            assert prices is not None
-            layers, unit = prices.layers, "loss increase in nats per token"
-            importance = entries or file_importance(prices.inputs, places, shapes)
-            if prices.template.unrouted:
+            ).survey
+            assert survey is not None
+            layers, unit = survey.layers, "loss increase in nats per token"
+            importance = entries or file_importance(survey.inputs, places, shapes)
+            if survey.template.unrouted:
                 notes.append(
-                    f"{len(prices.template.unrouted)} experts got no token; their mixture stands for them"
+                    f"{len(survey.template.unrouted)} experts got no token; their mixture stands for them"
                 )
         else:
             assert inputs is not None
             with unfused(model):
                 found = [x for x in find_targets(model, config) if not x.skip]
-                layers = tuple(price_by_inputs(found, inputs, opened.loaded))
+                layers = tuple(losses_by_inputs(found, inputs, opened.loaded))
             unit = "sum of the squared relative errors of the layers' outputs"
             importance = entries
             notes.append(
@@ -632,38 +632,38 @@ def plan_recipe(
                 "more for the loss, nor how much the loss increases; add a calibration text"
             )
 
-    priced = [with_types(x, kinds) for x in price_tensors(layers, places, shapes)]
-    return _recipe(writer, tensors, priced, config, unit, notes, importance)
+    surveyed = [with_types(x, kinds) for x in sum_over_layers(layers, places, shapes)]
+    return _recipe(writer, tensors, surveyed, config, unit, notes, importance)
 
 
 def _recipe(
     writer: Any,
     tensors: Mapping[str, ConvertedTensor],
-    priced: Sequence[PricedTensor],
+    surveyed: Sequence[SurveyedTensor],
     config: CompressionConfig,
     unit: str,
     notes: Sequence[str],
     importance: Mapping[str, Importance],
 ) -> Recipe:
-    """Choose the types of a file's tensors. Matrices without prices keep 16 bits, and vectors are float32.
+    """Choose the types of a file's tensors. Matrices not surveyed keep 16 bits, and vectors are float32.
 
     Args:
         writer, tensors: results of `find_places`.
-        priced: the tensors of which some types are priced.
+        surveyed: the tensors of which some types have a predicted loss.
         config: the budget.
         unit, notes, importance: see `Recipe`.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
-    known = {x.name: x for x in priced}
+    known = {x.name: x for x in surveyed}
     kept = [name for name, x in tensors.items() if name not in known and not x.float32 and len(x.shape) > 1]
     smallest = {name: min(x.sizes, key=x.sizes.__getitem__) for name, x in known.items()}
     layout = empty_layout(writer, tensors, smallest | dict.fromkeys(kept, UNPLANNED))
     fixed = layout.nbytes - sum(layout.parts[name][1] for name in known)
     fixed += IMATRIX_METADATA if importance else 0
     weights = sum(math.prod(tensors[name].shape) for name in known)
-    chosen = choose_types(priced, budget_of_tensors(config, fixed, weights))
+    chosen = choose_types(surveyed, budget_of_tensors(config, fixed, weights))
     if kept:
         shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         notes = [*notes, f"{len(kept)} tensors are not planned and get {UNPLANNED}: {shown}"]
@@ -695,7 +695,7 @@ def check_types(types: Sequence[str]) -> tuple[str, ...]:
     return found or TYPES
 
 
-def with_types(tensor: PricedTensor, kinds: Sequence[str]) -> PricedTensor:
+def with_types(tensor: SurveyedTensor, kinds: Sequence[str]) -> SurveyedTensor:
     """Return a tensor with some of its types.
 
     Raises:
@@ -733,6 +733,6 @@ def _check_recipe(
             "A recipe needs to know how errors affect the model: give a text, {calibration}, or an "
             "importance matrix, {imatrix}, or both."
         )
-    if options.prices is not None and not options.calibration:
-        raise OptionError("{prices} are found on a text; add {calibration}, or leave out {prices}.")
+    if options.survey is not None and not options.calibration:
+        raise OptionError("{survey} is made on a text; add {calibration}, or leave out {survey}.")
     return replace(config, formats=LLAMA_QUANTIZE)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import tensornet_moe as tm
 from tensornet._util import in_eval_mode
-from tensornet.compression.survey import tensor_digest
+from tensornet.compression.surveying import tensor_digest
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import new_folder, restore
 from tensornet.topology import Topology

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from tensornet._util import check_size, in_eval_mode
-from tensornet.compression.survey import tensor_digest
+from tensornet.compression.surveying import tensor_digest
 from tensornet.errors import DestinationError, TargetError
 from tensornet.io import new_file
 from tensornet_hf.checkpoint import load, on_device, read_json, resolve_folder

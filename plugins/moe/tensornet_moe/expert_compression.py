@@ -32,10 +32,10 @@ from tensornet.compression.compress import gather
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan, LayerPlan, scheme_name
-from tensornet.compression.prices import PriceList
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import layer_sensitivity
-from tensornet.compression.survey import survey
+from tensornet.compression.survey import Survey
+from tensornet.compression.surveying import survey_model
 from tensornet.compression.write import compress_blocks
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
@@ -236,18 +236,18 @@ def compress_experts(
         found.extend(find_stacks(targets, stats, config))
         return list(find_candidates(targets, config, "curvature", stats))
 
-    prices = survey(
-        model, data.batches, config, loss_fn=data.loss_fn, source=data.source, price=find, progress=progress
+    survey = survey_model(
+        model, data.batches, config, loss_fn=data.loss_fn, source=data.source, find=find, progress=progress
     )
 
     # Choose among all candidates, and plan all layers.
-    place = {layer.name: k for k, layer in enumerate(prices.layers)}
+    place = {layer.name: k for k, layer in enumerate(survey.layers)}
     stacks = [
         tuple(replace(x, members=tuple(place[name] for name in names)) for x in candidates)
         for names, candidates in sorted(found, key=lambda pair: place[pair[0][0]])
     ]
-    chosen, bound_by = choose_jointly(prices, stacks)
-    plan = prices.planned([choice if isinstance(choice, int) else 0 for choice in chosen], bound_by)
+    chosen, bound_by = choose_jointly(survey, stacks)
+    plan = survey.planned([choice if isinstance(choice, int) else 0 for choice in chosen], bound_by)
     sharing = {choice.members: choice for choice in chosen if isinstance(choice, SharedCandidate)}
     layers = list(plan.layers)
     for choice in sharing.values():
@@ -261,12 +261,12 @@ def compress_experts(
     before = record_losses(model, data.batches, source=data.source)
     schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
     joint = {
-        tuple(prices.layers[k].name for k in choice.members): partial(_fit, choice)
+        tuple(survey.layers[k].name for k in choice.members): partial(_fit, choice)
         for choice in sharing.values()
     }
     cache: LayerCache = {}
     for _, new in compress_blocks(
-        model, plan, data.batches, factors=prices.factors, joint=joint, progress=progress
+        model, plan, data.batches, factors=survey.factors, joint=joint, progress=progress
     ):
         cache |= {schemes[name]: made for name, made in new.items()}
     errors = apply_plan(model, plan, cache=cache)
@@ -278,7 +278,7 @@ def compress_experts(
 
     # Measure and report.
     params_after, bytes_after = model_size(model)
-    predicted = totals_of(chosen, prices)[1]
+    predicted = totals_of(chosen, survey)[1]
     measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, predicted, config.loss_increase)
@@ -404,7 +404,7 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
 Choice = list[int | SharedCandidate]
 
 
-def choose_jointly(prices: PriceList, stacks: Sequence[StackCandidates]) -> tuple[Choice, str]:
+def choose_jointly(survey: Survey, stacks: Sequence[StackCandidates]) -> tuple[Choice, str]:
     """Choose candidates for layers and stacks within one budget, and return which limit was reached first.
 
     A first allocation has shared and separate candidates for every stack, and finds the stacks that should
@@ -413,7 +413,7 @@ def choose_jointly(prices: PriceList, stacks: Sequence[StackCandidates]) -> tupl
     the other, every stack does. The best of all these allocations is returned.
 
     Args:
-        prices: the candidates of every layer.
+        survey: the candidates of every layer.
         stacks: the stacks with their shared candidates.
 
     Raises:
@@ -422,16 +422,16 @@ def choose_jointly(prices: PriceList, stacks: Sequence[StackCandidates]) -> tupl
     found: list[tuple[float, Choice, str]] = []
     refused: list[BudgetError] = []
     sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
-    least_size = all(getattr(prices.config, name) is None for name in sizes)  # only the loss is limited
+    least_size = all(getattr(survey.config, name) is None for name in sizes)  # only the loss is limited
 
     def attempt(some: Sequence[StackCandidates], *, or_separate: bool = False) -> list[StackCandidates]:
         """Allocate the budget once, and return the stacks of `some` that share a core in the result."""
         try:
-            made, bound_by = choose_sharing(prices, some, or_separate=or_separate)
+            made, bound_by = choose_sharing(survey, some, or_separate=or_separate)
         except BudgetError as error:
             refused.append(error)
             return []
-        size, loss = totals_of(made, prices)
+        size, loss = totals_of(made, survey)
         found.append((size if least_size else loss, made, bound_by))
         sharing = {each.members for each in made if isinstance(each, SharedCandidate)}
         return [stack for stack in some if stack[0].members in sharing]
@@ -447,28 +447,28 @@ def choose_jointly(prices: PriceList, stacks: Sequence[StackCandidates]) -> tupl
 
 
 def choose_sharing(
-    prices: PriceList, stacks: Sequence[StackCandidates], *, or_separate: bool = False
+    survey: Survey, stacks: Sequence[StackCandidates], *, or_separate: bool = False
 ) -> tuple[Choice, str]:
     """Choose shared networks for the given stacks, and a candidate for every other layer.
 
     Args:
-        prices: the candidates of every layer.
+        survey: the candidates of every layer.
         stacks: the stacks with their shared candidates.
         or_separate: whether a stack may also get separate networks for all its experts.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
-    layers = prices.layers
+    layers = survey.layers
     inside = {place for stack in stacks for place in stack[0].members}
     single = [place for place in range(len(layers)) if place not in inside]
-    options = [_options(stack, prices, or_separate=or_separate) for stack in stacks]
+    options = [_options(stack, survey, or_separate=or_separate) for stack in stacks]
     chosen, bound_by = choose_candidates(
         layers,
         [*(layers[place].candidates for place in single), *([each for each, _ in some] for some in options)],
-        prices.config,
+        survey.config,
         "curvature",
-        untargeted=prices.untargeted,
+        untargeted=survey.untargeted,
         names=[layers[place].name for place in (*single, *(stack[0].members[0] for stack in stacks))],
     )
     made: Choice = [0] * len(layers)
@@ -481,29 +481,29 @@ def choose_sharing(
     return made, bound_by
 
 
-def totals_of(chosen: Choice, prices: PriceList) -> tuple[float, float]:
+def totals_of(chosen: Choice, survey: Survey) -> tuple[float, float]:
     """Compute the size of a choice, in the unit of the budget, and its predicted loss increase."""
     parts = [
-        prices.layers[place].candidates[choice] if isinstance(choice, int) else choice.candidate
+        survey.layers[place].candidates[choice] if isinstance(choice, int) else choice.candidate
         for place, choice in enumerate(chosen)
         if isinstance(choice, int) or choice.members[0] == place
     ]
-    return sum(getattr(x, _unit(prices)) for x in parts), sum(x.predicted_loss for x in parts)
+    return sum(getattr(x, _unit(survey)) for x in parts), sum(x.predicted_loss for x in parts)
 
 
-def _unit(prices: PriceList) -> str:
-    return "num_bytes" if prices.config.formats else "params"
+def _unit(survey: Survey) -> str:
+    return "num_bytes" if survey.config.formats else "params"
 
 
 def _options(
-    stack: StackCandidates, prices: PriceList, *, or_separate: bool
+    stack: StackCandidates, survey: Survey, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
     """List the ways to store a stack, as pairs of a total and what it consists of.
 
     The total is a candidate with the summed sizes and losses of the experts. It consists of the index of a
     candidate for each expert, or of a shared candidate.
     """
-    members = [prices.layers[place].candidates for place in stack[0].members]
+    members = [survey.layers[place].candidates for place in stack[0].members]
     found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 
     def together(chosen: Sequence[int], number_format: str = "") -> Candidate:
@@ -522,7 +522,7 @@ def _options(
 
     if or_separate:
         # Walking along the experts' convex hulls gives one set of separate networks for each total size.
-        start, steps = hull_steps([curve_of(each, _unit(prices)) for each in members])
+        start, steps = hull_steps([curve_of(each, _unit(survey)) for each in members])
         at, total = list(start), together(start)
         found.append((total, tuple(at)))
         for member, index, _ in steps:

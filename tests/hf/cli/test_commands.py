@@ -185,16 +185,16 @@ def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
 
 
 @pytest.mark.slow
-def test_prices_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_survey_is_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("text.txt").write_text(heldout_text()[:20_000])
-    how = ("compress", gpt2_path(), *TWO_LAYERS, "--prices", "prices.safetensors")
+    how = ("compress", gpt2_path(), *TWO_LAYERS, "--survey", "survey.safetensors")
     text = ("--calibration", "text.txt", *FEW)
     assert tensornet(*how, *text, "--bits", 4.25, "--dry-run")[0] == 0
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("surveyed again")
 
-    monkeypatch.setattr("tensornet.compression.survey.survey", never)
+    monkeypatch.setattr("tensornet.compression.surveying.survey_model", never)
     status, plan, _ = tensornet(*how, *text, "--bits", 3.25, "--dry-run", "--json")
     assert status == 0
     assert "tokens of text.txt" in json.loads(plan)["calibration"]
@@ -237,9 +237,9 @@ def test_the_weight_file_keeps_a_budget_of_bytes(tensornet: Run, budget: tuple[o
     assert 0.97 * allowed <= weight_bytes("small") <= allowed
 
 
-def test_prices_of_another_model(tensornet: Run) -> None:
+def test_survey_of_another_model(tensornet: Run) -> None:
     Path("text.txt").write_text(heldout_text()[:20_000])
-    how = ("--bits", 4.25, *TWO_LAYERS, "--calibration", "text.txt", *FEW, "--prices", "prices")
+    how = ("--bits", 4.25, *TWO_LAYERS, "--calibration", "text.txt", *FEW, "--survey", "survey")
     model = load(gpt2_path())
     for parameter in model.parameters():
         parameter.data *= 1.5

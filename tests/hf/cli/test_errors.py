@@ -66,7 +66,7 @@ FAILED = [
     ("compress GPT2 out --bits 4 --objective weight", "--formats int4"),
     ("compress GPT2 out HALF --damping -1", "--damping must"),
     ("compress GPT2 out HALF --sites 0", "--sites must"),
-    ("compress GPT2 out --bits 4 --calibration text.txt --prices taken", "taken"),
+    ("compress GPT2 out --bits 4 --calibration text.txt --survey taken", "taken"),
     (
         "compress GPT2 out --bits 8.5 --objective weight --to compressed-tensors",
         "'compressed-tensors' can pack none",
@@ -119,7 +119,7 @@ WRONG = [
     ("compress GPT2 --rel-error 0.5", "--dry-run"),
     ("compress GPT2 out --int8", "No such option"),
     ("compress GPT2 out --formatt int8", "--formats"),
-    ("compress GPT2 out --bits 4 --objective weight --prices p", "--prices.*--calibration"),
+    ("compress GPT2 out --bits 4 --objective weight --survey p", "--survey.*--calibration"),
     ("compress GPT2 out HALF --calibration-tokens 100", "add --calibration"),
     ("compress GPT2 out HALF --whole-model", "--whole-model.*--max-bytes"),
     ("compress GPT2 out HALF --damping 0.2", "--damping.*--calibration"),

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
-from tensornet.compression import price
+from tensornet.compression import survey_from_stats
 from tensornet.errors import FormatError
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.codebooks import CODEBOOKS
@@ -34,7 +34,7 @@ def stats_of(model: LlamaForCausalLM) -> tn.CalibrationStats:
 def test_plan_takes_only_what_the_target_stores(target: str) -> None:
     model = llama()
     config = tn.CompressionConfig(bits_per_weight=5, formats=target)
-    plan = price(model, config, stats_of(model)).plan()
+    plan = survey_from_stats(model, config, stats_of(model)).plan()
     assert ("model.embed_tokens" in [layer.name for layer in plan]) == (target in ("gguf", "mlx"))
     for layer in plan:
         assert layer.topology is None or layer.topology.family == "dense"
@@ -49,7 +49,7 @@ def test_fused_layers_share_a_format_and_cost_no_less() -> None:
     config = tn.CompressionConfig(formats="compressed-tensors", **size)  # type: ignore[arg-type]
     names = MENUS["compressed-tensors"].formats
     free = tn.CompressionConfig(formats=names, topology="low_rank", max_bond=1, **size)  # type: ignore[arg-type]
-    plan, other = (price(model, x, stats).plan() for x in (config, free))
+    plan, other = (survey_from_stats(model, x, stats).plan() for x in (config, free))
     formats = {layer.name: layer.storage.number_format for layer in plan}
     for block in ("model.layers.0", "model.layers.1"):
         assert len({formats[f"{block}.self_attn.{x}_proj"] for x in "qkv"}) == 1
@@ -83,7 +83,7 @@ def test_formats_after_a_menu_are_the_only_ones_of_it() -> None:
     chosen = ("gguf", "int8:g32:float16", "int4:g32:float16", "int6:g16:s8")
     config = tn.CompressionConfig(bits_per_weight=6, formats=chosen)
     assert (config.menu, len(config.number_formats), config.families) == ("gguf", 3, ())
-    plan = price(model, config, stats_of(model)).plan()
+    plan = survey_from_stats(model, config, stats_of(model)).plan()
     names = {layer.storage.number_format.name for layer in plan}
     assert names == {"int8:g32:float16", "int4:g32:float16"}  # no rows are divisible by 256, as Q6_K needs
     assert {layer.target for layer in plan} == {"gguf"}
@@ -99,7 +99,7 @@ def test_the_fast_menu_has_no_slow_types() -> None:
     model = llama()
     stats = stats_of(model)
     slow, fast = (
-        {x.storage.number_format.name for x in price(model, config, stats).plan()}
+        {x.storage.number_format.name for x in survey_from_stats(model, config, stats).plan()}
         for config in (tn.CompressionConfig(bits_per_weight=6, formats=x) for x in ("gguf", "gguf-fast"))
     )
     assert any(name.startswith(("int5", "nl4")) for name in slow)
@@ -112,7 +112,7 @@ def test_formats_on_request_are_planned_only_if_they_are_named(target: str) -> N
     assert not {x.name for x in usual} & {"mxfp4", "nvfp4"}
     config = tn.CompressionConfig(bits_per_weight=4.4, formats=(target, "mxfp4", "nvfp4"))
     model = llama()
-    plan = price(model, config, stats_of(model)).plan()
+    plan = survey_from_stats(model, config, stats_of(model)).plan()
     assert {x.storage.number_format.name for x in plan} == {"mxfp4", "nvfp4"}
     with pytest.raises(FormatError, match="nvfp4"):
         tn.CompressionConfig(bits_per_weight=5, formats=("mlx", "nvfp4"))
@@ -123,7 +123,7 @@ def test_codebooks_where_rows_fit_them() -> None:
     model = llama(hidden=256)
     stats = stats_of(model)
     config = tn.CompressionConfig(bits_per_weight=3, formats="gguf", rounding="one_sided")
-    plan = price(model, config, stats).plan()
+    plan = survey_from_stats(model, config, stats).plan()
     formats = {layer.name: layer.storage.number_format for layer in plan}
     assert any(x.is_integer and x.points.run > 1 for x in formats.values())
     assert all(

@@ -103,8 +103,8 @@ def test_llama_cpp_writes_the_planned_types_and_bytes(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
-def test_prices_are_the_errors_of_llama_cpp(name: str, tmp_path: Path) -> None:
-    """From an importance matrix alone, the price is the relative error of each layer's outputs."""
+def test_losses_are_the_errors_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    """From an importance matrix alone, the predicted loss is the relative error of each layer's outputs."""
     folder = folder_of(name, tmp_path / "model")
     observed = plan_recipe(folder, tn.CompressionConfig(bits_per_weight=9), options(folder), types=["q8_0"])
     known = {x: y for x, y in observed.importance.items() if x != "output.weight"}  # as llama-imatrix does
@@ -141,9 +141,9 @@ def test_an_importance_matrix_replaces_the_moments_of_inputs(tmp_path: Path) -> 
     assert read_imatrix(tmp_path / "im.gguf").keys() == same.importance.keys()
 
 
-def test_prices_in_a_file_are_for_recipes_only(tmp_path: Path) -> None:
+def test_survey_in_a_file_is_for_recipes_only(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path / "model")
-    kept = options(folder, prices=tmp_path / "prices")
+    kept = options(folder, survey=tmp_path / "survey")
     first = plan_recipe(folder, tn.CompressionConfig(bits_per_weight=5), kept)
     again = plan_recipe(folder, tn.CompressionConfig(bits_per_weight=5), kept)
     assert first == again

@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_at_its_block(
         rounded.append(layer.name)
         return original(matrix, layer, *rest)
 
-    monkeypatch.setattr("tensornet.compression.survey.survey", never)
+    monkeypatch.setattr("tensornet.compression.surveying.survey_model", never)
     monkeypatch.setattr(road, "compress_alone", counting)
     compress(tmp_path / "b" / name)
     assert {x.rpartition(".h.")[2][0] for x in rounded if ".h." in x} == {"2", "3"}  # not blocks 0 and 1
@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on_at_its_block(
     assert [x.name for x in (tmp_path / "b").iterdir()] == [name]
 
 
-def test_a_failed_run_leaves_only_prices_and_another_budget_uses_them(
+def test_a_failed_run_leaves_only_its_survey_and_another_budget_uses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tight = replace(CONFIG, bits_per_weight=1.0)
@@ -117,7 +117,7 @@ def test_a_failed_run_leaves_only_prices_and_another_budget_uses_them(
         raise AssertionError("surveyed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tensornet.compression.survey.survey", never)
+        patch.setattr("tensornet.compression.surveying.survey_model", never)
         compress(tmp_path / "model")
     assert (tmp_path / "model").is_dir()
     assert not work.exists()

@@ -41,7 +41,9 @@ def test_weights_in_the_dtype_of_products_compute_the_same(name: str, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
-def test_tables_are_priced_and_rounded_in_few_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_surveyed_and_rounded_in_few_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Besides both tables, one of them is in memory in float32 and a second time in its own dtype."""
     monkeypatch.setattr("tensornet.calibration.walk.has_bfloat16", lambda device: True)
     sizes = {"hidden_size": COLUMNS, "intermediate_size": COLUMNS, "num_attention_heads": 2}

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet_hf as th
 from tensornet_hf import compress as conversion
 from tensornet_hf.cli.main import run
-from tensornet_hf.compress import PRICES
+from tensornet_hf.compress import SURVEY
 from tensornet_hf.embedded import calibration_text, gpt2_path, t5_path
 from tensornet_hf.staging import staging_folder
 from tensornet_hf.text import load_tokenizer
@@ -84,15 +84,15 @@ def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_prices_survive_an_interruption(call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_survey_survives_an_interruption(call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("compress", sharded, "reference", *HALF, "--workers", 1)[0] == 0
     work = staging_folder(Path("out").absolute())
     with monkeypatch.context() as patch:
         patch.setattr("tensornet.compression.road.compress_alone", _interrupt)
         assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 130
-    assert (work / PRICES).is_file()
+    assert (work / SURVEY).is_file()
     with monkeypatch.context() as patch:
-        patch.setattr("tensornet.compression.survey.survey", _interrupt)
+        patch.setattr("tensornet.compression.surveying.survey_model", _interrupt)
         assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 0
     assert contents(Path("out")) == contents(Path("reference"))
     assert not work.exists()

@@ -236,7 +236,7 @@ def plan(
         else:
             if imatrix is None and save_imatrix is None:
                 raise OptionError(
-                    "The recipe is priced with an importance matrix, which llama-quantize needs too; add "
+                    "The recipe is planned with an importance matrix, which llama-quantize needs too; add "
                     "{save_imatrix}, or give one by {imatrix}."
                 )
             made = plan_recipe(
