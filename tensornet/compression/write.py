@@ -262,7 +262,7 @@ def batches_to_write(
 def read_enough(
     batches: Iterable[BatchLike], model: nn.Module, kind: str, tokens: int | None = None
 ) -> list[Batch]:
-    """Read the batches that surveying and compressing a model need, also if its loss belongs to rows.
+    """Read the batches that surveying and compressing a model need, whether losses are per row or per token.
 
     Args:
         batches: batches in one of the forms that `as_batch` accepts.

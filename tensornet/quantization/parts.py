@@ -179,7 +179,7 @@ class Integers:
         return _ranges(self.top, self.bits, least, like)
 
     def scales_of_even(self, group: Tensor) -> Iterator[Tensor]:
-        """Yield nothing, since the largest code makes equal weights exact."""
+        """Yield nothing: the largest code already represents a group of equal weights exactly."""
         yield from ()
 
     def nearest(self, x: Tensor, out: Tensor | None = None, offset: float = 0.0) -> Tensor:
@@ -292,7 +292,7 @@ class Levels:
         return _ranges(self.top, self.bits, least, like)
 
     def scales_of_even(self, group: Tensor) -> Iterator[Tensor]:
-        """Yield nothing, since the largest code makes equal weights exact."""
+        """Yield nothing: the largest code already represents a group of equal weights exactly."""
         yield from ()
 
     def nearest(self, x: Tensor, out: Tensor | None = None, offset: float = 0.0) -> Tensor:

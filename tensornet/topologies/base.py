@@ -139,8 +139,8 @@ class TopologyFamily(ABC):
 
     #: Name used in configurations and files.
     name: str
-    #: Whether `gauge_bonds` chooses a bond even if the order of rows that must be stored for it has more
-    #: elements than the identity block that is omitted.
+    #: Whether `gauge_bonds` may choose a bond although the stored order of rows takes more elements than the
+    #: omitted identity block saves.
     always_pivots: ClassVar[bool] = False
     #: Whether slicing the cores of an exact decomposition to smaller bonds gives a good approximation.
     nested: ClassVar[bool] = False

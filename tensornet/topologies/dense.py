@@ -59,9 +59,9 @@ def dense(*, out_features: int, in_features: int) -> Topology:
 #: Number of sweeps of coordinate descent after rounding, by number of bits. With few bits it helps most. Each
 #: sweep takes longer than rounding. A second one with 3 bits, or a third with 2, would lower the loss by 3 %.
 _SWEEPS = {3: 1, 2: 2}
-#: The same with a codebook, if there is no feedback between rows. A second sweep would lower the loss by 2 %,
-#: and take half as long as all else. After two-sided feedback, one would lower it by 4 %, and take twice as
-#: long as all else.
+#: Number of sweeps with a codebook, if there is no feedback between rows. A second sweep would lower the loss
+#: by 2 % and take half as long as the rest of the rounding. After two-sided feedback, one sweep would lower
+#: it by 4 % and take twice as long as the rest.
 _CODEBOOK_SWEEPS = 1
 
 
