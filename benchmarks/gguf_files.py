@@ -252,7 +252,7 @@ class Bench:
         config = tn.CompressionConfig(
             max_bytes=self.dense_file().stat().st_size, formats=self.given.formats, effort=self.given.effort
         )
-        plan = th.plan_folder(self.subject.folder, config, self.options).plan
+        plan = th.plan_folder(self.subject.folder, config, self.options)
         _, _, places = find_places(self.dense, self.subject.folder, [x.name for x in plan])
         for tensor, place in places.items():
             for layer in place.layers:
@@ -292,7 +292,7 @@ class Bench:
         config = tn.CompressionConfig(max_bytes=size, formats=self.given.formats, effort=self.given.effort)
         start = processor_seconds()
         done = th.compress_folder(self.subject.folder, file, config, self.options)
-        plan = done.report.plan
+        plan = done.plan
         facts = {
             "effort": self.given.effort,
             "formats": self.given.formats,

@@ -275,6 +275,25 @@ def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
     return import_module(module)
 
 
+# --- numbers in texts --------------------------------------------------------------------------------
+
+
+def compact_count(value: float) -> str:
+    """Format a number with three significant digits and a unit, k, M or B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{f'{value / size:#.3g}'.rstrip('.')}{unit}"
+    return f"{value:g}"
+
+
+def compact_bytes(value: float) -> str:
+    """Format a size in bytes with three significant digits; 1234567 becomes `1.23 MB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{f'{value / size:#.3g}'.rstrip('.')} {unit}"
+    return f"{value:g} B"
+
+
 # --- memory ------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModel, PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression.report import BIASES
+from tensornet.compression.coverage import BIASES
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.layer_kinds import ScaledEmbedding, embedding_scale
 from tensornet.nn.module import NetworkModule

@@ -20,6 +20,4 @@ def compress_files(
         and "calibration" not in options
     ):
         config = replace(config, objective="weight")
-    report = th.compress_folder(source, destination, config, th.CompressOptions(**options)).report
-    assert isinstance(report, tn.CompressionReport)
-    return report
+    return th.compress_folder(source, destination, config, th.CompressOptions(**options))

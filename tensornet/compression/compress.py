@@ -14,9 +14,10 @@ from tensornet.calibration.losses import RANDOM_LOSSES
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import run_once
 from tensornet.compression.config import CompressionConfig, check_config
+from tensornet.compression.coverage import measure_coverage
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.report import CompressionReport, measure_coverage, model_size
+from tensornet.compression.report import CompressionReport, model_size
 from tensornet.compression.road import Source, calibration_config, make_plan, run
 from tensornet.compression.sinks import ReplacedLayers
 from tensornet.compression.survey import Survey

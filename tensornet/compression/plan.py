@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from tensornet._util import check_number, check_size
+from tensornet._util import check_number, check_size, compact_bytes
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import EFFORTS, OBJECTIVES, ROUNDINGS, Effort
+from tensornet.compression.coverage import Coverage
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
 from tensornet.nn.storage import PLAIN, Storage
@@ -58,6 +59,8 @@ class LayerPlan:
         sample: four elements of the weight, from `weight_samples`, to recognize the model; if empty, the
             weight is not checked.
         target: export target in whose files the bytes are counted; None for files of this library.
+        shared_cores: names of cores that belong to another layer, such as the first expert of a mixture whose
+            experts share them; their sizes are counted there.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -78,6 +81,7 @@ class LayerPlan:
     dtype: torch.dtype = torch.float32
     sample: tuple[float, ...] = ()
     target: str | None = None
+    shared_cores: tuple[str, ...] = ()
 
     @property
     def params_before(self) -> int:
@@ -87,7 +91,10 @@ class LayerPlan:
     @property
     def params_after(self) -> int:
         """Planned number of stored values, with padding, scales, and row permutations of pivoted cores."""
-        return self.params_before if self.topology is None else self.storage.num_params(self.topology)
+        if self.topology is None:
+            return self.params_before
+        shared = (self.storage.core_size(self.topology, x, self.dtype)[0] for x in self.shared_cores)
+        return self.storage.num_params(self.topology) - sum(shared)
 
     @property
     def bytes_before(self) -> int:
@@ -101,7 +108,8 @@ class LayerPlan:
             return self.bytes_before
         if self.target is not None:  # plans for export targets have no networks
             return bytes_for(self.target, self.storage.number_format, self.shape, self.dtype)
-        return self.storage.num_bytes(self.topology, self.dtype)
+        shared = (self.storage.core_size(self.topology, x, self.dtype)[1] for x in self.shared_cores)
+        return self.storage.num_bytes(self.topology, self.dtype) - sum(shared)
 
     @property
     def bits_per_weight(self) -> float:
@@ -111,7 +119,8 @@ class LayerPlan:
     @property
     def scheme(self) -> str:
         """Number formats, topology family and bonds, or `"dense"`."""
-        return scheme_name(self.topology, self.storage)
+        shared = " shared" if self.shared_cores else ""
+        return f"{scheme_name(self.topology, self.storage)}{shared}"
 
     @property
     def has_large_error(self) -> bool:
@@ -147,6 +156,7 @@ class LayerPlan:
             "shape": list(self.shape),
             "topology": None if self.topology is None else self.topology.to_dict(),
             "sample": list(self.sample),
+            "shared_cores": list(self.shared_cores),
             "storage": self.storage.to_dict(),
             "curve": [list(point) for point in self.curve],
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -167,6 +177,7 @@ class LayerPlan:
             "shape": (data["shape"][0], data["shape"][1]),
             "topology": None if topology is None else Topology.from_dict(topology),
             "sample": tuple(data["sample"]),
+            "shared_cores": _names(data["shared_cores"]),
             "storage": Storage.from_dict(data["storage"]),
             "curve": tuple((int(size), loss) for size, loss in data["curve"]),
             "dtype": dtype,
@@ -210,6 +221,9 @@ class CompressionPlan:
             moments of the other experts of their layer.
         unfit: for each number format that does not fit some layers, because its groups do not divide their
             number of inputs, the names of these layers.
+        model_params_before, model_bytes_before: number of stored values of the whole model, and their bytes,
+            if the plan was made for a folder.
+        coverage: counts of the parameters that the plan covers and of those that it skips, likewise.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
@@ -233,6 +247,9 @@ class CompressionPlan:
     unfit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rounding: Rounding = "two_sided"
     effort: Effort = "thorough"
+    model_params_before: int | None = None
+    model_bytes_before: int | None = None
+    coverage: Coverage | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -289,6 +306,18 @@ class CompressionPlan:
     def bits_per_weight(self) -> float:
         """Planned number of bits per element of the targeted weights."""
         return 8 * self.bytes_after / self.params_before
+
+    @property
+    def model_params_after(self) -> int | None:
+        """Planned number of stored values of the whole model; None if the model's size is unknown."""
+        before = self.model_params_before
+        return None if before is None else before - self.params_before + self.params_after
+
+    @property
+    def model_bytes_after(self) -> int | None:
+        """Planned bytes of the whole model; None if the model's size is unknown."""
+        before = self.model_bytes_before
+        return None if before is None else before - self.bytes_before + self.bytes_after
 
     @property
     def predicted_loss_increase(self) -> float | None:
@@ -450,13 +479,24 @@ class CompressionPlan:
                 "the prediction is uncertain, and more often too low than too high: errors above "
                 f"{LARGE_ERROR:.0%} in {uncertain} of {len(self.layers)} layers"
             )
+        if self.model_bytes_before is not None:
+            lines.append(
+                f"whole model: {self.model_params_before:,} -> {self.model_params_after:,} parameters, "
+                f"{compact_bytes(self.model_bytes_before)} -> {compact_bytes(self.model_bytes_after or 0)}"
+            )
+        if self.coverage is not None:
+            lines.append(str(self.coverage))
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready dict."""
+        """Convert to a JSON-ready dict, which also has the predictions and the sizes of the whole model."""
         return {
             "version": PLAN_VERSION,
             **{field.name: getattr(self, field.name) for field in fields(self)},
+            **self.predictions(),
+            "model_params_after": self.model_params_after,
+            "model_bytes_after": self.model_bytes_after,
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
             "unseen": list(self.unseen),
             "unrouted": list(self.unrouted),
@@ -478,7 +518,7 @@ class CompressionPlan:
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             raise FormatError(
                 f"Not a compression plan of version {PLAN_VERSION}. Give a file of CompressionPlan.save, or "
-                "the output of `tensornet compress ... --dry-run --json`."
+                "the output of `tensornet plan --json`."
             )
         try:
             options = data["topology_options"]
@@ -486,6 +526,7 @@ class CompressionPlan:
                 raise TypeError(f"topology_options must be a mapping, got {options!r}")
             known = {field.name: data[field.name] for field in fields(cls)}
             known |= {
+                "coverage": None if data["coverage"] is None else Coverage.from_dict(data["coverage"]),
                 "unseen": _names(data["unseen"]),
                 "unrouted": _names(data["unrouted"]),
                 "unfit": {name: _names(layers) for name, layers in data["unfit"].items()},
@@ -517,7 +558,7 @@ class CompressionPlan:
         except (OSError, ValueError, RecursionError) as error:
             raise FormatError(
                 f"Cannot read a compression plan from {path}: {error}. Give a file of plan.save, or the "
-                "output of tensornet compress --dry-run --json."
+                "output of tensornet plan --json."
             ) from error
         return cls.from_dict(data)
 
@@ -566,6 +607,9 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
     _check_finite("damping", plan.damping, least=0)
     if plan.dense_loss is not None:
         _check_finite("dense_loss", plan.dense_loss)
+    for name in ("model_params_before", "model_bytes_before"):
+        if (size := getattr(plan, name)) is not None:
+            check_size(name, size)
     named = {"unseen": plan.unseen, "unrouted": plan.unrouted, **plan.unfit}
     for name, layers in named.items():
         if not isinstance(name, str) or any(not isinstance(layer, str) for layer in layers):
@@ -593,3 +637,5 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
         if layer.topology is not None:
             _check_topology(layer, layer.topology)
             layer.storage.num_params(layer.topology)
+            if unknown := sorted(set(layer.shared_cores) - set(layer.topology.core_names)):
+                raise ValueError(f"the topology {where} has no core {unknown[0]!r}")

@@ -1,116 +1,94 @@
-"""Report of a finished compression: sizes, errors, losses, and which parameters were compressed."""
+"""Report of a compression: sizes, errors, losses, where it was written, and comparisons with other models."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
+from tensornet._util import compact_bytes
+from tensornet.compression.coverage import Coverage
 from tensornet.compression.loss_increase import LossIncrease
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.plan import NO_CHOICE, CompressionPlan, LayerPlan
 from tensornet.nn.storage import PackedCore
-from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
-
-#: Key under which the biases of compressible layers are counted.
-BIASES = "biases"
-#: Largest number of types named in one line; further types are summed.
-_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Number of parameters that a plan covers, and of those that it does not; tied parameters count once.
-
-    Args:
-        total: number of elements of all parameters.
-        covered: number of elements of all planned matrices, including those that stay dense.
-        excluded: number of elements of matrices that the configuration excludes, by type of module.
-        unknown: number of elements of parameters that cannot be compressed, by type of module, with the
-            reason in brackets if the type is known.
-    """
-
-    total: int
-    covered: int
-    excluded: Mapping[str, int]
-    unknown: Mapping[str, int]
-
-    @property
-    def share(self) -> float:
-        """Covered parameters as a fraction of all parameters."""
-        return self.covered / self.total if self.total else 0.0
-
-    def __str__(self) -> str:
-        parts = [f"covers {self.share:.1%} of {compact_count(self.total)} parameters".replace("%", " %")]
-        for label, sizes in (("excluded", self.excluded), ("skipped", self.unknown)):
-            if sizes:
-                parts.append(f"{label}: {_listed(sizes)}")
-        return "; ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready dict."""
-        return asdict(self) | {"share": self.share}
-
-
-def measure_coverage(
-    targets: Iterable[Target], layers: Collection[str], *, unseen: Iterable[str] = ()
-) -> Coverage:
-    """Count the parameters of a dense model that a plan covers, and all others by type of module.
-
-    Args:
-        targets: every weight of the model, from `find_targets` or `list_weights`.
-        layers: names of the layers in the plan.
-        unseen: names of layers that never ran in calibration.
-    """
-    planned, never_ran = set(layers), set(unseen)
-    excluded: Counter[str] = Counter()
-    unknown: Counter[str] = Counter()
-    covered = 0
-    for target in targets:
-        size = target.weight.numel()
-        if not planned.isdisjoint(target.names):
-            covered += size
-        elif target.name in never_ran:
-            unknown[f"{target.type_name} ({UNSEEN})"] += size
-        elif target.by_choice or not target.skip:
-            excluded[target.type_name] += size
-        elif target.skip == BIAS:
-            unknown[BIASES] += size
-        else:
-            reason = "" if target.skip == UNKNOWN else f" ({target.skip})"
-            unknown[f"{target.type_name}{reason}"] += size
-    total = covered + excluded.total() + unknown.total()
-    return Coverage(total, covered, _by_size(excluded), _by_size(unknown))
-
-
-def compact_count(value: float) -> str:
-    """Format a number with three significant digits and a unit, k, M or B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{f'{value / size:#.3g}'.rstrip('.')}{unit}"
-    return f"{value:g}"
-
-
-def _by_size(sizes: Counter[str]) -> dict[str, int]:
-    return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _listed(sizes: Mapping[str, int]) -> str:
-    named = [f"{name} {compact_count(size)}" for name, size in list(sizes.items())[:_NAMED]]
-    if rest := sum(list(sizes.values())[_NAMED:]):
-        named.append(f"{len(sizes) - _NAMED} other types {compact_count(rest)}")
-    return ", ".join(named)
-
 
 #: Largest loss whose exponential does not overflow.
 _MOST = 700.0
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """Size and quality of a model in a comparison.
+
+    Args:
+        name: name in reports.
+        params: count of stored numbers of the whole model, scales included.
+        bytes: size of the weight files, or of the tensors if nothing was saved; None if unknown.
+        bits: bits per weight of the compressed layers, scales included; None if unknown.
+        scheme: short name of the number format or ranks.
+        quality: loss on a text, and loss increase over the first model; None if not measured.
+        predicted: predicted loss increase, or None.
+        sample: generated text, or None.
+    """
+
+    name: str
+    params: int
+    bytes: int | None = None
+    bits: float | None = None
+    scheme: str = ""
+    quality: LossIncrease | None = None
+    predicted: float | None = None
+    sample: str | None = None
+
+    @property
+    def measured(self) -> bool:
+        """True if the loss increase was measured, False if it is predicted or unknown."""
+        return self.quality is not None
+
+    @property
+    def loss_increase(self) -> float | None:
+        """Measured loss increase if there is one, otherwise the predicted loss increase, or None."""
+        return self.predicted if self.quality is None else self.quality.mean
+
+    @property
+    def perplexity(self) -> float | None:
+        """Exponential of the measured loss; None if no loss was measured."""
+        return None if self.quality is None else math.exp(min(self.quality.loss, _MOST))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict for JSON."""
+        quality = None
+        if self.quality is not None:
+            quality = {
+                "loss": self.quality.loss,
+                "perplexity": self.perplexity,
+                "loss_increase": self.quality.mean,
+                "stderr": self.quality.stderr,
+                "kl": self.quality.kl_mean,
+                "tokens": self.quality.tokens,
+                "source": self.quality.source,
+            }
+        return {
+            "name": self.name,
+            "scheme": self.scheme,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits,
+            "parameters": self.params,
+            "quality": quality,
+            "predicted_loss_increase": self.predicted,
+            "sample": self.sample,
+        }
+
+
+@dataclass(frozen=True)
 class CompressionReport:
-    """Result of `compress`; `str(report)` is the table of its plan with the certified errors.
+    """Result of `compress` and of `tensornet_hf.compress_folder`.
+
+    `print` shows the table of the plan with the certified errors; or, if the model was written to files, a
+    summary.
 
     Args:
         model_params_before, model_params_after: number of stored values of the whole model: elements of
@@ -125,6 +103,11 @@ class CompressionReport:
             experts, by name. The plan and its predictions do not include these parameters.
         measured_layers: loss increase measured before the parameters in `rounded` were rounded, to compare
             with the prediction of the plan; equal to `measured` if `rounded` is empty.
+        source, destination: what was read and written by `compress_folder`; None for a model in memory.
+        file_bytes_before, file_bytes_after: total size of the weight files in bytes, if files were written.
+        notes: lines about refitting, healing and the export.
+        models: facts about the original model, the compressed model and baselines of equal size, if a report
+            or a held-out text was requested.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -144,6 +127,12 @@ class CompressionReport:
     measured: LossIncrease | None = None
     rounded: Mapping[str, str] = field(default_factory=dict)
     measured_layers: LossIncrease | None = None
+    source: str | None = None
+    destination: str | None = None
+    file_bytes_before: int | None = None
+    file_bytes_after: int | None = None
+    notes: tuple[str, ...] = ()
+    models: tuple[ModelFacts, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -161,6 +150,36 @@ class CompressionReport:
         return self.plan.params_after / self.plan.params_before
 
     def __str__(self) -> str:
+        return self._table() if self.destination is None else self._summary()
+
+    def _summary(self) -> str:
+        plan = self.plan
+        dense = sum(layer.scheme == "dense" for layer in self.layers)
+        left = f" ({dense} of them stay dense)" if dense else ""
+        sizes = [compact_bytes(size or 0) for size in (self.file_bytes_before, self.file_bytes_after)]
+        lines = [
+            f"files       {' -> '.join(sizes)}",
+            f"layers      {len(self.layers)}{left}, {plan.bits_per_weight:.2f} bits a weight of these layers",
+            f"parameters  {self.model_params_before:,} -> {self.model_params_after:,}, scales included",
+            f"coverage    {str(self.coverage).removeprefix('covers ')}",
+        ]
+        if (predicted := plan.predicted_loss_increase) is not None:
+            kl = "" if plan.predicted_kl is None else f", KL {plan.predicted_kl:.4f}"
+            what = f"{predicted:.4f}{plan.predicted_change()}{kl}"
+            lines.append(f"predicted   loss increase {what} (on {plan.calibration})")
+        if plan.has_no_choice:
+            lines.append(f"note        {NO_CHOICE}")
+        if self.measured is not None:
+            lines.append(f"measured    loss increase {self.measured}")
+        for model in self.models:
+            if (found := model.quality) is not None:
+                divergence = "" if found.kl_mean is None else f", KL {found.kl_mean:.4f}"
+                more = f"loss increase {found.mean:+.4f}{divergence}, perplexity {model.perplexity:.4g}"
+                scheme = f"{model.scheme}, " if model.scheme else ""
+                lines.append(f"held out    {model.name} ({scheme}{model.bits:.2f} bits): {more}")
+        return "\n".join([*lines, f"seconds     {self.seconds:.1f}", f"written to  {self.destination}"])
+
+    def _table(self) -> str:
         lines = [str(self.plan)]
         found = self.measured
         if found is not None:
@@ -190,6 +209,8 @@ class CompressionReport:
         return {
             "layers": [layer.summary() for layer in self.layers],
             **{name: value for name, value in vars(self).items() if name != "plan"},
+            "notes": list(self.notes),
+            "models": [model.to_dict() for model in self.models],
             "byte_ratio": self.byte_ratio,
             "bits_per_weight": self.plan.bits_per_weight,
             "param_ratio": self.param_ratio,

@@ -243,7 +243,7 @@ def test_compress_rotates_first(source: Path, tmp_path: Path) -> None:
     config = tn.CompressionConfig(bits_per_weight=9, formats=("int8:g32",), objective="weight")
     rotate = th.CompressOptions(rotate=True)
     planned = th.plan_folder(source, config, rotate)
-    assert planned.sizes["model_params_before"] == th.rotate(th.load(source)).num_parameters()
+    assert planned.model_params_before == th.rotate(th.load(source)).num_parameters()
     for name, options in (("rotated", rotate), ("small", None)):
         th.compress_folder(source, tmp_path / name, config, options)
     wanted, small, rotated = (th.load(tmp_path / x) for x in ("dense", "small", "rotated"))

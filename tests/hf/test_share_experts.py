@@ -14,6 +14,8 @@ import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.compression.report import model_size
+from tensornet.errors import TargetError
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.targets import LayerSelection
 from tensornet_hf.cli.main import run
 from tensornet_moe.expert_compression import experts_per_token
@@ -105,6 +107,21 @@ def test_a_folder_stores_shared_cores_once(family: str, budget: dict[str, object
     assert run(["inspect", str(tmp_path / "small")]) == 0
     assert run(["decompress", str(tmp_path / "small"), str(tmp_path / "dense")]) == 0
     assert torch.allclose(logits(type(model).from_pretrained(tmp_path / "dense").eval()), want, atol=1e-4)
+
+
+def test_the_report_of_a_folder_counts_a_shared_core_once(tmp_path: Path) -> None:
+    planted("mixtral").save_pretrained(tmp_path / "dense")
+    options = th.CompressOptions(calibration=ProvidedData(BATCHES, "planted"), share_experts=True)
+    report = th.compress_folder(tmp_path / "dense", tmp_path / "small", CONFIG, options)
+    sharing = [x for x in report.layers if x.shared_cores]
+    assert sharing
+    cut = sum(x.bytes_before - x.bytes_after for x in report.layers)
+    assert report.model_bytes_before - report.model_bytes_after == cut
+    assert report.model_bytes_after == model_size(th.load(tmp_path / "small"))[1]
+    again = tn.CompressionPlan.from_dict(report.plan.to_dict())
+    assert again == report.plan
+    with pytest.raises(TargetError, match="share cores"):
+        tn.compress(th.load(tmp_path / "dense"), again, calibration=BATCHES, progress=False)
 
 
 def test_shared_cores_train_as_one() -> None:

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
+from tensornet.compression.report import ModelFacts
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import Budget, registered
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.evaluate import ModelFacts
 from tensornet_hf.report import Page, write_report
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tree_topology.py"

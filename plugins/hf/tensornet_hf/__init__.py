@@ -9,7 +9,7 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
 import tensornet_hf.extension  # noqa: F401  (registers itself)
 from tensornet_hf.checkpoint import decompress, load, save
-from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
+from tensornet_hf.compress import CompressOptions, compress_folder, plan_folder
 from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.target import export
 from tensornet_hf.quantizer import TensorNetworkConfig
@@ -24,7 +24,6 @@ from tensornet_hf.upcycling import UpcycleReport, upcycle
 __all__ = [
     "CompressOptions",
     "ExportReport",
-    "FolderReport",
     "GradientMaskCallback",
     "PretrainedSpecialists",
     "Recipe",

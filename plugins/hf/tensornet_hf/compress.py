@@ -26,9 +26,10 @@ from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
+from tensornet.compression.coverage import measure_coverage
 from tensornet.compression.loss_increase import light_copy
-from tensornet.compression.plan import NO_CHOICE, CompressionPlan
-from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
+from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.report import CompressionReport, ModelFacts, model_size
 from tensornet.compression.road import Source, calibration_config, make_plan, run
 from tensornet.compression.survey import Survey
 from tensornet.compression.surveying import survey_or_load, tensor_digest
@@ -39,7 +40,7 @@ from tensornet.healing import refine
 from tensornet.healing.heal import heal
 from tensornet.io import FLOATS, check_place, write_file
 from tensornet.nn.extension import ProvidedData
-from tensornet.nn.targets import find_targets
+from tensornet.nn.targets import Target, find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import (
     HUB,
@@ -54,13 +55,13 @@ from tensornet_hf.checkpoint import (
     weight_bytes,
 )
 from tensornet_hf.embedded import calibration_text
-from tensornet_hf.evaluate import ModelFacts, record_held_out
+from tensornet_hf.evaluate import record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
 from tensornet_hf.exporters.target import EXPORT_TARGETS, check_destination, export, find_target
 from tensornet_hf.file_sink import MAX_SHARD_BYTES, FileSink, PlannedModel
 from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_lazily, open_model, read_source
 from tensornet_hf.model_folder import lay_out_folder
-from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
+from tensornet_hf.report import Page, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import ROTATED, rotate, rotated_folder
 from tensornet_hf.staging import (
     SURVEYED,
@@ -74,6 +75,7 @@ from tensornet_hf.staging import (
 )
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
+from tensornet_moe.shared_low_rank import PATTERNS
 
 #: Files in a staging folder: the survey, the plan of a run without data, and the checkpoint of healing.
 SURVEY, PLAN, HEALING = "survey.safetensors", "plan.json", "healing.safetensors"
@@ -228,107 +230,12 @@ class CompressOptions:
         return " and ".join(embedded if x == DEFAULT else Path(x).name for x in self.texts)
 
 
-@dataclass(frozen=True)
-class PlannedFolder:
-    """Result of `plan_folder`.
-
-    Args:
-        plan: the plan; it can be edited, saved, and applied by `compress_folder`.
-        sizes: parameters and bytes of the whole model, before and after (`model_params_before`, ...).
-        coverage: counts of the parameters that the plan covers and of those that it skips.
-    """
-
-    plan: CompressionPlan
-    sizes: Mapping[str, int]
-    coverage: Coverage
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a dict for JSON, which `CompressionPlan.load` can read too."""
-        plan = {**self.plan.to_dict(), **self.plan.predictions()}
-        return {**plan, **self.sizes, "coverage": self.coverage.to_dict()}
-
-    def __str__(self) -> str:
-        params = [f"{self.sizes[f'model_params_{when}']:,}" for when in ("before", "after")]
-        sizes = [compact_bytes(self.sizes[f"model_bytes_{when}"]) for when in ("before", "after")]
-        whole = f"whole model: {' -> '.join(params)} parameters, {' -> '.join(sizes)}"
-        return f"{self.plan}\n{whole}\n{self.coverage}"
-
-
-@dataclass(frozen=True)
-class FolderReport:
-    """Result of `compress_folder`.
-
-    Args:
-        source, destination: the arguments of `compress_folder`.
-        report: report of the compression.
-        file_bytes_before, file_bytes_after: total size of the weight files in bytes.
-        notes: lines about refitting, healing and the export.
-        models: facts about the original model, the compressed model and baselines of equal size, if a report
-            or a held-out text was requested.
-
-    Example:
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> done = th.compress_folder(th.embedded.gpt2_path(), "small", config)
-        >>> print(str(done).splitlines()[-1])
-        written to  small
-    """
-
-    source: str
-    destination: str
-    report: CompressionReport | ExpertsReport
-    file_bytes_before: int
-    file_bytes_after: int
-    notes: tuple[str, ...] = ()
-    models: tuple[ModelFacts, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a dict for JSON."""
-        models = {"models": [model.to_dict() for model in self.models], "notes": list(self.notes)}
-        sizes = {"file_bytes_before": self.file_bytes_before, "file_bytes_after": self.file_bytes_after}
-        return {
-            "source": self.source,
-            "destination": self.destination,
-            **sizes,
-            **models,
-            **self.report.to_dict(),
-        }
-
-    def __str__(self) -> str:
-        sizes = f"{compact_bytes(self.file_bytes_before)} -> {compact_bytes(self.file_bytes_after)}"
-        if isinstance(self.report, ExpertsReport):
-            return f"{self.report}\nfiles       {sizes}\nwritten to  {self.destination}"
-        done, plan = self.report, self.report.plan
-        dense = sum(layer.scheme == "dense" for layer in done.layers)
-        left = f" ({dense} of them stay dense)" if dense else ""
-        lines = [
-            f"files       {sizes}",
-            f"layers      {len(done.layers)}{left}, {plan.bits_per_weight:.2f} bits a weight of these layers",
-            f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, scales included",
-            f"coverage    {str(done.coverage).removeprefix('covers ')}",
-        ]
-        if (predicted := plan.predicted_loss_increase) is not None:
-            kl = "" if plan.predicted_kl is None else f", KL {plan.predicted_kl:.4f}"
-            what = f"{predicted:.4f}{plan.predicted_change()}{kl}"
-            lines.append(f"predicted   loss increase {what} (on {plan.calibration})")
-        if plan.has_no_choice:
-            lines.append(f"note        {NO_CHOICE}")
-        if done.measured is not None:
-            lines.append(f"measured    loss increase {done.measured}")
-        for model in self.models:
-            if (found := model.quality) is not None:
-                divergence = "" if found.kl_mean is None else f", KL {found.kl_mean:.4f}"
-                more = f"loss increase {found.mean:+.4f}{divergence}, perplexity {model.perplexity:.4g}"
-                scheme = f"{model.scheme}, " if model.scheme else ""
-                lines.append(f"held out    {model.name} ({scheme}{model.bits:.2f} bits): {more}")
-        return "\n".join([*lines, f"seconds     {done.seconds:.1f}", f"written to  {self.destination}"])
-
-
 def compress_folder(
     source: str | Path,
     destination: str | Path,
     config: CompressionConfig | CompressionPlan,
     options: CompressOptions | None = None,
-) -> FolderReport:
+) -> CompressionReport:
     """Compress the model in a folder and save the result as another folder or a GGUF file.
 
     In an export, `max_bytes` limits the size of the written files, and only number formats of the target are
@@ -353,8 +260,10 @@ def compress_folder(
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
         >>> done = th.compress_folder(th.embedded.gpt2_path(), "small", config)
-        >>> round(done.report.param_ratio, 2), done.file_bytes_after < done.file_bytes_before
+        >>> round(done.param_ratio, 2), done.file_bytes_after < done.file_bytes_before
         (0.5, True)
+        >>> print(str(done).splitlines()[-1])
+        written to  small
     """
     options = options or CompressOptions()
     target = find_target(destination, options.export)
@@ -420,7 +329,7 @@ class _Job(NamedTuple):
         begin(work, marks, depends_on, resume=options.resume, reusable=reusable)
 
 
-def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderReport | None:
+def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> CompressionReport | None:
     """Compress block by block, in the memory of one block, into the files of the destination.
 
     Args:
@@ -540,10 +449,10 @@ def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> FolderRe
         measured_layers=done.measured,
     )
     before = weight_bytes(folder) if options.weights is None else weight_bytes(options.weights)
-    return FolderReport(str(folder), str(path), report, before, weight_bytes(path))
+    return replace(report, file_bytes_before=before, file_bytes_after=weight_bytes(path))
 
 
-def _compress_in_memory(job: _Job, work: Path) -> FolderReport:
+def _compress_in_memory(job: _Job, work: Path) -> CompressionReport:
     """Compress a model in memory, correct and compare it, and write it.
 
     Reports, held-out texts and training need the compressed model and the dense one.
@@ -569,11 +478,13 @@ def _compress_in_memory(job: _Job, work: Path) -> FolderReport:
 
     # Compress, refit and train.
     job.begin(work, file_marks(folder, options.weights), calibration)
-    done: CompressionReport | ExpertsReport
     survey = None
     if options.share_experts:
         assert isinstance(config, CompressionConfig)  # `_check_data` refuses plans with this option
-        done = compress_experts(model, config, calibration=calibration, progress=options.progress)
+        with unfused(model):
+            weights = list_weights(model)
+        shared = compress_experts(model, config, calibration=calibration, progress=options.progress)
+        done = _experts_report(shared, weights)
     else:
         if isinstance(config, CompressionConfig) and calibration is not None and config.reads_data:
             survey = survey_or_load(
@@ -611,7 +522,7 @@ def _compress_in_memory(job: _Job, work: Path) -> FolderReport:
     before = weight_bytes(folder) if options.weights is None else weight_bytes(options.weights)
     sizes = before, written
     models: list[ModelFacts] = []
-    if (options.report or held_out) and teacher is not None and isinstance(done, CompressionReport):
+    if (options.report or held_out) and teacher is not None:
         models, losses, prompt = compare_methods(
             teacher,
             stored,
@@ -628,7 +539,43 @@ def _compress_in_memory(job: _Job, work: Path) -> FolderReport:
             made = (("Command", options.command), ("Versions", versions()))
             title = f"{display_name(folder)}, compressed"
             write_report(Page(title, done, models, losses, made, notes, prompt), options.report)
-    return FolderReport(str(folder), str(path), done, *sizes, notes, tuple(models))
+    return replace(
+        done, file_bytes_before=before, file_bytes_after=written, notes=notes, models=tuple(models)
+    )
+
+
+def _experts_report(done: ExpertsReport, weights: Sequence[Target]) -> CompressionReport:
+    """Report on experts that share cores: each expert is a layer, and the first of a stack has its core."""
+    dtypes = {name: x.weight.dtype for x in weights for name in x.names}
+    layers = list(done.layers)
+    for stack in done.stacks:
+        core = PATTERNS[stack.pattern]
+        for number, (name, error) in enumerate(zip(stack.names, stack.errors, strict=True)):
+            layers.append(
+                LayerPlan(
+                    name=name,
+                    shape=stack.topology.shape,
+                    topology=stack.topology,
+                    bound_by="shared",
+                    error=error,
+                    storage=stack.storage,
+                    loss_increase=stack.loss_increase / len(stack.names),
+                    dtype=dtypes[name],
+                    shared_cores=(core,) if number else (),
+                )
+            )
+    plan = replace(done.plan, layers=tuple(layers))
+    return CompressionReport(
+        model_params_before=done.model_params_before,
+        model_params_after=done.model_params_after,
+        model_bytes_before=done.model_bytes_before,
+        model_bytes_after=done.model_bytes_after,
+        seconds=done.seconds,
+        plan=plan,
+        coverage=measure_coverage(weights, [x.name for x in layers], unseen=plan.unseen),
+        measured=done.measured,
+        measured_layers=done.measured,
+    )
 
 
 def for_target(
@@ -683,7 +630,7 @@ def for_target(
 
 def plan_folder(
     source: str | Path, config: CompressionConfig, options: CompressOptions | None = None
-) -> PlannedFolder:
+) -> CompressionPlan:
     """Plan the compression of the model in a folder, without writing files.
 
     With a calibration text, the weights of one block are in memory at a time.
@@ -693,14 +640,18 @@ def plan_folder(
         config: compression options.
         options: further options; those that need a compressed model are not allowed.
 
+    Returns:
+        The plan, with the sizes of the whole model; it can be edited, saved, and applied by
+        `compress_folder`.
+
     Raises:
         OptionError: an option needs a compressed model.
         FormatError, TargetError, BudgetError: see `compress_folder`.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> planned = th.plan_folder(th.embedded.gpt2_path(), config)
-        >>> planned.plan.save("plan.json")  # edit it, load it, and pass it to compress_folder
+        >>> plan = th.plan_folder(th.embedded.gpt2_path(), config)
+        >>> plan.save("plan.json")  # edit it, load it, and pass it to compress_folder
     """
     options = options or CompressOptions()
     needing = ("report", "held_out", "refine", "heal", "share_experts")
@@ -730,15 +681,9 @@ def plan_folder(
         )
     plan = planned.plan
 
-    # Compute sizes before and after compression, and the coverage.
     params, size = model_size(model)
-    sizes = {
-        "model_params_before": params,
-        "model_params_after": params - plan.params_before + plan.params_after,
-        "model_bytes_before": size,
-        "model_bytes_after": size - plan.bytes_before + plan.bytes_after,
-    }
-    return PlannedFolder(plan, sizes, measure_coverage(planned.weights, planned.names, unseen=plan.unseen))
+    coverage = measure_coverage(planned.weights, planned.names, unseen=plan.unseen)
+    return replace(plan, model_params_before=params, model_bytes_before=size, coverage=coverage)
 
 
 def open_source(folder: Path, options: CompressOptions, work: Path, *, runs: bool) -> Source:

@@ -17,7 +17,6 @@ from tensornet.calibration import label_losses
 from tensornet.calibration.batches import IGNORED, Batch
 from tensornet.calibration.losses import scores_next_token
 from tensornet.compression.loss_increase import (
-    LossIncrease,
     RecordedLosses,
     mean_and_error,
     record_losses,
@@ -38,70 +37,6 @@ from tensornet_hf.text import (
 HELD_OUT_TOKENS = 32_768
 #: Largest number of logits in a batch: 64 MB in float32.
 MOST_LOGITS = 16_000_000
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Size and quality of a model in a comparison.
-
-    Args:
-        name: name in reports.
-        params: count of stored numbers of the whole model, scales included.
-        bytes: size of the weight files, or of the tensors if nothing was saved; None if unknown.
-        bits: bits per weight of the compressed layers, scales included; None if unknown.
-        scheme: short name of the number format or ranks.
-        quality: loss on a text, and loss increase over the first model; None if not measured.
-        predicted: predicted loss increase, or None.
-        sample: generated text, or None.
-    """
-
-    name: str
-    params: int
-    bytes: int | None = None
-    bits: float | None = None
-    scheme: str = ""
-    quality: LossIncrease | None = None
-    predicted: float | None = None
-    sample: str | None = None
-
-    @property
-    def measured(self) -> bool:
-        """True if the loss increase was measured, False if it is predicted or unknown."""
-        return self.quality is not None
-
-    @property
-    def loss_increase(self) -> float | None:
-        """Measured loss increase if there is one, otherwise the predicted loss increase, or None."""
-        return self.predicted if self.quality is None else self.quality.mean
-
-    @property
-    def perplexity(self) -> float | None:
-        """Exponential of the measured loss; None if no loss was measured."""
-        return None if self.quality is None else math.exp(min(self.quality.loss, 700.0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a dict for JSON."""
-        quality = None
-        if self.quality is not None:
-            quality = {
-                "loss": self.quality.loss,
-                "perplexity": self.perplexity,
-                "loss_increase": self.quality.mean,
-                "stderr": self.quality.stderr,
-                "kl": self.quality.kl_mean,
-                "tokens": self.quality.tokens,
-                "source": self.quality.source,
-            }
-        return {
-            "name": self.name,
-            "scheme": self.scheme,
-            "bytes": self.bytes,
-            "bits_per_weight": self.bits,
-            "parameters": self.params,
-            "quality": quality,
-            "predicted_loss_increase": self.predicted,
-            "sample": self.sample,
-        }
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensornet.compression.plan import CompressionPlan, LayerPlan
-from tensornet_hf.evaluate import ModelFacts
+from tensornet.compression.report import ModelFacts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

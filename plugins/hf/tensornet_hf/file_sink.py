@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
+from tensornet._util import compact_bytes
 from tensornet.compression.apply import NewLayers, check_fits, set_submodule, with_cores
 from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import CompressionPlan
@@ -30,7 +31,6 @@ from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import INDEX
 from tensornet_hf.lazy_model import LazyModel
-from tensornet_hf.report import compact_bytes
 from tensornet_hf.staging import OUT
 
 #: Dtypes of tensors that are written, by their names in the headers of safetensors files.

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensornet._util import import_optional
+from tensornet._util import compact_bytes, import_optional
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded
 from tensornet.compression.allocate import Candidate, CostCurve, SurveyedLayer, spend_size
@@ -46,7 +46,6 @@ from tensornet_hf.exporters.base import refuse_mixtures
 from tensornet_hf.exporters.gguf import Place, empty_layout, find_places
 from tensornet_hf.exporters.gguf_converter import ConvertedTensor
 from tensornet_hf.imatrix import Importance, read_imatrix
-from tensornet_hf.report import compact_bytes
 
 #: Types of llama.cpp that recipes use, by increasing size.
 TYPES = (

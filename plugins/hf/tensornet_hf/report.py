@@ -19,16 +19,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet._util import require
+from tensornet._util import compact_bytes, compact_count, require
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import measure
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.report import CompressionReport, compact_count, model_size
+from tensornet.compression.report import CompressionReport, ModelFacts, model_size
 from tensornet.io import write_file
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import BITS
-from tensornet_hf.evaluate import ModelFacts, record_held_out
+from tensornet_hf.evaluate import record_held_out
 from tensornet_hf.figures import draw_report, layer_names
 from tensornet_hf.text import continue_text, load_tokenizer, text_config
 
@@ -308,14 +308,6 @@ def versions() -> str:
     names = ("tensornet-torch", "torch", "transformers", "safetensors")
     python = f"Python {platform.python_version()}"
     return ", ".join([*(f"{name} {version(name)}" for name in names), python, sys.platform])
-
-
-def compact_bytes(value: float) -> str:
-    """Format a size in bytes with three significant digits; 1234567 becomes `1.23 MB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{f'{value / size:#.3g}'.rstrip('.')} {unit}"
-    return f"{value:g} B"
 
 
 def display_name(source: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,18 +34,18 @@ def test_a_plan_is_what_is_applied(source: Path, tmp_path: Path) -> None:
     options = th.CompressOptions(report=tmp_path / "page.html", command="my script")
     done = th.compress_folder(source, tmp_path / "direct", HALF, options)
     assert "my script" in (tmp_path / "page.html").read_text()
-    again = th.compress_folder(source, tmp_path / "planned", planned.plan)
-    planned.plan.save(tmp_path / "plan.json")
+    again = th.compress_folder(source, tmp_path / "planned", planned)
+    planned.save(tmp_path / "plan.json")
     read = th.compress_folder(
         source,
         tmp_path / "read",
         tn.CompressionPlan.load(tmp_path / "plan.json"),
         th.CompressOptions(dtype="bfloat16"),
     )
-    assert done.report.model_params_after == planned.sizes["model_params_after"]
+    assert done.model_params_after == planned.model_params_after
     for name in ("direct", "planned"):
         model = th.load(tmp_path / name)
-        assert model.num_parameters() == done.report.model_params_after
+        assert model.num_parameters() == done.model_params_after
         torch.testing.assert_close(logits(model, GPT2), logits(th.load(tmp_path / "direct"), GPT2))
     assert th.load(tmp_path / "read").dtype == torch.bfloat16
     assert str(done).splitlines()[-1] == f"written to  {tmp_path / 'direct'}"
@@ -68,7 +69,7 @@ def test_a_classifier_has_no_perplexity() -> None:
     ids = torch.randint(1, 50, (8, 6))
     batches = [{"input_ids": ids, "labels": ids[:, 0] % 2}]
     report = tn.compress(model, tn.CompressionConfig(param_ratio=0.8), calibration=batches, progress=False)
-    told = th.FolderReport("a", "b", report, 1, 1)
+    told = replace(report, destination="small", file_bytes_before=1, file_bytes_after=1)
     assert "predicted   loss increase" in str(told)
     assert "perplexity" not in f"{told}{report}"
     assert report.plan.predicted_perplexity is None

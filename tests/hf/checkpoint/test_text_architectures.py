@@ -56,7 +56,7 @@ def test_compress_a_folder_by_text(
         with pytest.raises(TargetError, match=r"not text|on text alone"):
             th.compress_folder(*where, options)
         return
-    report = th.compress_folder(*where, options).report
+    report = th.compress_folder(*where, options)
     assert isinstance(report, tn.CompressionReport)
     assert 0 <= report.plan.predicted_loss_increase < 0.1
     if report.measured is not None:

@@ -271,9 +271,12 @@ def test_experts_share_cores(tensornet: Run) -> None:
         "*experts*",
         "--share-experts",
     )
-    status, out, err = tensornet(*how, "--calibration", "default", *FEW)
+    status, out, err = tensornet(*how, "--calibration", "default", *FEW, "--json")
     assert status == 0, err
-    assert "predicted loss increase" in out
+    report = json.loads(out)
+    assert report["predicted_loss_increase"] > 0
+    cut = sum(x["bytes_before"] - x["bytes_after"] for x in report["layers"])
+    assert report["model_bytes_before"] - report["model_bytes_after"] == cut
     load("small")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.compression import LossIncrease
-from tensornet_hf.evaluate import ModelFacts
+from tensornet.compression.report import ModelFacts
 from tensornet_hf.figures import grid_of, losses_figure
 from tensornet_hf.report import (
     Page,

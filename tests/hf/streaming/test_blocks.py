@@ -148,10 +148,10 @@ def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatc
     expected = tn.survey(model, data.batches, config, loss_fn=data.loss_fn, tokens=256).plan()
     monkeypatch.delattr("tensornet_hf.compress.load")
     planned = th.plan_folder(gpt2_path(), config, options)
-    assert [x.storage for x in planned.plan] == [x.storage for x in expected]
-    assert planned.plan.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase, rel=0.02)
+    assert [x.storage for x in planned] == [x.storage for x in expected]
+    assert planned.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase, rel=0.02)
     params, size = model_size(model)
-    assert (planned.sizes["model_params_before"], planned.sizes["model_bytes_before"]) == (params, size)
+    assert (planned.model_params_before, planned.model_bytes_before) == (params, size)
 
 
 def test_the_losses_of_the_rows_that_both_walks_read_are_compared(tmp_path: Path) -> None:
@@ -179,5 +179,5 @@ def test_random_losses_are_not_compared(tmp_path: Path) -> None:
     options = th.CompressOptions(calibration="default", calibration_tokens=512)
     config = tn.CompressionConfig(bits_per_weight=5)
     done = th.compress_folder(th.embedded.t5_path(), tmp_path / "small", config, options)
-    assert isinstance(done.report, tn.CompressionReport)
-    assert (done.report.measured, done.report.plan.of_tokens) == (None, True)
+    assert isinstance(done, tn.CompressionReport)
+    assert (done.measured, done.plan.of_tokens) == (None, True)

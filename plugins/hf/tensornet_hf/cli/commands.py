@@ -15,6 +15,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tensornet._util import compact_bytes
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
@@ -72,7 +73,7 @@ from tensornet_hf.exporters.target import export as export_model
 from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder, inspect_specialists
 from tensornet_hf.recipes import plan_recipe
-from tensornet_hf.report import compact_bytes, display_command
+from tensornet_hf.report import display_command
 from tensornet_hf.specialist_files import (
     DESCRIPTION,
     PretrainedSpecialists,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tensornet._util import compact_bytes
 from tensornet.errors import DestinationError, TargetError
 from tensornet.io import check_place
 from tensornet.network import TensorNetwork
@@ -16,7 +17,6 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, decode
 from tensornet.quantization import NumberFormat
 from tensornet_hf.quantizer import layer_descriptions
-from tensornet_hf.report import compact_bytes
 
 #: Suffix of files for llama.cpp.
 GGUF = ".gguf"
