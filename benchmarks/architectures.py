@@ -29,12 +29,11 @@ PAGE = ROOT / "docs" / "architectures.md"
 
 TABLES = ROOT / "benchmarks" / "records" / "architectures.md"
 
-HEADER = """# Architectures
-
-Is my architecture supported? For each class in the table, the tests run the [steps below](#the-steps) on a
-small model with random weights. This shows that the code of the class is handled correctly. It does not show
-how well a trained model can be compressed.
-"""
+HEADER = "# Architectures"
+METHOD = (
+    "For each class, the tests run the [steps below](#the-steps) on a small model with random weights. This "
+    "shows that the code of the class is handled correctly, not how well a trained model can be compressed."
+)
 COVERAGE = (
     'The numbers in brackets are percentages of the bytes that `target_modules="all"` covers. Most others '
     "are vectors: biases and norms. They are a large part only of models as small as these."
@@ -45,17 +44,17 @@ WRITTEN = (
 )
 #: Why the types of modules that hold most of the rest stay dense, by a pattern of their names.
 REASONS = {
-    "*PositionalEmbedding": "Computes its rows from a mask or a length. "
-    "At the default sizes of these classes, at most 1.3 % of the bytes.",
-    "*MambaMixer": "A_log is no factor of a product.",
-    "Conv?d (groups too small for low rank)": "Each group has too few inputs for a smaller network.",
-    "Linear (weight read outside of the layer)": "transformers uses the weight without calling the layer.",
-    "*QuantLinear": "Stores integers already.",
-    "QuantEmbedding": "Stores integers already.",
-    "Linear (tied to QuantEmbedding)": "Shares the weight of a table that stores integers.",
+    "*PositionalEmbedding": "Embeddings of positions compute their rows from a mask or a length. At the "
+    "default sizes of these classes, they are at most 1.3 % of the bytes.",
+    "*MambaMixer": "`A_log` is not a factor of a matrix product.",
+    "Conv?d (groups too small for low rank)": "A group of the convolution has too few inputs for a low rank.",
+    "Linear (weight read outside of the layer)": "transformers reads the weight without calling the layer.",
+    "*QuantLinear": "The layers already store integers.",
+    "QuantEmbedding": "The layers already store integers.",
+    "Linear (tied to QuantEmbedding)": "The head shares the weight of a table that stores integers.",
     "ParametrizationList": "A convolution computes its weight from other parameters in each pass.",
-    "XLNetRelativeAttention": "Its projections are bare parameters of three axes, used without a layer.",
-    "FunnelRelMultiheadAttention": "Its projections of positions are bare parameters, used without a layer.",
+    "XLNetRelativeAttention": "The projections of attention are bare parameters, used without a layer.",
+    "FunnelRelMultiheadAttention": "The projections of positions are bare parameters, used without a layer.",
 }
 #: Outcomes of a step, from worst to best.
 ORDER = ("fails", "refused", "transformers", "right")
@@ -66,9 +65,9 @@ def page(record: Mapping[str, Any]) -> str:
     counts = Counter(outcome(name) for name in PAGE_ARCHITECTURES)
     tried = len(PAGE_ARCHITECTURES) - counts["transformers"]
     summary = (
-        f"Of {tried} architectures, **{counts['right']} pass every step**. {counts['refused']} have a step "
-        f"that is refused, and {counts['fails']} have a step that fails. {counts['transformers']} more "
-        "architectures fail even without this library."
+        f"Of {tried} architectures of transformers, **{counts['right']} pass every step of our tests**. "
+        f"In {counts['refused']} a step is refused, and in {counts['fails']} a step fails. "
+        f"{counts['transformers']} more fail even without this library."
     )
     names = [
         {
@@ -82,10 +81,16 @@ def page(record: Mapping[str, Any]) -> str:
     )
     rows = [row(name, record[name]) for name in PAGE_ARCHITECTURES if outcome(name) != "right"]
     others = [{x: each[x] for x in ("architecture", "class", "result")} for each in rows]
-    low = [covered(name, record[name]) for name in PAGE_ARCHITECTURES if record[name].get("left")]
+    low = [name for name in PAGE_ARCHITECTURES if record[name].get("left")]
+    dense: dict[str, list[str]] = {}
+    for name in low:
+        for label in record[name]["left"]:
+            dense.setdefault(reason(label), []).append(name)
+    whys = [{"why": why, "architectures": ", ".join(dict.fromkeys(found))} for why, found in dense.items()]
     parts = [
         HEADER,
         summary,
+        METHOD,
         COVERAGE,
         table(names),
         "## The steps",
@@ -94,8 +99,8 @@ def page(record: Mapping[str, Any]) -> str:
         table(others),
         "## What stays dense",
         f"In {len(low)} of these models, less than 95 % of the bytes of matrices are in layers that can be "
-        "compressed. [The record](../benchmarks/records/architectures.md) gives all shares.",
-        table(low),
+        "compressed. [The record](../benchmarks/records/architectures.md) gives shares and types of modules.",
+        table(whys),
         "## Limits",
         "- Other classes may work too, since linear layers are found by their type. The report of a "
         "compression counts the parameters that stay dense.",
@@ -124,25 +129,16 @@ def percent(measured: Mapping[str, Any]) -> str:
     return "" if measured.get("all") is None else f"({100 * measured['all']:.0f})"
 
 
-def covered(name: str, measured: Mapping[str, Any]) -> dict[str, str]:
-    """Return the row of an architecture with large matrices that stay dense.
+def reason(label: str) -> str:
+    """Return why modules of a type stay dense.
 
     Raises:
-        KeyError: `REASONS` has no reason for a type of module.
+        KeyError: `REASONS` has no reason for this type.
     """
-    reasons = []
-    for label in measured["left"]:
-        pattern = next((x for x in REASONS if fnmatchcase(label, x)), None)
-        if pattern is None:
-            raise KeyError(f"Say in REASONS why {label!r} of {name} stays dense.")
-        reasons.append(REASONS[pattern])
-    return {
-        "architecture": name,
-        "bytes": share(measured["all"]),
-        "of matrices": share(measured["matrices"]),
-        "stays dense": ", ".join(measured["left"]),
-        "why": " ".join(dict.fromkeys(reasons)),
-    }
+    pattern = next((x for x in REASONS if fnmatchcase(label, x)), None)
+    if pattern is None:
+        raise KeyError(f"Say in REASONS why {label!r} stays dense.")
+    return REASONS[pattern]
 
 
 def outcome(name: str) -> str:
