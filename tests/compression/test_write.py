@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration.batches import as_batch, run_model
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import write
+from tensornet.compression import Survey, write
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.sensitivity import input_weighting
 from tensornet.compression.write import compress_blocks
@@ -46,12 +47,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], list[str]]
 }
 
 
-def case(name: str) -> tuple[nn.Module, list[Any], CompressionPlan]:
+@cache
+def surveyed(name: str) -> tuple[nn.Module, list[Any], Survey]:
+    """Do not change this model: it is that of all tests."""
     make, batch, _ = CASES[name]
-    torch.manual_seed(0)
-    model = make().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
     batches = [batch(seed) for seed in range(3)]
-    return model, batches, tn.survey(model, batches, CONFIG).plan()
+    return model, batches, tn.survey(model, batches, CONFIG)
+
+
+def case(name: str) -> tuple[nn.Module, list[Any], CompressionPlan]:
+    """A model of its own, batches, and a plan."""
+    model, batches, survey = surveyed(name)
+    return copy.deepcopy(model), batches, survey.plan()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -91,7 +101,9 @@ def true_moments(model: nn.Module, names: set[str], batches: list[Any]) -> dict[
     return {name: (x.T @ x / len(x)).float() for name, x in together.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in ("gpt2", "bert"))) for x in CASES]
+)
 def test_blocks_are_rounded_on_what_the_rounded_blocks_before_return(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +122,7 @@ def test_blocks_are_rounded_on_what_the_rounded_blocks_before_return(
     order, seen = [], set()
     for block, layers in compress_blocks(model, plan, batches):
         order.append(block)
-        replaced = copy.deepcopy(fresh(name))
+        replaced = copy.deepcopy(surveyed(name)[0])
         done = [layer for layer in plan if (layer.name, layer.topology, layer.storage) in cache]
         if done:
             tn.apply_plan(replaced, replace(plan, layers=tuple(done)), cache=copy.deepcopy(cache))
@@ -125,12 +137,7 @@ def test_blocks_are_rounded_on_what_the_rounded_blocks_before_return(
     assert order == CASES[name][2]
     assert {x for x, _, _ in cache} == {layer.name for layer in plan}
     assert seen
-    assert_untouched(model, weights(fresh(name)))
-
-
-def fresh(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return CASES[name][0]().eval()
+    assert_untouched(model, weights(surveyed(name)[0]))
 
 
 def test_the_inputs_are_not_those_of_the_dense_model() -> None:
@@ -339,7 +346,7 @@ def test_a_run_goes_on_at_the_first_block_that_was_not_written(lost: str | None)
 
 def test_compress_puts_these_layers_into_the_model() -> None:
     model, batches, plan = case("llama")
-    factors = tn.survey(model, batches, CONFIG).factors
+    factors = surveyed("llama")[2].factors
     blocks = compress_blocks(model, plan, batches, factors=factors)
     found = {x: new for _, layers in blocks for x, new in layers.items()}
     report = tn.compress(model, CONFIG, calibration=batches, progress=False)
@@ -360,7 +367,7 @@ def test_networks_are_fitted_to_the_gradients_too() -> None:
     dense = model.get_submodule(name).weight.detach().clone()
     losses = []
     for effort in (None, "thorough"):
-        survey = effort and tn.survey(model, batches, replace(CONFIG, effort=effort))
+        survey = effort and tn.survey(model, batches, replace(CONFIG, target_modules=name, effort=effort))
         blocks = compress_blocks(model, plan, batches, factors=survey and survey.factors)
         made = {x: new for _, layers in blocks for x, new in layers.items()}
         error = dense - made[name][0][0].to_matrix()
@@ -382,7 +389,7 @@ def test_a_thorough_plan_with_networks_goes_block_by_block() -> None:
 def test_a_finished_plan_without_its_survey_gets_the_same_layers() -> None:
     model, batches, plan = case("llama")
     found = []
-    for given in (None, tn.survey(model, batches, CONFIG)):
+    for given in (None, surveyed("llama")[2]):
         copied = copy.deepcopy(model)
         tn.compress(copied, plan, calibration=batches, survey=given, progress=False)
         found.append(copied)

@@ -12,21 +12,22 @@ from tensornet.topologies import topology_names
 STRATEGIES = ("factorized", "reconstruct", "auto")
 
 
-@pytest.mark.parametrize("index", [50, 53, 10**6, -1, -60])
 @pytest.mark.parametrize("family", topology_names())
-def test_indices_outside_the_table_are_refused(family: str, index: int) -> None:
+def test_indices_outside_the_table_are_refused(family: str) -> None:
     """As by nn.Embedding: digit by digit they would wrap around to rows of other tokens, or of padding."""
     layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16), topology=family, max_bond=3)
-    indices = torch.tensor([[3, index]])
-    with pytest.raises(IndexError, match=rf"index {index}.*49"):
-        layer(indices)
-    # where no number may be looked at, the core itself is asked for an element that it does not have
-    with pytest.raises(IndexError, match="out of bounds"):
-        torch.func.vmap(layer)(indices)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(indices % 50), layer(indices % 50))
-    with pytest.raises(IndexError, match="out of bounds"):
-        compiled(indices)
+    inside = torch.tensor([[3, 49]])
+    torch.testing.assert_close(compiled(inside), layer(inside))
+    for index in (50, 53, 10**6, -1, -60):
+        indices = torch.tensor([[3, index]])
+        with pytest.raises(IndexError, match=rf"index {index}.*49"):
+            layer(indices)
+        # A function transform and a compiled graph look at no number: the core itself is asked for an element
+        # that it does not have.
+        for run in (torch.func.vmap(layer), compiled):
+            with pytest.raises(IndexError, match="out of bounds"):
+                run(indices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])

@@ -60,6 +60,8 @@ def has_example(found: object) -> bool:
 
 #: Modules whose examples need the extra `gguf`; they run among all tests.
 NEEDS_GGUF = ("tensornet_hf.recipes",)
+#: Modules whose examples take seconds.
+SLOW = (*NEEDS_GGUF, "tensornet_hf.specializing")
 
 
 @pytest.fixture
@@ -78,7 +80,9 @@ def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_own_registries")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
-@pytest.mark.parametrize("name", sorted(modules()))
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in sorted(modules())]
+)
 def test_examples_of_a_module_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in NEEDS_GGUF:
         for package in ("gguf", "libgguf"):

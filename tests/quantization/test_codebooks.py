@@ -129,9 +129,8 @@ def test_correlated_elements(name: str) -> None:
     assert float(costs[0]) < 0.95 * float(costs[1])
 
 
-@pytest.mark.parametrize("name", FACTS)
-@pytest.mark.parametrize("seed", range(2))
-def test_feedback_run_by_run(name: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(FACTS)))
+def test_feedback_run_by_run(seed: int, name: str) -> None:
     """Every run is close to its target, which contains the errors of all previous runs."""
     number_format, book = NumberFormat.parse(name), CODEBOOKS[name]
     matrix, inputs = weight(5, 512, seed), moment(512, seed)
@@ -192,8 +191,7 @@ def one_after_another(
     return levels[down.argsort()][:, across.argsort()]
 
 
-@pytest.mark.parametrize("name", FACTS)
-@pytest.mark.parametrize("out", [5, 32, 40])
+@pytest.mark.parametrize(("name", "out"), [*((x, 5) for x in FACTS), ("iq3_s", 40), ("iq2_xxs", 40)])
 def test_two_sided_feedback(name: str, out: int) -> None:
     """Antidiagonals of tiles give the codes that one run after another gives."""
     number_format = NumberFormat.parse(name)

@@ -16,8 +16,8 @@ from tensornet.quantization.menus import MENUS, bytes_for
 from tensornet_hf.exporters.target import EXPORT_TARGETS
 
 
-def llama(hidden: int = 64, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def llama(hidden: int = 64) -> LlamaForCausalLM:
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96, hidden_size=hidden, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True
@@ -33,7 +33,7 @@ def stats_of(model: LlamaForCausalLM) -> tn.CalibrationStats:
 @pytest.mark.parametrize("target", EXPORT_TARGETS)
 def test_plan_takes_only_what_the_target_stores(target: str) -> None:
     model = llama()
-    config = tn.CompressionConfig(bits_per_weight=5, formats=target)
+    config = tn.CompressionConfig(bits_per_weight=5, formats=target, rounding="nearest")
     plan = survey_from_stats(model, config, stats_of(model)).plan()
     assert ("model.embed_tokens" in [layer.name for layer in plan]) == (target in ("gguf", "mlx"))
     for layer in plan:
@@ -46,9 +46,11 @@ def test_plan_takes_only_what_the_target_stores(target: str) -> None:
 def test_fused_layers_share_a_format_and_cost_no_less() -> None:
     model = llama()
     stats, size = stats_of(model), {"bits_per_weight": 4.6}
-    config = tn.CompressionConfig(formats="compressed-tensors", **size)  # type: ignore[arg-type]
+    config = tn.CompressionConfig(formats="compressed-tensors", rounding="nearest", **size)  # type: ignore[arg-type]
     names = MENUS["compressed-tensors"].formats
-    free = tn.CompressionConfig(formats=names, topology="low_rank", max_bond=1, **size)  # type: ignore[arg-type]
+    free = tn.CompressionConfig(  # type: ignore[arg-type]
+        formats=names, topology="low_rank", max_bond=1, rounding="nearest", **size
+    )
     plan, other = (survey_from_stats(model, x, stats).plan() for x in (config, free))
     formats = {layer.name: layer.storage.number_format for layer in plan}
     for block in ("model.layers.0", "model.layers.1"):

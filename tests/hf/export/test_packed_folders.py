@@ -276,10 +276,8 @@ def test_models_without_layers_to_pack_are_refused(target: str, tmp_path: Path) 
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["compressed-tensors", pytest.param("mlx", marks=pytest.mark.slow)])
 def test_a_saved_mixture_is_packed_like_the_original(target: str, tmp_path: Path) -> None:
-    if target == "mlx":
-        pytest.importorskip("mlx", reason="needs the extra `export`")
     model = MODELS["mixtral"]()
     th.save(model, tmp_path / "saved")
     expected = th.export(model, tmp_path / "out", target=target)
@@ -324,10 +322,11 @@ def test_transformers_needs_one_format_for_all_experts(formats: dict[str, str], 
 
 @pytest.mark.parametrize("target", REGISTERED)
 def test_plans_give_matrices_of_a_stack_one_format(target: str) -> None:
-    model = random(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)))
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    model = random(MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)))
     ids = torch.randint(48, (16, 32))
     batches = [{"input_ids": ids, "labels": ids}]
-    config = tn.CompressionConfig("all", bits_per_weight=5.5, formats=target)
+    config = tn.CompressionConfig("all", bits_per_weight=5.5, formats=target, rounding="nearest")
     plan = tn.survey(model, batches, config).plan()
     formats: dict[str, set[str]] = {}
     for layer in plan:
@@ -337,7 +336,7 @@ def test_plans_give_matrices_of_a_stack_one_format(target: str) -> None:
         )
     assert all(len(found) == 1 for found in formats.values())
     of_experts = [found for name, found in formats.items() if "experts" in name]
-    assert len(of_experts) == 4
+    assert len(of_experts) == 2
     if target == "compressed-tensors":
         assert len(set.union(*of_experts)) == 1
 

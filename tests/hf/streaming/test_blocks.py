@@ -26,9 +26,13 @@ from tensornet_hf.staging import StatesOnDisk, staging_folder
 from tensornet_hf.text import calibration_data
 
 CONFIG = tn.CompressionConfig(
-    bits_per_weight=4.5, formats="gguf", whole_model=False, exclude_modules="transformer.wpe"
+    bits_per_weight=4.8,
+    formats=("gguf", "int4:g32:float16", "int8:g32:float16"),
+    rounding="one_sided",
+    whole_model=False,
+    exclude_modules="transformer.wpe",
 )
-TOKENS = 1024
+TOKENS = 256
 
 
 @cache
@@ -141,7 +145,7 @@ def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
 
 def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     options = th.CompressOptions(calibration="default", calibration_tokens=256)
-    config = tn.CompressionConfig(byte_ratio=0.3)
+    config = tn.CompressionConfig(byte_ratio=0.3, formats=("int4", "int8"), rounding="nearest")
     model = th.load(gpt2_path())
     data = calibration_batches(model, gpt2_path(), config, options, options.text)
     assert data is not None
@@ -176,8 +180,9 @@ def test_the_losses_of_the_rows_that_both_walks_read_are_compared(tmp_path: Path
 
 def test_random_losses_are_not_compared(tmp_path: Path) -> None:
     """The losses of an encoder-decoder are those of labels that the model draws itself."""
-    options = th.CompressOptions(calibration="default", calibration_tokens=512)
-    config = tn.CompressionConfig(bits_per_weight=5)
+    (tmp_path / "pairs.txt").write_text("a question\tand its answer\n" * 64)
+    options = th.CompressOptions(calibration=str(tmp_path / "pairs.txt"), calibration_tokens=128)
+    config = tn.CompressionConfig(bits_per_weight=5, formats=("int4", "int8"), rounding="nearest")
     done = th.compress_folder(th.embedded.t5_path(), tmp_path / "small", config, options)
     assert isinstance(done, tn.CompressionReport)
     assert (done.measured, done.plan.of_tokens) == (None, True)

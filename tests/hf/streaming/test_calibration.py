@@ -114,8 +114,13 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     "options",
     [
         {"objective": "activation", "param_ratio": 0.6},
-        {"topology": "mpo", "max_bond": 4},
-        {"target_modules": "all", "topology": "low_rank", "byte_ratio": 0.5},
+        {"target_modules": "*.down_proj", "topology": "mpo", "max_bond": 4},
+        {
+            "target_modules": ["*embed_tokens", "*o_proj"],
+            "topology": "low_rank",
+            "byte_ratio": 0.5,
+            "whole_model": False,
+        },
         {"topology": mpo(out_dims=(6, 4), in_dims=(4, 6), max_bond=3), "target_modules": "*self_attn.q_proj"},
     ],
     ids=str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from tensornet_hf.file_sink import FileSink
 from tensornet_hf.staging import OUT, staging_folder
 from tensornet_hf.text import calibration_data
 
-TIED = tn.CompressionConfig(bits_per_weight=2.4, formats=("int2", "int4"), target_modules="all")
+TIED = tn.CompressionConfig(
+    bits_per_weight=2.4, formats=("int2", "int4"), target_modules="all", rounding="nearest"
+)
 
 
+@cache
 def text() -> ProvidedData:
     model = th.load(gpt2_path())
     data = calibration_data(model, gpt2_path(), calibration_text()[:60_000], tokens=1024)
@@ -79,7 +82,10 @@ def test_a_fresh_run_uses_nothing_of_an_interrupted_one(tmp_path: Path) -> None:
     """No layer of the first blocks is planned, so only hidden states are left of them."""
     source = llama(tmp_path / "dense")
     config = tn.CompressionConfig(
-        bits_per_weight=2.5, formats=("int2", "int4"), target_modules="*.layers.3.*"
+        bits_per_weight=2.5,
+        formats=("int2", "int4"),
+        target_modules="*.layers.3.*",
+        rounding="nearest",
     )
     run = partial(compress_files, source, config=config)
     interrupted_in("model.layers.3", lambda: run(tmp_path / "out", calibration=tokens(1)))
