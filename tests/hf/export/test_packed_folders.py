@@ -244,7 +244,7 @@ def test_mlx_stores_a_tied_matrix_once(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     th.save(mixed(), tmp_path / "small")
-    arguments = ["export", str(tmp_path / "small"), str(tmp_path / "out"), "--target", "compressed-tensors"]
+    arguments = ["export", str(tmp_path / "small"), str(tmp_path / "out"), "--to", "compressed-tensors"]
     assert run(arguments) == 0
     assert "13 tensors packed" in capsys.readouterr().out
     assert run([*arguments, "--force", "--json"]) == 0
