@@ -1,12 +1,8 @@
 """Candidates of every layer: networks and number formats, with their sizes and predicted loss increases.
 
-The first candidates are the dense matrix in each number format. With 4 or more bits the loss is predicted
-from the moments alone. With 2 and 3 bits, clamping and scales matter most. For one-sided rounding, a sample
-of rows is rounded. Otherwise, a part of the matrix is rounded, and the prediction is corrected by the
-measured loss of this part.
-
-With codebooks, a few rows are rounded. If there is no feedback between rows, coordinate descent then lowers
-the loss, by about the same share in all layers.
+The first candidates are the dense matrix in each number format. How its loss is predicted depends on the kind
+of format (see `format_losses`): for floats the matrix is rounded; for integers and levels of 4 or more bits
+the moments suffice; with fewer bits, and with a codebook, a sample of rows is rounded.
 
 The other candidates are the networks of each topology family (`TopologyFamily.ladder`) with each number
 format of their cores. Their bonds increase until a network is as large as the matrix in the same format.
@@ -14,7 +10,7 @@ Candidates above the lower convex hull of loss over size are dropped, since they
 """
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -36,7 +32,7 @@ from tensornet.nn.storage import PLAIN, Storage, decode, encode
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.menus import bytes_for
-from tensornet.quantization.predict import spaced_rows
+from tensornet.quantization.predict import range_losses, spaced_rows
 from tensornet.quantization.scales import scale_fault, storable_formats
 from tensornet.topologies import TopologyFamily, dense, topology_family
 from tensornet.topologies.base import RoundTrip
@@ -46,20 +42,11 @@ from tensornet.topology import Topology
 
 #: Smallest number of bits for which the loss of rounding is predicted without rounding anything.
 PREDICTED_BITS = 4
-#: Number of rows that are sampled to estimate the rounding residuals of all rows.
+#: Number of rows that are sampled to predict the residuals of all rows.
 PREDICTED_ROWS = 64
-#: The same for formats with a codebook, whose rows are rounded.
-CODEBOOK_ROWS = 32
-#: Loss after coordinate descent divided by the loss before, with a codebook and no feedback between rows. In
-#: five layers of SmolLM2 with five codebooks each, predictions are 0.92 to 1.04 times the losses of rounding,
-#: and with feedback between rows 0.90 to 1.02 times.
-_DESCENDED = 0.905
-#: To estimate losses of 2 and 3 bits, only a part of a matrix is rounded. These are the numbers of its rows
-#: and columns, and of the sweeps of coordinate descent. In integers, a whole matrix gets more sweeps, because
-#: each sweep lowers the loss of a small part by 2 to 3 % more than that of the whole matrix.
-SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
-#: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
-_LAYERS, _MOMENT_BYTES = 28, 1 << 28
+#: Number of rows that are rounded to predict the losses of fewer bits, and of formats with a codebook. Fewer
+#: would not suffice, since a few rows may have most of the loss.
+ROUNDED_ROWS = 128
 
 #: Cache for the sizes of networks. A ladder is a list of topologies of one family with increasing bonds. Each
 #: entry has the number of stored values and the number of bytes of every network of one ladder. Layers of
@@ -101,53 +88,27 @@ def find_candidates(
                     "stores. Add it, as in formats=('float', 'int8'), or leave out the layer "
                     f"(exclude_modules={target.name!r})."
                 )
-    few = few_bits(config.number_formats) if config.rounding != "one_sided" else []
     counts: Counts = {}
-    for some in _chunks(targets):
-        with remembering():  # layers with the same inputs share the factorized moment
-            rounding = config.rounding
-            known = [layer_sensitivity(x, objective, stats, config.damping, rounding) for x in some]
-        corrections: dict[int, Corrections] = {}
-        if few:
-            sensitive = {
-                k: x for k, x in enumerate(known) if x is not None and not some[k].matrix.is_complex()
-            }
-            found = losses_of_parts([(some[k].matrix, x) for k, x in sensitive.items()], few)
-            corrections = dict(zip(sensitive, found, strict=True))
-        # All number formats need the same decompositions of a layer, so decompositions are cached. Since they
-        # are large, a cache is cleared after the layers with the same input, which share a factorized moment.
-        inputs = [0 if x is None else id(x.weighting.columns) for x in known]
-        for _, places in groupby(range(len(some)), inputs.__getitem__):
-            with remembering():
-                run = [
-                    [_given(some[k], known[k], config)]
-                    if config.fixed
-                    else _insensitive(some[k].matrix, config)
-                    if (sensitivity := known[k]) is None
-                    else _of_layer(
-                        some[k], sensitivity, config, objective, counts, corrections.get(k), families
-                    )
-                    for k in places
-                ]
-            yield from run
 
+    def inputs(target: Target) -> int:
+        """Return a number that neighbouring layers have in common if they have the same inputs."""
+        moment = None if stats is None else stats.columns.get(target.name)
+        return id(target if moment is None else moment)
 
-def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into lists of at most `_LAYERS` layers, with at most `_MOMENT_BYTES` of moments each.
+    def of_target(target: Target) -> list[Candidate]:
+        seen = layer_sensitivity(target, objective, stats, config.damping, config.rounding)
+        if config.fixed:
+            return [_given(target, seen, config)]
+        if seen is None:
+            return _insensitive(target.matrix, config)
+        return _of_layer(target, seen, config, objective, counts, families)
 
-    A layer whose moments are larger is a list by itself.
-    """
-    some: list[Target] = []
-    size = 0
-    for target in targets:
-        moments = 8 * sum(x * x for x in target.matrix.shape)
-        if some and (len(some) >= _LAYERS or size + moments > _MOMENT_BYTES):
-            yield some
-            some, size = [], 0
-        some.append(target)
-        size += moments
-    if some:
-        yield some
+    # Layers with the same inputs share a factorized moment, and all number formats need the same
+    # decompositions of a layer. Both are cached, and since they are large, not for longer.
+    for _, some in groupby(targets, inputs):
+        with remembering():
+            found = [of_target(target) for target in some]
+        yield from found
 
 
 def _of_layer(
@@ -156,7 +117,6 @@ def _of_layer(
     config: CompressionConfig,
     objective: str,
     counts: Counts,
-    corrections: "Corrections | None",
     names: Sequence[str] | None,
 ) -> list[Candidate]:
     """Find all candidates of one layer, and drop those that are never the best choice.
@@ -176,11 +136,7 @@ def _of_layer(
             found += network_candidates(matrix, sensitivity, Storage(pivoted=pivoted), family, config, counts)
     else:
         formats = layer_formats([matrix], [sensitivity], config)
-        if formats != config.number_formats:
-            corrections = None  # the corrections were measured with other formats
-        found = dense_candidates(
-            matrix, sensitivity, formats, corrections, config.number_formats, config.menu
-        )
+        found = dense_candidates(matrix, sensitivity, formats, config.number_formats, config.menu)
         limited = config.rel_error is not None or config.param_ratio is not None
         rivals = [] if limited else found  # with these limits, larger networks may be better
         for family in families if objective != "weight" else []:
@@ -443,15 +399,10 @@ class FormatLosses(NamedTuple):
     error: float
 
 
-#: For each format of `few_bits`, the measured and the predicted losses of a part of a matrix.
-Corrections = Mapping[NumberFormat, tuple[FormatLosses, FormatLosses]]
-
-
 def dense_candidates(
     matrix: Tensor,
     sensitivity: Sensitivity,
     formats: Sequence[NumberFormat],
-    corrections: Corrections | None = None,
     names: Sequence[NumberFormat] | None = None,
     target: str | None = None,
 ) -> list[Candidate]:
@@ -461,12 +412,11 @@ def dense_candidates(
         matrix: the weight, shape `(out, in)`.
         sensitivity: sensitivity of the loss to errors of the weight.
         formats: number formats that this layer may have.
-        corrections: see `format_losses`.
         names: for each of `formats`, the format of the configuration that it replaces in this layer.
         target: export target in whose files the bytes are counted; None for files of this library.
     """
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
-    losses = format_losses(matrix, sensitivity, formats, corrections)
+    losses = format_losses(matrix, sensitivity, formats)
     found = []
     for number_format, asked, loss in zip(formats, names or formats, losses, strict=True):
         stays = number_format == NumberFormat()
@@ -488,47 +438,30 @@ def dense_candidates(
 
 
 def format_losses(
-    matrix: Tensor,
-    sensitivity: Sensitivity,
-    formats: Sequence[NumberFormat],
-    corrections: Corrections | None = None,
+    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
 ) -> list[FormatLosses]:
     """Predict the losses of a dense matrix in each number format, in the order of `formats`.
 
-    Predictions for 2 and 3 bits are corrected by the measured losses of a part of the matrix, except with
-    one-sided rounding. For floats, and for integers whose scales are out of range, the whole matrix is
-    rounded.
+    - Floats, and integers whose scales are out of range: the matrix is rounded.
+    - Integers and levels of at least `PREDICTED_BITS` bits: see `predict_losses`.
+    - Fewer bits, and formats with a codebook: some rows are rounded, since clamping, the search for scales
+      and coordinate descent decide the loss (see `_losses_of_rows`).
 
     Args:
         matrix: the weight, shape `(out, in)`.
         sensitivity: sensitivity of the loss to errors of the weight.
         formats: number formats.
-        corrections: losses of a part of the matrix, computed by `losses_of_parts` if absent; a single call of
-            that function for several matrices is faster.
     """
-    coarse = [x for x in formats if scale_fault(matrix, x, sensitivity.weighting)]
-    integers = [x for x in formats if x.is_integer and x not in coarse]
-    found = {}
+    integers = [x for x in formats if x.is_integer and not scale_fault(matrix, x, sensitivity.weighting)]
+    many = [x for x in integers if x.points.run == 1 and x.points.bits >= PREDICTED_BITS]
+    few = [x for x in integers if x not in many]
+    found = dict(zip(many, _predicted(matrix, sensitivity, many), strict=True))
+    found |= dict(zip(few, _losses_of_rows(matrix, sensitivity, few), strict=True))
     for number_format in (x for x in formats if x not in integers):
         topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
         storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
         stored = round_trip(network, storage, matrix.dtype, sensitivity.weighting, sensitivity.rounding)
         found[number_format] = _losses(matrix, stored.to_matrix(), sensitivity)
-    books = [x for x in integers if x.points.run > 1]
-    for some, count in (([x for x in integers if x not in books], PREDICTED_ROWS), (books, CODEBOOK_ROWS)):
-        predicted = _predicted(matrix, sensitivity, some, spaced_rows(matrix, count))
-        found |= dict(zip(some, predicted, strict=True))
-    few = few_bits(integers)
-    if few and sensitivity.rounding != "one_sided":
-        known = corrections or losses_of_parts([(matrix, sensitivity)], few)[0]
-        for x in few:
-            if x in known:
-                values = zip(found[x], *known[x], strict=True)
-                found[x] = FormatLosses(*(a * real / told if told > 0 else real for a, real, told in values))
-    if sensitivity.rounding == "two_sided" and not sensitivity.weighting.full:
-        for x in books:
-            cost, predicted_loss, relative = found[x]
-            found[x] = FormatLosses(_DESCENDED * cost, _DESCENDED * predicted_loss, relative)
     return [found[x] for x in formats]
 
 
@@ -568,90 +501,6 @@ def format_fits(number_format: NumberFormat, matrix: Tensor, config: Compression
     return not matrix.is_complex() and fits(matrix.shape[1])
 
 
-def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
-    """List the integer formats with fewer than 4 bits but without a codebook; see `losses_of_parts`."""
-    return [x for x in formats if x.is_integer and x.points.run == 1 and x.points.bits < PREDICTED_BITS]
-
-
-def part_of(
-    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
-) -> tuple[Tensor, Sensitivity]:
-    """Select the part of a matrix that is rounded to measure losses: some rows, and some groups of columns.
-
-    Returns:
-        The part, and the sensitivity of the loss to errors in this part.
-    """
-    rows = spaced_rows(matrix, SAMPLED_ROWS)
-    if rows is None:
-        rows = torch.arange(len(matrix), device=matrix.device)
-    size = matrix.shape[1]
-    width = max(x.span or size for x in formats)
-    columns, count = torch.arange(size, device=matrix.device), max(1, SAMPLED_COLUMNS // width)
-    if -(-size // width) > count:
-        kept = torch.linspace(0, size // width - 1, count).long().tolist()
-        columns = torch.cat([columns[k * width : (k + 1) * width] for k in dict.fromkeys(kept)])
-
-    def some(moment: Tensor | None, places: Tensor) -> Tensor | None:
-        if moment is None:
-            return None
-        return moment[places] if moment.ndim == 1 else moment[places][:, places]
-
-    weighting, forecast = (
-        Weighting(some(x.rows, rows), some(x.columns, columns))
-        for x in (sensitivity.weighting, sensitivity.forecast)
-    )
-    return matrix[rows][:, columns], Sensitivity(weighting, forecast, sensitivity.rounding)
-
-
-@torch.no_grad()
-def losses_of_parts(
-    layers: Sequence[tuple[Tensor, Sensitivity]], formats: Sequence[NumberFormat]
-) -> list[Corrections]:
-    """Measure the losses of a part of each matrix when it is rounded to 2 and 3 bits, and predict them too.
-
-    Parts of equal shape are stacked and rounded together, since the overhead of many small calls would be
-    larger than the arithmetic. Formats that do not fit a matrix are skipped.
-
-    Args:
-        layers: pairs of a weight and the sensitivity of the loss to its errors.
-        formats: the result of `few_bits`.
-
-    Returns:
-        Measured and predicted losses of the part of each matrix, by format.
-    """
-    fitting = [[x for x in formats if x.fits(matrix.shape[1])] for matrix, _ in layers]
-    parts = {k: part_of(*layers[k], some) for k, some in enumerate(fitting) if some}
-    groups: dict[Hashable, list[int]] = {}
-    for k, (part, seen) in parts.items():
-        kind = (*fitting[k], part.shape, part.dtype, part.device, part.shape == layers[k][0].shape)
-        groups.setdefault(kind if seen.weighting.full else k, []).append(k)
-    found: list[Corrections] = [{} for _ in layers]
-    for places in groups.values():
-        some = [parts[k] for k in places]
-        weights, seen = some[0]
-        weighting = seen.weighting
-        if len(some) > 1:
-            weights = torch.stack([part for part, _ in some])
-            rows, columns = (
-                torch.stack([m for _, each in some if (m := getattr(each.weighting, side)) is not None])
-                for side in ("rows", "columns")
-            )
-            weighting = Weighting(rows, columns)
-        sweeps = None if some[0][0].shape == layers[places[0]][0].shape else _SWEEPS
-        measured: list[dict[NumberFormat, FormatLosses]] = [{} for _ in places]
-        with remembering():  # moments are factorized once for all formats
-            for number_format in fitting[places[0]]:
-                made = round_dense(weights, number_format, weighting, sweeps, seen.rounding)
-                kept = made.dequantize(weights.dtype)
-                matrices = kept.view(-1, *kept.shape[-2:])
-                for losses, (part, each), matrix in zip(measured, some, matrices, strict=True):
-                    losses[number_format] = _losses(part, matrix, each)
-        for k, (part, each), known in zip(places, some, measured, strict=True):
-            told = zip(known, _predicted(part, each, list(known)), strict=True)
-            found[k] = {x: (known[x], losses) for x, losses in told}
-    return found
-
-
 def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLosses:
     """Compute the losses and the relative error that result if the matrix `kept` replaces `matrix`."""
     error = matrix - kept
@@ -662,18 +511,67 @@ def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLos
     )
 
 
+@torch.no_grad()
+def _losses_of_rows(
+    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
+) -> list[FormatLosses]:
+    """Round a sample of rows to each format, as all rows would be rounded, and estimate the losses of all.
+
+    The losses of rows are assumed to be in proportion to `range_losses`. If the matrix has no more rows than
+    the sample, its losses are exact.
+    """
+    rows = spaced_rows(matrix, ROUNDED_ROWS)
+    if rows is None:
+        part, seen = matrix, sensitivity
+    else:
+        part = matrix[rows]
+        weighting, forecast = (_of_rows(x, rows) for x in (sensitivity.weighting, sensitivity.forecast))
+        seen = Sensitivity(weighting, forecast, sensitivity.rounding)
+    found = []
+    for number_format in formats:
+        made = round_dense(part, number_format, seen.weighting, rounding=seen.rounding)
+        losses = _losses(part, made.dequantize(part.dtype), seen)
+        if rows is not None:
+            every, some = (
+                range_losses(
+                    each,
+                    number_format,
+                    [known.weighting, known.forecast, Weighting()],
+                    DENSE_ROW_DAMPING,
+                    known.rounding,
+                )
+                for each, known in ((matrix, sensitivity), (part, seen))
+            )
+            cost, predicted, plain = torch.where(some > 0, every / some, 0.0).tolist()
+            size = plain * _energy(part) / _energy(matrix)
+            losses = FormatLosses(
+                cost * losses.cost, predicted * losses.predicted_loss, losses.error * size**0.5
+            )
+        found.append(losses)
+    return found
+
+
+def _energy(matrix: Tensor) -> float:
+    return max(sum(float(energy(rows)) for rows in matrix.split(_ROWS)), 1e-300)
+
+
+def _of_rows(weighting: Weighting, rows: Tensor) -> Weighting:
+    """Return the weighting of some rows of a matrix."""
+    moment = weighting.rows
+    if moment is not None:
+        moment = moment[rows] if moment.ndim == 1 else moment[rows][:, rows]
+    return Weighting(moment, weighting.columns)
+
+
 def _predicted(
-    matrix: Tensor,
-    sensitivity: Sensitivity,
-    formats: Sequence[NumberFormat],
-    sample: Tensor | None = None,
+    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
 ) -> list[FormatLosses]:
     """Predict the losses and errors of a matrix in integer formats, without rounding it."""
     known = sensitivity.weighting  # the moments that rounding uses
     if sensitivity.rounding != "two_sided":
         known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
     weightings = [known, sensitivity.weighting, sensitivity.forecast, Weighting()]
-    norm = max(sum(float(energy(rows)) for rows in matrix.split(_ROWS)), 1e-300)
+    norm = _energy(matrix)
     found = predict_losses(
         matrix,
         formats,
@@ -681,7 +579,7 @@ def _predicted(
         row_damping=DENSE_ROW_DAMPING,
         column_damping=DENSE_COLUMN_DAMPING if sensitivity.rounding == "one_sided" else COLUMN_DAMPING,
         rounding=sensitivity.rounding,
-        sample=sample,
+        sample=spaced_rows(matrix, PREDICTED_ROWS),
     )
     return [
         FormatLosses(cost, predicted, (2 * plain / norm) ** 0.5)

@@ -67,26 +67,12 @@ def layer_sensitivity(
         return None
     if objective != "curvature":
         return Sensitivity(weighting, weighting, rounding)
-    if len(target.names) == 1 and target.kinds[0].name != "embedding":
-        assert weighting.rows is not None
-        further = replace(weighting, rows=_damped_further(weighting.rows, damping))
-        return Sensitivity(weighting, further, rounding)
     forecast = forecast_weighting(target, stats, damping)
     assert forecast is not None
     known, same = weighting.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
         forecast = replace(forecast, columns=known)  # later code recognizes equal moments by identity
     return Sensitivity(weighting, forecast, rounding)
-
-
-def _damped_further(moment: Tensor, damping: float) -> Tensor:
-    """Damp an already damped gradient moment further, to the gradient moment of `forecast_weighting`."""
-    least, most = max(damping, LEAST_DAMPING), max(damping, FORECAST_ROW_DAMPING)
-    further = moment / (1 + most)
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    own = further if moment.ndim == 1 else further.diagonal()
-    own += (most - least) / ((1 + most) * (1 + least)) * diagonal.mean()
-    return further
 
 
 def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:

@@ -5,9 +5,6 @@ a rounding interval. But feedback moves some elements out of the range of the gr
 4 bits this increases the loss by a fifth. And scales are searched for which many elements are close to the
 grid. So each squared residual is averaged over the feedback that the element may get. Sums over all rows are
 estimated from a sample of rows.
-
-With one-sided feedback the rows are independent. So with 2 and 3 bits, where predictions are least accurate,
-the sampled rows are rounded. With a codebook too, and there the losses of the sampled rows are exact.
 """
 
 from collections.abc import Sequence
@@ -19,9 +16,10 @@ from torch import Tensor
 
 from tensornet._util import outside_autocast, remembered
 from tensornet.damping import COLUMN_DAMPING, LEAST_DAMPING
+from tensornet.errors import FormatError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
-from tensornet.quantization.feedback import Grid, round_with_feedback
+from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import (
     Moment,
@@ -29,16 +27,12 @@ from tensornet.quantization.moments import (
     rounding_dtype,
 )
 from tensornet.quantization.rounding import Rounding, fed_back, importance, possible_roundings
-from tensornet.quantization.scales import group_ranges, refits_final_scales, search_scales
+from tensornet.quantization.scales import group_ranges, search_scales
 
 #: Number of quadrature nodes for the feedback to an element.
 _NODES = 9
 #: Up to this number of bits, less feedback may give a smaller loss, since fewer elements are clamped.
 _CLAMPED_BITS = 4
-#: Up to this number of bits, one-sided feedback is predicted by rounding the sampled rows.
-_ROUNDED_BITS = 3
-#: With a codebook, the loss after the final scales are refitted, divided by the loss before.
-_REFITTED = 0.935
 #: Number of rows of a factor that are sampled to predict its residuals.
 SAMPLED_ROWS = 128
 
@@ -62,7 +56,7 @@ def predict_losses(
 
     Args:
         weight: matrix, shape `(out, in)`.
-        number_formats: integer formats or their names.
+        number_formats: integer formats without a codebook, or their names.
         weightings: weightings of the loss. From one weighting to the next, the off-diagonal elements of the
             row moment should change only by a common factor; likewise for the column moment.
         row_damping, column_damping: damping of the moments for rounding, as in `round_weight`; losses are
@@ -74,7 +68,8 @@ def predict_losses(
         Predicted loss increases, shape `(formats, weightings)`.
 
     Raises:
-        FormatError, NonFiniteError, ShapeError: see `round_weight`.
+        FormatError: a format has a codebook; or see `round_weight`.
+        NonFiniteError, ShapeError: see `round_weight`.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -87,6 +82,11 @@ def predict_losses(
     for number_format in formats:
         number_format.check_real(weight)
         number_format.groups(weight.shape[1])  # raise an error if rows of this length cannot be stored
+        if number_format.points.run > 1:
+            raise FormatError(
+                f"Losses of {number_format.name!r} cannot be predicted from moments, since its codebook "
+                "chooses several codes together; round some rows with round_weight."
+            )
     check_finite(weight, "The weight")
     if not formats:
         return torch.zeros(0, len(weightings), dtype=torch.float64, device=weight.device)
@@ -99,10 +99,6 @@ def predict_losses(
     ways = possible_roundings(rounding, rows, columns, work.shape[1])
     losses = []
     for number_format in formats:
-        if number_format.points.run > 1:
-            seen = columns, row_damping, rounding, sample
-            losses.append(_losses_of_rows(work, part, number_format, weightings, rows, *seen))
-            continue
         # 2. Predict the residuals for each rounding method that may be the best.
         scales, minima = search_scales(part, number_format, importance(columns, ways[-1]))
         ratios = None if minima is None else number_format.ratios(scales, minima)
@@ -128,59 +124,50 @@ def predict_losses(
     return torch.stack(losses)
 
 
-def _losses_of_rows(
-    work: Tensor,
-    part: Tensor,
+@torch.no_grad()
+def range_losses(
+    weight: Tensor,
     number_format: NumberFormat,
     weightings: Sequence[Weighting],
-    rows: Moment | None,
-    columns: Moment | None,
     row_damping: float,
     rounding: Rounding,
-    sample: Tensor | None,
 ) -> Tensor:
-    """Round a sample of rows with a codebook, and estimate the loss of all rows under every weighting.
+    """Compute the losses of a matrix whose residuals are as large as the ranges of their groups.
 
-    The squared errors of a row are assumed to be in proportion to the squared ranges of its groups. Without
-    feedback between rows their errors are independent; with it, their residuals are.
+    The losses of matrices with similar rows are in proportion to these. If rounding has feedback between
+    rows, this holds for their residuals, and otherwise for their errors.
 
     Args:
-        work: matrix, shape `(1, out, in)`.
-        part: its sampled rows in the dtype of computations, shape `(1, sampled, in)`.
-        number_format: format with a codebook.
-        rows, columns: damped moments of the gradients and of the inputs.
-        weightings, row_damping, rounding, sample: see `predict_losses`.
+        weight: matrix, shape `(out, in)`.
+        number_format: integer format.
+        weightings: weightings of the loss. Rounding uses the first.
+        row_damping: damping of the gradient moment for rounding.
+        rounding: rounding method (see `round_weight`).
 
     Returns:
         Losses, shape `(weightings,)`.
     """
-    out, size = work.shape[1:]
-    sample = torch.arange(work.shape[1], device=work.device) if sample is None else sample
-    fed = None if columns is None else columns.in_runs(number_format.points.run)
-    way = possible_roundings(rounding, None, fed, out)[-1]
-    scales, _ = search_scales(part, number_format, importance(fed, way))
-    codes, _ = round_with_feedback(part, scales, None, number_format, *fed_back(way, None, fed))
-    # In the precision of the moments, of which no copy is then needed.
-    error = (part - codes * number_format.spread(scales.to(part.dtype), size))[0].double()
-    ranges = group_ranges(work, number_format.group, False)[0].to(part).square()
-    two_sided = possible_roundings(rounding, rows, fed, out)[-1] == "two_sided"
-    of_residuals = _residual_weights(rows, True, part, work.shape[1]) if two_sided else None
-    found: list[Tensor] = []
-    losses: dict[int, Tensor] = {}  # by moment of the inputs, which most weightings share
+    size, chosen = weight.shape[1], weightings[0]
+    ranges = group_ranges(weight[None], number_format.group, number_format.minima is not None)[0]
+    ranges = ranges.to(rounding_dtype(weight, chosen.rows, chosen.columns)).square()
+    residuals = None
+    if rounding == "two_sided" and chosen.full:
+        moment = damped_moment(chosen.rows, len(weight), (), row_damping, ranges, "rows")
+        residuals = _residual_weights(moment, moment is not None, ranges, len(weight))
+    found = []
     for each in weightings:
-        if id(each.columns) not in losses:
-            losses[id(each.columns)] = (times(each.columns, error.mT).mT * error).sum(1)
-        own = losses[id(each.columns)]
-        moment = ranges.new_ones(size) if each.columns is None else each.columns
-        diagonal = (moment if moment.ndim == 1 else moment.diagonal()).to(ranges)
-        known = (ranges @ number_format.grouped(diagonal).sum(-1)).double()
-        of_rows = each.rows if each.rows is None or each.rows.ndim == 1 else each.rows.diagonal()
-        if of_residuals is not None:
-            of_rows = unit_losses(of_residuals, weightings[0].rows, each.rows, row_damping)[0]
-        if of_rows is not None:
-            own, known = own * of_rows.to(known)[sample], known * of_rows.to(known)
-        found.append(0.5 * known.sum() * _ratio(own[None], known[None, sample])[0])
-    return torch.stack(found) * (_REFITTED if refits_final_scales(number_format) else 1.0)
+        columns = ranges.new_ones(size) if each.columns is None else _diagonal(each.columns).to(ranges)
+        of_rows = (ranges @ number_format.grouped(columns).sum(-1)).double()
+        if residuals is not None:
+            of_rows = of_rows * unit_losses(residuals, chosen.rows, each.rows, row_damping)[0]
+        elif each.rows is not None:
+            of_rows = of_rows * _diagonal(each.rows).to(of_rows)
+        found.append(0.5 * of_rows.sum())
+    return torch.stack(found)
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment if moment.ndim == 1 else moment.diagonal()
 
 
 @torch.no_grad()
@@ -359,14 +346,8 @@ def expect(
         _residual_weights(moment, moment is not None and moment is fed, part, n)
         for moment, fed, n in zip((rows, columns), along, weight.shape[1:], strict=True)
     )
-    fed = along[1]
     if way == "nearest":
         square = (part - grid.values(grid.codes(part))).square_()
-    elif along[0] is None and fed is not None and number_format.points.bits <= _ROUNDED_BITS:
-        codes, _ = round_with_feedback(part, scales, zeros, number_format, None, fed)
-        error = (part - grid.values(codes)).gather(2, fed.order[:, None].expand(part.shape))
-        residual = torch.baddbmm(error, error, fed.feedback[0].expand(len(part), -1, -1))
-        square = residual.square_().gather(2, fed.order.argsort(1)[:, None].expand(part.shape))
     else:
         growth = by_row[1] if sample is None else by_row[1][:, sample]
         spread = growth[:, :, None] * by_column[1][:, None, :] - 1
