@@ -39,7 +39,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,9 +307,13 @@ class Bench:
         file = self.file(f"recipe {name}")
         if self.row(file) is not None:
             return
-        options = replace(self.options, survey=self.work / "recipe.survey", export=None)
-        config = tn.CompressionConfig(max_bytes=size)
-        recipe = th.plan_recipe(self.subject.folder, config, options, imatrix=self.importance())
+        recipe = th.plan_recipe(
+            self.subject.folder,
+            max_bytes=size,
+            calibration=self.options.calibration,
+            imatrix=self.importance(),
+            survey=self.work / "recipe.survey",
+        )
         recipe.save(file.with_suffix(".txt"))
         words = shlex.split(recipe.command(str(file.with_suffix(".txt")), str(self.importance())))
         *words, dense, _, kind = words

@@ -78,7 +78,7 @@ def find_candidates(
     if config.formats and not config.number_formats:
         raise FormatError(
             f"The menu {config.formats!r} has no number formats: the program of this target rounds weights "
-            "itself. Write a recipe for it (tensornet plan --recipe), or choose another menu."
+            "itself. Write a recipe for it (tensornet recipe), or choose another menu."
         )
     if config.formats and NumberFormat() not in config.number_formats:
         for target in targets:

@@ -85,15 +85,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class OptionError(ValueError):
-    """Raised if two options exclude each other, or an option needs another one.
-
-    Args:
-        template: message with the names of options in braces, which the command line replaces by `--name`.
-    """
-
-    def __init__(self, template: str) -> None:
-        self.template = template
-        super().__init__(template.replace("{", "").replace("}", ""))
+    """Raised if two options exclude each other, or an option needs another one."""
 
 
 @dataclass(frozen=True)
@@ -183,26 +175,26 @@ class CompressOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name, what in (("refine", "refits layers on"), ("heal", "trains on")):
             if getattr(self, name) and not texts:
-                raise OptionError(f"{{{name}}} {what} the calibration text; add {{calibration}}.")
+                raise OptionError(f"{name}= {what} the calibration text; add calibration=.")
         used = {Path(x).resolve() for x in texts}
         if self.held_out is not None and Path(self.held_out).resolve() in used:
-            raise OptionError("{held_out} is the file of {calibration}; give a text from another source.")
+            raise OptionError("held_out= is the file of calibration=; give a text from another source.")
         dtype_of(self.dtype)
         for what, place in (("The report", self.report), ("The survey", self.survey)):
             if place is not None:
                 check_place(what, Path(place))
         if not given and self.calibration_tokens is not None:
-            raise OptionError("{calibration_tokens} counts tokens of a text; add {calibration}.")
+            raise OptionError("calibration_tokens= counts tokens of a text; add calibration=.")
         layerwise = ("refine", "report", "held_out")
-        if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
+        if self.share_experts and (asked := [f"{x}=" for x in layerwise if getattr(self, x)]):
             raise OptionError(
-                f"{{share_experts}} cannot be combined with {' and '.join(asked)}: layers that share a core "
+                f"share_experts= cannot be combined with {' and '.join(asked)}: layers that share a core "
                 "cannot be processed one by one. Leave out one or the other."
             )
         parallel = self.workers > 1 or self.executor is not None
-        if parallel and (asked := [f"{{{x}}}" for x in self.needing_model]):
+        if parallel and (asked := [f"{x}=" for x in self.needing_model]):
             raise OptionError(
-                f"{{workers}} compress blocks of a model that is not loaded, but {' and '.join(asked)} need "
+                f"workers= compress blocks of a model that is not loaded, but {' and '.join(asked)} need "
                 "the compressed model in memory. Leave out one or the other."
             )
 
@@ -268,10 +260,10 @@ def compress_folder(
     options = options or CompressOptions()
     target = find_target(destination, options.export)
     if str(destination).startswith(HUB) and target is not None:
-        raise OptionError("{export} writes local files; name a local folder, and upload it afterwards.")
+        raise OptionError("export= writes local files; name a local folder, and upload it afterwards.")
     config = _check_data(config, options)
     if options.networks != "dense" and target is None:
-        raise OptionError("{networks} is an option of {export}; model folders store networks unchanged.")
+        raise OptionError("networks= is an option of export=; model folders store networks unchanged.")
     if str(destination).startswith(HUB):
         check_free(destination, force=options.force)
         with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
@@ -655,9 +647,9 @@ def plan_folder(
     """
     options = options or CompressOptions()
     needing = ("report", "held_out", "refine", "heal", "share_experts")
-    if asked := [f"{{{name}}}" for name in needing if getattr(options, name)]:
+    if asked := [f"{name}=" for name in needing if getattr(options, name)]:
         raise OptionError(
-            f"{{dry_run}} only plans, but {' and '.join(asked)} would need a compressed model. Leave out one "
+            f"plan_folder only plans, but {' and '.join(asked)} would need a compressed model. Leave out one "
             "or the other."
         )
     checked = _check_data(config, options)
@@ -756,12 +748,12 @@ def _check_data(
     has_data = bool(options.calibration)
     if options.survey is not None and not reads_text(config, options):
         raise OptionError(
-            "{survey} contains losses that were predicted on a {calibration} text. Leave out {survey}, or "
+            "survey= contains losses that were predicted on a text, calibration=. Leave out survey=, or "
             "the options that use no text or need more than a survey, such as objective='weight'."
         )
     if isinstance(config, CompressionPlan):
         if options.share_experts:
-            raise OptionError("{plan} already fixes the scheme of every layer; leave out {share_experts}.")
+            raise OptionError("A plan already fixes the scheme of every layer; leave out share_experts=.")
         if config.objective != "weight" and not has_data:
             raise BudgetError(
                 f"The plan was made with {config.calibration}, which the cores depend on too. Give the same "
@@ -770,14 +762,12 @@ def _check_data(
         return config
     config.check_says_how_far()
     if config.whole_model is not None and all(getattr(config, name) is None for name in BYTE_BUDGETS):
-        budgets = ", ".join(f"{{{name}}}" for name in BYTE_BUDGETS)
-        raise OptionError(
-            f"{{whole_model}} says which bytes a budget counts; add {budgets}, or leave it out."
-        )
+        budgets = ", ".join(f"{name}=" for name in BYTE_BUDGETS)
+        raise OptionError(f"whole_model= says which bytes a budget counts; add {budgets}, or leave it out.")
     weighted = has_data and config.objective not in ("weight", "activation")
     if config.damping != CompressionConfig.damping and not weighted:
         raise OptionError(
-            "{damping} changes moments of gradients, which need {calibration} and the objective curvature or "
+            "damping= changes moments of gradients, which need calibration= and the objective curvature or "
             "auto; leave it out."
         )
     if has_data or config.objective == "weight":

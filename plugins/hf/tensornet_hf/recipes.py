@@ -15,7 +15,7 @@ import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
 from tensornet.linalg.svd import OF_LAYER, check_finite
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target, find_targets
 from tensornet.nn.unfuse import unfused
@@ -67,10 +68,6 @@ OPTIONS = {"token_embd.weight": "--token-embedding-type", "output.weight": "--ou
 IMATRIX_METADATA = 512
 #: Type of tensors that are not in the file; every tensor that the program quantizes is in it.
 DEFAULT_TYPE = "q4_k"
-#: Options of `CompressOptions` that a recipe cannot use.
-_WITHOUT = (
-    "held_out", "refine", "heal", "share_experts", "rotate", "dtype", "workers", "report", "export",
-)  # fmt: skip
 _SPECIAL = re.compile(r"([.^$|()\[\]{}*+?\\])")
 
 
@@ -209,34 +206,6 @@ def choose_types(tensors: Sequence[SurveyedTensor], num_bytes: float) -> dict[st
     ]
     chosen = spend_size(curves, num_bytes)
     return {x.name: list(x.costs)[k] for x, k in zip(tensors, chosen, strict=True)}
-
-
-def check_one_budget(config: CompressionConfig) -> None:
-    """Raise OptionError unless a configuration has exactly one of the two budgets of recipes."""
-    if (config.max_bytes is None) == (config.bits_per_weight is None):
-        raise OptionError("A recipe needs one budget: {max_bytes} (bytes) or {bits_per_weight}.")
-
-
-def budget_of_tensors(config: CompressionConfig, fixed: int, weights: int) -> float:
-    """Compute how many bytes the planned tensors may take.
-
-    Args:
-        config: a configuration with one budget (see `check_one_budget`).
-        fixed: bytes of everything else that `max_bytes` counts.
-        weights: number of weights in the planned tensors, which `bits_per_weight` counts.
-
-    Raises:
-        BudgetError: `max_bytes` is not larger than `fixed`.
-    """
-    if config.max_bytes is None:
-        assert config.bits_per_weight is not None
-        return config.bits_per_weight / 8 * weights
-    if config.max_bytes <= fixed:
-        raise BudgetError(
-            f"max_bytes={config.max_bytes:,} is too small: what is outside of the recipe (vocabulary, "
-            f"metadata, other tensors) takes {fixed:,} bytes. Allow more."
-        )
-    return config.max_bytes - fixed
 
 
 # --- losses of the types of llama.cpp ---------------------------------------------------------------
@@ -542,11 +511,19 @@ def _bytes(kind: str, shape: Sequence[int]) -> int:
 
 def plan_recipe(
     source: str | Path,
-    config: CompressionConfig,
-    options: CompressOptions | None = None,
     *,
+    max_bytes: int | None = None,
+    bits_per_weight: float | None = None,
+    calibration: str | Path | Sequence[str | Path] | ProvidedData = (),
     imatrix: str | Path | None = None,
-    types: Sequence[str] = (),
+    formats: Sequence[str] = (),
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    survey: str | Path | None = None,
+    weights: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> Recipe:
     """Plan the types with which `llama-quantize` loses least at a given size; no weight is written.
 
@@ -556,14 +533,18 @@ def plan_recipe(
 
     Args:
         source: model folder, or hub id if there is no folder of that name.
-        config: a budget, `max_bytes` (size of the file) or `bits_per_weight` (mean over the tensors of the
-            recipe), and the choice of layers. Layers that are not chosen get the type BF16.
-        options: further options: the calibration text, `survey`, `weights` and `device`.
+        max_bytes: size of the GGUF file. Give this or `bits_per_weight`.
+        bits_per_weight: mean number of bits over the tensors of the recipe.
+        calibration, calibration_tokens: see `CompressOptions`.
         imatrix: importance matrix of the model, as a GGUF file or a legacy file.
-        types: types that the recipe may use; all of `TYPES` if empty.
+        formats: types of llama.cpp that the recipe may use, such as `("q4_k", "q6_k")`; all of `TYPES` if
+            empty.
+        target_modules, exclude_modules: choice of layers (see `CompressionConfig`); all others get the type
+            BF16.
+        survey, weights, device, progress: see `CompressOptions`.
 
     Raises:
-        OptionError: an option is missing, or does not apply to recipes.
+        OptionError: no budget or two of them are given, or neither a text nor an importance matrix.
         FormatError: an unknown type, or none of the types fits a tensor; or a file is damaged.
         TargetError: the converter does not support the model, or the importance matrix is that of another
             model or lacks an expert.
@@ -571,15 +552,41 @@ def plan_recipe(
         MissingDependencyError: the extra `gguf` is not installed.
 
     Example:
-        >>> config = tn.CompressionConfig(max_bytes=1_200_000)
-        >>> options = th.CompressOptions(calibration="default", calibration_tokens=512)
-        >>> recipe = th.plan_recipe(th.embedded.gpt2_path(), config, options, types=("Q8_0", "Q4_0"))
+        >>> recipe = th.plan_recipe(
+        ...     th.embedded.gpt2_path(),
+        ...     max_bytes=1_200_000,
+        ...     calibration="default",
+        ...     calibration_tokens=512,
+        ...     formats=("q8_0", "q4_0"),
+        ... )
         >>> recipe.num_bytes <= 1_200_000
         True
     """
-    options = options or CompressOptions()
-    kinds = check_types(types)
-    config = _check_recipe(config, options, imatrix)
+    kinds = check_types(formats)
+    if (max_bytes is None) == (bits_per_weight is None):
+        raise OptionError("A recipe needs one budget: max_bytes= (bytes) or bits_per_weight=.")
+    options = CompressOptions(
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        survey=survey,
+        weights=weights,
+        device=device,
+        progress=progress,
+    )
+    if not options.calibration and imatrix is None:
+        raise OptionError(
+            "A recipe needs to know how errors affect the model: give a text, calibration=, or an importance "
+            "matrix, imatrix=, or both."
+        )
+    if survey is not None and not options.calibration:
+        raise OptionError("survey= is made on a text; add calibration=, or leave out survey=.")
+    config = CompressionConfig(
+        max_bytes=max_bytes,
+        bits_per_weight=bits_per_weight,
+        formats=LLAMA_QUANTIZE,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+    )
     folder = resolve_folder(source)
     entries = {} if imatrix is None else read_imatrix(imatrix)
     with tempfile.TemporaryDirectory() as folder_of_states:
@@ -662,7 +669,17 @@ def _recipe(
     fixed = layout.nbytes - sum(layout.parts[name][1] for name in known)
     fixed += IMATRIX_METADATA if importance else 0
     weights = sum(math.prod(tensors[name].shape) for name in known)
-    chosen = choose_types(surveyed, budget_of_tensors(config, fixed, weights))
+    if config.max_bytes is None:
+        assert config.bits_per_weight is not None
+        size = config.bits_per_weight / 8 * weights
+    elif config.max_bytes <= fixed:
+        raise BudgetError(
+            f"max_bytes={config.max_bytes:,} is too small: what is outside of the recipe (vocabulary, "
+            f"metadata, other tensors) takes {fixed:,} bytes. Allow more."
+        )
+    else:
+        size = config.max_bytes - fixed
+    chosen = choose_types(surveyed, size)
     if kept:
         shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         notes = [*notes, f"{len(kept)} tensors are not planned and get {UNPLANNED}: {shown}"]
@@ -707,31 +724,3 @@ def with_types(tensor: SurveyedTensor, kinds: Sequence[str]) -> SurveyedTensor:
             f"would silently take another one. Add one of {', '.join(tensor.costs).lower()}."
         )
     return tensor._replace(costs=costs)
-
-
-def _check_recipe(
-    config: CompressionConfig, options: CompressOptions, imatrix: str | Path | None
-) -> CompressionConfig:
-    """Check that the options apply to recipes, and return the configuration with the menu of recipes.
-
-    Raises:
-        OptionError: an option is missing, or does not apply.
-    """
-    given = [name for name in _WITHOUT if getattr(options, name) != getattr(CompressOptions, name)]
-    if config.formats not in (None, CompressionConfig(max_bytes=1).formats):
-        given.append("formats")
-    given += [x for x in ("byte_ratio", "loss_increase", "param_ratio") if getattr(config, x) is not None]
-    if given:
-        raise OptionError(
-            f"A recipe is a plan for llama-quantize, which rounds the weights itself; leave out "
-            f"{' and '.join(f'{{{name}}}' for name in given)}."
-        )
-    check_one_budget(config)
-    if not options.calibration and imatrix is None:
-        raise OptionError(
-            "A recipe needs to know how errors affect the model: give a text, {calibration}, or an "
-            "importance matrix, {imatrix}, or both."
-        )
-    if options.survey is not None and not options.calibration:
-        raise OptionError("{survey} is made on a text; add {calibration}, or leave out {survey}.")
-    return replace(config, formats=LLAMA_QUANTIZE)

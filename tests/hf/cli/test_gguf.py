@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def test_compress_to_a_folder_of_a_given_size(tensornet: Run, texts: None, targe
     assert "is dense in the file" not in out + err
     assert Path("small/model.safetensors").stat().st_size == pytest.approx(size, rel=0.01)
     assert target in json.dumps(json.loads(Path("small/config.json").read_text())) or target == "mlx"
-    status, out, err = tensornet("compress", "dense", "--dry-run", "--json", "--bits", 4.3, *how)
+    status, out, err = tensornet("plan", "dense", "--json", "--bits", 4.3, *how)
     assert status == 0, err
     assert {layer["target"] for layer in json.loads(out)["layers"]} == {target}
 
@@ -103,55 +102,21 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
     assert not Path("x.gguf").exists()
 
 
-def test_plan_writes_a_recipe(tensornet: Run, texts: None) -> None:
+def test_a_recipe_is_written_with_its_importance_matrix(tensornet: Run, texts: None) -> None:
     """A recipe from a text, and another from the importance matrix of the first."""
     data = ("--calibration", "text.txt", "--calibration-tokens", 1024)
-    how = ("--types", "q8_0,q6_k,q4_0", "--max-bytes", "0.9MB")
-    files = ("--recipe", "plan.txt", "--save-imatrix", "im.gguf")
-    status, out, err = tensornet("plan", gpt2_path(), *how, *data, *files)
+    how = ("--formats", "q8_0,q6_k,q4_0", "--max-bytes", "0.9MB")
+    status, out, err = tensornet("recipe", gpt2_path(), "plan.txt", *how, *data)
     assert status == 0, err
     lines = Path("plan.txt").read_text().splitlines()
-    assert "--pure --imatrix im.gguf --tensor-type-file plan.txt --token-embedding-type q" in out
+    command = "--pure --imatrix plan.imatrix.gguf --tensor-type-file plan.txt --token-embedding-type q"
+    assert command in out
     assert "25716" in out
     assert lines[0].startswith(r"^blk\.0\.attn_qkv\.weight$=q")
-    how = (*how, "--recipe", "other.txt", "--imatrix", "im.gguf", "--json")
-    status, out, err = tensornet("plan", gpt2_path(), *how)
+    how = (*how, "--imatrix", "plan.imatrix.gguf", "--json")
+    status, out, err = tensornet("recipe", gpt2_path(), "other.txt", *how)
     assert status == 0, err
     found = json.loads(out)
     assert found["file_bytes"] <= 900_000
     assert len(Path("other.txt").read_text().splitlines()) == len(lines) == len(found["types"]) - 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("GPT2", "--bits", 5, "--types", "q4_0"), "--types belong to a recipe.*add --recipe"),
-        (("GPT2", "--bits", 5, "--recipe", "r", "--calibration", "text.txt"), "add --save-imatrix, or"),
-        (
-            ("GPT2", "--bits", 5, "--recipe", "r", "--save-imatrix", "i.gguf"),
-            "--calibration, or .* --imatrix",
-        ),
-        (
-            (
-                "GPT2",
-                "--bits",
-                5,
-                "--recipe",
-                "r",
-                "--imatrix",
-                "i.gguf",
-                "--rotate",
-                "--calibration",
-                "text.txt",
-            ),
-            "leave out --rotate",
-        ),
-    ],
-)
-def test_plan_names_what_does_not_go_together(
-    tensornet: Run, texts: None, arguments: tuple[object, ...], message: str
-) -> None:
-    given = [gpt2_path() if x == "GPT2" else x for x in arguments]
-    status, out, err = tensornet("plan", *given)
-    assert (status, out) == (2, "")
-    assert re.search(message, " ".join(err.split())), err
+    assert not Path("other.imatrix.gguf").exists()

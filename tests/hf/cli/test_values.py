@@ -70,12 +70,11 @@ def test_a_size_with_a_unit_is_a_budget(tmp_path: Path, capsys: pytest.CaptureFi
         "--no-whole-model",
         "--calibration",
         str(tmp_path / "text.txt"),
-        "--dry-run",
         "--json",
     ]
     plans = []
     for size in ("60000", "60KB"):
-        assert run(["compress", str(gpt2_path()), "--max-bytes", size, *layers]) == 0
+        assert run(["plan", str(gpt2_path()), "--max-bytes", size, *layers]) == 0
         plans.append(capsys.readouterr().out)
     assert plans[0] == plans[1]
 

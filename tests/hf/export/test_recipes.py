@@ -54,10 +54,10 @@ def folder_of(name: str, folder: Path) -> Path:
     return folder
 
 
-def options(folder: Path, **more: Any) -> th.CompressOptions:
+def options(folder: Path, **more: Any) -> dict[str, Any]:
     text = folder / "text.txt"
     text.write_text(calibration_text()[:20_000])
-    return th.CompressOptions(calibration=text, calibration_tokens=1024, **more)
+    return {"calibration": text, "calibration_tokens": 1024, **more}
 
 
 def carried_out(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
@@ -87,8 +87,8 @@ def test_llama_cpp_writes_the_planned_types_and_bytes(name: str, tmp_path: Path)
     import gguf
 
     folder = folder_of(name, tmp_path / "model")
-    config = tn.CompressionConfig(bits_per_weight=6)
-    recipe = plan_recipe(folder, config, options(folder), types=QUICK)
+    config: dict[str, Any] = {"bits_per_weight": 6}
+    recipe = plan_recipe(folder, **config, **options(folder), formats=QUICK)
     assert len(set(recipe.types.values())) > 1
     _, small = carried_out(recipe, folder)
     types = {x.name: x.tensor_type.name for x in gguf.GGUFReader(small).tensors}
@@ -106,11 +106,11 @@ def test_llama_cpp_writes_the_planned_types_and_bytes(name: str, tmp_path: Path)
 def test_losses_are_the_errors_of_llama_cpp(name: str, tmp_path: Path) -> None:
     """From an importance matrix alone, the predicted loss is the relative error of each layer's outputs."""
     folder = folder_of(name, tmp_path / "model")
-    observed = plan_recipe(folder, tn.CompressionConfig(bits_per_weight=9), options(folder), types=["q8_0"])
+    observed = plan_recipe(folder, bits_per_weight=9, **options(folder), formats=["q8_0"])
     known = {x: y for x, y in observed.importance.items() if x != "output.weight"}  # as llama-imatrix does
     write_imatrix(tmp_path / "im.dat", known, source="text.txt")
-    config = tn.CompressionConfig(bits_per_weight=5)
-    recipe = plan_recipe(folder, config, imatrix=tmp_path / "im.dat", types=QUICK)
+    config: dict[str, Any] = {"bits_per_weight": 5}
+    recipe = plan_recipe(folder, **config, imatrix=tmp_path / "im.dat", formats=QUICK)
     assert any("gradients" in note for note in recipe.notes)
     before, after = map(values, carried_out(recipe, folder))
     expected = 0.0
@@ -128,14 +128,14 @@ def test_losses_are_the_errors_of_llama_cpp(name: str, tmp_path: Path) -> None:
 def test_an_importance_matrix_replaces_the_moments_of_inputs(tmp_path: Path) -> None:
     """With the mean squares that the text itself has, almost the same plan; with others, another one."""
     folder = folder_of("llama", tmp_path / "model")
-    config = tn.CompressionConfig(bits_per_weight=5)
-    from_text = plan_recipe(folder, config, options(folder), types=QUICK)
+    config: dict[str, Any] = {"bits_per_weight": 5}
+    from_text = plan_recipe(folder, **config, **options(folder), formats=QUICK)
     write_imatrix(tmp_path / "im.gguf", from_text.importance, source="text.txt")
-    same = plan_recipe(folder, config, options(folder), imatrix=tmp_path / "im.gguf", types=QUICK)
+    same = plan_recipe(folder, **config, **options(folder), imatrix=tmp_path / "im.gguf", formats=QUICK)
     assert same.predicted == pytest.approx(from_text.predicted, rel=0.3)  # only diagonals
     doubled = {x: Importance(2 * y.squares, y.counts) for x, y in from_text.importance.items()}
     write_imatrix(tmp_path / "twice.gguf", doubled, source="text.txt")
-    twice = plan_recipe(folder, config, options(folder), imatrix=tmp_path / "twice.gguf", types=QUICK)
+    twice = plan_recipe(folder, **config, **options(folder), imatrix=tmp_path / "twice.gguf", formats=QUICK)
     change = {x: (same.types[x], twice.types[x]) for x in same.types if same.types[x] != twice.types[x]}
     assert twice.predicted > 1.5 * same.predicted, change
     assert read_imatrix(tmp_path / "im.gguf").keys() == same.importance.keys()
@@ -144,29 +144,31 @@ def test_an_importance_matrix_replaces_the_moments_of_inputs(tmp_path: Path) -> 
 def test_survey_in_a_file_is_for_recipes_only(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path / "model")
     kept = options(folder, survey=tmp_path / "survey")
-    first = plan_recipe(folder, tn.CompressionConfig(bits_per_weight=5), kept)
-    again = plan_recipe(folder, tn.CompressionConfig(bits_per_weight=5), kept)
+    first = plan_recipe(folder, bits_per_weight=5, **kept)
+    again = plan_recipe(folder, bits_per_weight=5, **kept)
     assert first == again
     assert first.importance.keys() == again.importance.keys()
-    assert plan_recipe(folder, tn.CompressionConfig(bits_per_weight=4), kept).predicted > first.predicted
+    assert plan_recipe(folder, bits_per_weight=4, **kept).predicted > first.predicted
     with pytest.raises(BudgetError, match="formats='llama-quantize'"):
-        th.compress_folder(folder, tmp_path / "out", tn.CompressionConfig(max_bytes=10**6), kept)
+        th.compress_folder(
+            folder, tmp_path / "out", tn.CompressionConfig(max_bytes=10**6), th.CompressOptions(**kept)
+        )
     with pytest.raises(FormatError, match=r"llama-quantize.*recipe"):
         th.compress_folder(
             folder,
             tmp_path / "out",
             tn.CompressionConfig(bits_per_weight=5, formats="llama-quantize"),
-            options(folder),
+            th.CompressOptions(**options(folder)),
         )
     write_imatrix(tmp_path / "im.gguf", first.importance, source="text.txt")
     with pytest.raises(BudgetError, match="another importance matrix"):
-        plan_recipe(folder, tn.CompressionConfig(bits_per_weight=5), kept, imatrix=tmp_path / "im.gguf")
+        plan_recipe(folder, bits_per_weight=5, **kept, imatrix=tmp_path / "im.gguf")
 
 
 def test_importance_matrices_of_other_models(tmp_path: Path) -> None:
     folder = folder_of("qwen3_moe", tmp_path / "model")
-    config, file = tn.CompressionConfig(bits_per_weight=5), tmp_path / "im.gguf"
-    good = plan_recipe(folder, config, options(folder), types=["q8_0", "q4_0"]).importance
+    config, file = {"bits_per_weight": 5}, tmp_path / "im.gguf"
+    good = plan_recipe(folder, **config, **options(folder), formats=["q8_0", "q4_0"]).importance
     stack = "blk.0.ffn_up_exps.weight"
     dead = good[stack].counts.clone()
     dead[2] = 0
@@ -179,32 +181,28 @@ def test_importance_matrices_of_other_models(tmp_path: Path) -> None:
     for message, entries in wrong.items():
         write_imatrix(file, entries, source="text.txt")
         with pytest.raises(TargetError, match=message):
-            plan_recipe(folder, config, imatrix=file)
+            plan_recipe(folder, **config, imatrix=file)
 
 
 def test_types_and_options_that_do_not_fit(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path / "model")
-    config = tn.CompressionConfig(bits_per_weight=5)
+    config: dict[str, Any] = {"bits_per_weight": 5}
     with pytest.raises(FormatError, match="no type q9_0; choose from iq2_xxs"):
-        plan_recipe(folder, config, options(folder), types=["q9_0"])
+        plan_recipe(folder, **config, **options(folder), formats=["q9_0"])
     with pytest.raises(FormatError, match=r"q4_k, q6_k fits the rows of 'blk\.0\.ffn_down\.weight'.*q4_0"):
-        plan_recipe(folder, config, options(folder), types=["q4_k", "q6_k"])
+        plan_recipe(folder, **config, **options(folder), formats=["q4_k", "q6_k"])
     with pytest.raises(OptionError, match="needs to know"):
-        plan_recipe(folder, config)
-    with pytest.raises(OptionError, match="leave out rotate and loss_increase"):
-        plan_recipe(
-            folder, tn.CompressionConfig(bits_per_weight=5, loss_increase=1), options(folder, rotate=True)
-        )
+        plan_recipe(folder, **config)
     with pytest.raises(OptionError, match="one budget"):
-        plan_recipe(folder, tn.CompressionConfig(bits_per_weight=5, max_bytes=10**6), options(folder))
+        plan_recipe(folder, bits_per_weight=5, max_bytes=10**6, **options(folder))
     with pytest.raises(BudgetError, match="vocabulary"):
-        plan_recipe(folder, tn.CompressionConfig(max_bytes=1000), options(folder), types=["q8_0"])
+        plan_recipe(folder, max_bytes=1000, **options(folder), formats=["q8_0"])
 
 
 def test_layers_that_are_not_chosen_keep_sixteen_bits(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path / "model")
-    config = tn.CompressionConfig(bits_per_weight=5, exclude_modules="*.q_proj")
-    recipe = plan_recipe(folder, config, options(folder), types=QUICK)
+    config: dict[str, Any] = {"bits_per_weight": 5, "exclude_modules": "*.q_proj"}
+    recipe = plan_recipe(folder, **config, **options(folder), formats=QUICK)
     assert {recipe.types[f"blk.{k}.attn_q.weight"] for k in range(2)} == {"BF16"}
     _, small = carried_out(recipe, folder)
     assert small.stat().st_size == recipe.num_bytes - IMATRIX_METADATA
@@ -214,11 +212,11 @@ def test_the_text_of_a_recipe() -> None:
     import gguf
 
     names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.10.ffn_up_exps.weight")
-    recipe = Recipe(dict.fromkeys(names, "Q5_K"), dict.fromkeys(names, 1), None, 0.0, "nats")
+    recipe = Recipe(dict.fromkeys(names, "Q5_K"), dict.fromkeys(names, 1), 0, 0.0, "nats")
     assert recipe.text == "^blk\\.0\\.attn_q\\.weight$=q5_k\n^blk\\.10\\.ffn_up_exps\\.weight$=q5_k"
     assert recipe.command().split()[-7:-3] == [
         "--token-embedding-type", "q5_k", "--output-tensor-type", "q5_k"
     ]  # fmt: skip
     with pytest.raises(TargetError, match="lower case"):
-        _ = Recipe({"blk.0.A.weight": "Q5_K"}, {}, None, 0.0, "nats").text
+        _ = Recipe({"blk.0.A.weight": "Q5_K"}, {}, 0, 0.0, "nats").text
     assert set(TYPES) <= set(gguf.GGMLQuantizationType.__members__)

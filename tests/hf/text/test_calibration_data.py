@@ -215,7 +215,7 @@ def test_command_line_calibrates_an_encoder(
     bert(BertModel, bert_folder)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    command = ["compress", str(bert_folder), "--dry-run", "--json", "--param-ratio", "0.7"]
+    command = ["plan", str(bert_folder), "--json", "--param-ratio", "0.7"]
     assert run([*command, "--calibration", str(text)]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["objective"] == "curvature"

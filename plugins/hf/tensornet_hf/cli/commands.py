@@ -3,11 +3,10 @@
 The options of `compress` and `upcycle` are fields of dataclasses; see `with_options`.
 """
 
-import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +41,7 @@ from tensornet_hf.cli.options import (
     Dtype,
     Force,
     Json,
-    NewModel,
+    JsonOutput,
     Source,
     collect,
     help_of,
@@ -68,7 +67,7 @@ from tensornet_hf.compress import (
 from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import divergence, perplexity, run_tasks
 from tensornet_hf.exporters.base import GGUF
-from tensornet_hf.exporters.target import EXPORT_TARGETS, find_target
+from tensornet_hf.exporters.target import EXPORT_TARGETS
 from tensornet_hf.exporters.target import export as export_model
 from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder, inspect_specialists
@@ -94,11 +93,15 @@ from tensornet_hf.upcycling import upcycle as upcycle_model
 
 #: Prompt for the model of the demo.
 PROMPT = "And it came to pass in those days, that"
-#: Title of the options of recipes.
-RECIPES = "Recipes for llama-quantize"
 #: Options of `CompressOptions` that need a compressed model or a destination.
 WRITING = (
     "held_out", "refine", "heal", "share_experts", "workers", "resume", "report", "networks", "force",
+    "dtype",
+)  # fmt: skip
+#: Options of recipes that have the meaning of those of `compress`.
+OF_RECIPES = (
+    "max_bytes", "bits_per_weight", "target_modules", "exclude_modules", "calibration", "calibration_tokens",
+    "survey", "weights", "device",
 )  # fmt: skip
 _FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in fields(kind)}
 
@@ -106,34 +109,19 @@ _FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in f
 @with_options(CompressionConfig, CompressOptions)
 def compress(
     source: Source,
-    destination: NewModel = None,
+    destination: Annotated[
+        str, typer.Argument(help="Folder or GGUF file (.gguf) to write, or hf://owner/name to upload.")
+    ],
     *,
     plan: Annotated[
         Path | None,
         typer.Option(
-            help="Apply this plan: the output of --dry-run --json, unchanged or edited.",
+            help="Apply this plan: the output of tensornet plan --json, unchanged or edited.",
             metavar="FILE",
             rich_help_panel=GROUPS["budget"],
         ),
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Show the plan and the sizes without writing files.",
-            metavar=" ",
-            rich_help_panel=GROUPS["output"],
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print JSON and nothing else on stdout.",
-            metavar=" ",
-            rich_help_panel=GROUPS["output"],
-        ),
-    ] = False,
+    as_json: JsonOutput = False,
     **given: Any,
 ) -> None:
     """Compress the linear layers of a model to a given size or loss increase, and save the result.
@@ -144,117 +132,86 @@ def compress(
 
     --help-all also shows rare options.
     """
-    with _spelled_options():
-        options, wanted = _compress_options(given)
-        if plan is not None and wanted:
-            names = " and ".join(spelled(_FIELDS[name]) for name in wanted)
-            raise OptionError(f"{{plan}} already fixes the scheme of every layer; leave out {names}.")
-        config = CompressionConfig(**wanted) if plan is None else CompressionPlan.load(plan)
-        if dry_run:
-            if isinstance(config, CompressionPlan):
-                raise OptionError("{dry_run} makes a new plan; leave out {plan}.")
-            if destination is not None:
-                options = replace(options, export=find_target(destination, options.export))
-            print_result(plan_folder(source, config, options), as_json)
-            return
-        if destination is None:
-            raise OptionError("Give a destination or {dry_run}.")
-        done = compress_folder(source, destination, config, options)
+    options, wanted = _compress_options(given)
+    if plan is not None and wanted:
+        names = " and ".join(spelled(_FIELDS[name]) for name in wanted)
+        raise OptionError(f"plan= already fixes the scheme of every layer; leave out {names}.")
+    config = CompressionConfig(**wanted) if plan is None else CompressionPlan.load(plan)
+    done = compress_folder(source, destination, config, options)
     print_result(done, as_json)
     for line in done.notes:
         note(f"note: {line}")
 
 
 @with_options(CompressionConfig, CompressOptions, without=WRITING)
-def plan(
+def plan(source: Source, *, as_json: JsonOutput = False, **given: Any) -> None:
+    """Plan the number format of every layer, without compressing the model.
+
+    Example: tensornet plan MODEL --bits 4.25 --calibration text.txt
+
+    With --json, the output is a file for tensornet compress --plan.
+
+    --help-all also shows rare options.
+    """
+    options, wanted = _compress_options(given)
+    print_result(plan_folder(source, CompressionConfig(**wanted), options), as_json)
+
+
+@with_options(CompressionConfig, CompressOptions, only=OF_RECIPES)
+def recipe(
     source: Source,
+    destination: Annotated[
+        Path, typer.Argument(help="File to write, for llama-quantize --tensor-type-file, such as plan.txt.")
+    ],
     *,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the types of all tensors to this file, for llama-quantize --tensor-type-file. The "
-            "plan is then for llama.cpp's own rounding, and --max-bytes is the size of its file.",
-            metavar="FILE",
-            rich_help_panel=RECIPES,
-        ),
-    ] = None,
-    types: Annotated[
+    formats: Annotated[
         str | None,
         typer.Option(
-            help="Types that a recipe may use, such as q4_k,q6_k (default: all).",
+            help="Types of llama.cpp that the recipe may use, such as q4_k,q6_k (default: all).",
             metavar="A,B,...",
-            rich_help_panel=RECIPES,
+            rich_help_panel=GROUPS["budget"],
         ),
     ] = None,
     imatrix: Annotated[
         Path | None,
         typer.Option(
             help="Importance matrix of the model (.gguf or .dat), in place of the moments of the inputs. "
-            "Without --calibration nothing is known about gradients.",
+            "Without --calibration nothing is known about gradients. By default one is written.",
             metavar="FILE",
-            rich_help_panel=RECIPES,
+            rich_help_panel=GROUPS["data"],
         ),
     ] = None,
-    save_imatrix: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the importance matrix that llama-quantize needs to this file (.gguf or .dat).",
-            metavar="FILE",
-            rich_help_panel=RECIPES,
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print JSON and nothing else on stdout.",
-            metavar=" ",
-            rich_help_panel=GROUPS["output"],
-        ),
-    ] = False,
+    as_json: JsonOutput = False,
     **given: Any,
 ) -> None:
-    """Plan the number format of every layer, without compressing the model.
+    """Choose the type of every tensor for llama-quantize, which then rounds the weights.
 
-    Example: tensornet plan MODEL --bits 4.25 --calibration text.txt --json > plan.json
+    Example: tensornet recipe MODEL plan.txt --max-bytes 5GB --calibration text.txt
 
-    For llama-quantize: tensornet plan MODEL --max-bytes 5GB --calibration text.txt --recipe plan.txt
-    --save-imatrix im.gguf
-
-    --help-all also shows rare options.
+    --max-bytes is the size of the GGUF file. Without --imatrix, the importance matrix that llama-quantize
+    needs is written too, here to plan.imatrix.gguf.
     """
-    with _spelled_options():
-        options, wanted = _compress_options(given)
-        config = CompressionConfig(**wanted)
-        asked = {"recipe": recipe, "types": types, "imatrix": imatrix, "save_imatrix": save_imatrix}
-        if recipe is None:
-            if needless := [f"{{{name}}}" for name, value in asked.items() if value is not None]:
-                raise OptionError(
-                    f"{' and '.join(needless)} belong to a recipe for llama-quantize; add {{recipe}}."
-                )
-            print_result(plan_folder(source, config, options), as_json)
-            return
-        else:
-            if imatrix is None and save_imatrix is None:
-                raise OptionError(
-                    "The recipe is planned with an importance matrix, which llama-quantize needs too; add "
-                    "{save_imatrix}, or give one by {imatrix}."
-                )
-            made = plan_recipe(
-                source, config, options, imatrix=imatrix, types=types.split(",") if types else ()
-            )
-    if save_imatrix is not None:
-        write_imatrix(save_imatrix, made.importance, source=options.source or str(imatrix))
-    if recipe is not None:
-        made.save(recipe)
-    shown = made.command(str(recipe or "plan.txt"), str(save_imatrix or imatrix or "im.gguf"))
+    options, wanted = _compress_options(given)
+    made = plan_recipe(
+        source,
+        **wanted,
+        imatrix=imatrix,
+        formats=formats.split(",") if formats else (),
+        **{name: getattr(options, name) for name in (*OF_RECIPES[4:], "progress")},
+    )
+    importance = imatrix
+    if importance is None:
+        importance = destination.with_suffix(".imatrix.gguf")
+        write_imatrix(importance, made.importance, source=options.source)
+    made.save(destination)
+    command = made.command(str(destination), str(importance))
     if as_json:
-        print_json({**made.to_dict(), "command": shown})
+        print_json({**made.to_dict(), "command": command})
         return
     print_lines(
         str(made),
         "",
-        shown,
+        command,
         "",
         "llama-quantize must be built from sources of July 2026 or later (pull request 25716): older builds "
         "ignore the file together with --pure.",
@@ -267,20 +224,6 @@ def _compress_options(given: Mapping[str, Any]) -> tuple[CompressOptions, dict[s
     chosen = collect(CompressOptions, given)
     options = CompressOptions(**chosen, command=command, progress=sys.stderr.isatty())
     return options, collect(CompressionConfig, given)
-
-
-@contextmanager
-def _spelled_options() -> Iterator[None]:
-    """Raise OptionErrors as errors of the command line, which names options in another way."""
-    try:
-        yield
-    except OptionError as error:
-        raise typer.BadParameter(re.sub(r"\{(\w+)\}", _spelled, error.template)) from error
-
-
-def _spelled(match: re.Match[str]) -> str:
-    name = match[1]
-    return spelled(_FIELDS[name]) if name in _FIELDS else f"--{name.replace('_', '-')}"
 
 
 def inspect(path: Source, as_json: Json = False) -> None:

@@ -14,12 +14,14 @@ import typer
 from transformers.utils import logging
 
 from tensornet_hf.cli import commands
+from tensornet_hf.compress import OptionError
 from tensornet_hf.report import versions
 from tensornet_hf.staging import staging_folder
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": commands.compress,
     "plan": commands.plan,
+    "recipe": commands.recipe,
     "inspect": commands.inspect,
     "eval": commands.evaluate,
     "generate": commands.generate,
@@ -100,6 +102,10 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the program that reads our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OptionError as error:
+        known = options_of(next((x for x in rest if x in COMMANDS), ""))
+        _say(f"{as_options(str(error), known)} See tensornet --help, or tensornet COMMAND --help.")
+        return WRONG_USAGE
     except Exception as error:  # users see one line; --debug shows the traceback
         if debug:
             raise

@@ -129,12 +129,6 @@ def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
 
 Source = Annotated[str, typer.Argument(help="Model folder, or hub id if there is no such folder.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]
-NewModel = Annotated[
-    str | None,
-    typer.Argument(
-        help="Folder or GGUF file (.gguf) to write, or hf://owner/name to upload; not needed with --dry-run."
-    ),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing destination.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Dtype = Annotated[
@@ -161,6 +155,16 @@ GROUPS = {
     "run": "Execution",
     "advanced": "Advanced",
 }
+#: `Json` for commands whose options have groups.
+JsonOutput = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print JSON and nothing else on stdout.",
+        metavar=" ",
+        rich_help_panel=GROUPS["output"],
+    ),
+]
 #: Maps the `kind` of a field to the type of its option and further arguments of `typer.Option`.
 _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "number": (float, {"metavar": "NUMBER"}),
@@ -184,7 +188,7 @@ def spelled(described: Field[Any]) -> str:
 
 
 def with_options(
-    *classes: type, without: Sequence[str] = ()
+    *classes: type, only: Sequence[str] = (), without: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds options to a command, one for each dataclass field that has metadata.
 
@@ -194,7 +198,8 @@ def with_options(
 
     Args:
         classes: the dataclasses.
-        without: fields that are no options of the command.
+        only: fields that are options of the command; all if empty.
+        without: fields that are not.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
@@ -205,7 +210,7 @@ def with_options(
             (x, help_of(kind, x.name))
             for kind in classes
             for x in fields(kind)
-            if x.metadata and x.name not in without
+            if x.metadata and x.name not in without and (not only or x.name in only)
         ]
         described.sort(key=lambda pair: list(GROUPS).index(pair[0].metadata["group"]))
         own += [_parameter(*pair) for pair in described]
