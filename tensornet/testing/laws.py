@@ -91,7 +91,7 @@ Decompose = Callable[[Tensor, Budget], Outcome]
 #: Largest ratio of a certificate to the true error that `check_tight` allows.
 LOOSEST = 2.0
 #: Number of examples for `check_name_does_not_matter`; few, since this law is slow to check.
-_RENAMED = 3
+_RENAMED = 2
 
 
 def tolerance(dtype: torch.dtype) -> float:

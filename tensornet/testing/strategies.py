@@ -251,7 +251,7 @@ def register_profiles() -> None:
     environment variable `HYPOTHESIS_PROFILE`.
 
     - `default`: 50 random examples, for development.
-    - `ci`: 25 examples, the same in every run.
+    - `ci`: 15 examples, the same in every run.
     - `nightly`: 1000 random examples, to find rare failures.
 
     No profile has a deadline, since the first call of an operation takes longer: it plans or compiles.
@@ -261,7 +261,7 @@ def register_profiles() -> None:
         >>> from tensornet.testing import register_profiles
         >>> register_profiles()
         >>> settings.get_profile("ci").max_examples
-        25
+        15
     """
     # Set all options explicitly, since hypothesis has other defaults on CI machines.
     common: dict[str, Any] = {
@@ -270,6 +270,6 @@ def register_profiles() -> None:
     }
     settings.register_profile("default", max_examples=50, derandomize=False, **common)
     settings.register_profile(
-        "ci", max_examples=25, derandomize=True, database=None, print_blob=True, **common
+        "ci", max_examples=15, derandomize=True, database=None, print_blob=True, **common
     )
     settings.register_profile("nightly", max_examples=1000, derandomize=False, **common)

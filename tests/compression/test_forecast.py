@@ -47,6 +47,7 @@ def test_the_predicted_loss_increase_is_measured_on_other_text(bits: float) -> N
     assert 0.7 < report.plan.predicted_kl / found.kl_mean < 1.25  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_budget_of_the_loss_is_kept_by_the_prediction() -> None:
     _, _, survey = real()
     plan = survey.plan(loss_increase=0.02)

@@ -153,12 +153,13 @@ def test_a_rise_of_the_loss_is_a_budget() -> None:
     for topology in ("auto", "low_rank"):
         config = CompressionConfig(topology=topology, loss_increase=rises[0])
         assert (config.formats is None) == (topology == "low_rank")
-        plans = [tn.plan(model, replace(config, loss_increase=rise), stats) for rise in rises]
+        survey = survey_from_stats(model, config, stats)
+        plans = [survey.plan(loss_increase=rise) for rise in rises]
         sizes = [plan.bytes_after for plan in plans]
         assert sizes == sorted(sizes, reverse=True)
         assert len(set(sizes)) == 3
         for plan, rise in zip(plans, rises, strict=True):
-            assert plan.predicted_loss_increase <= rise  # type: ignore[operator]
+            assert plan.predicted_kl == plan.predicted_loss_increase <= rise  # type: ignore[operator]
         found[topology] = sizes
     # Number formats need far fewer bytes for the same loss than networks of the model's dtype.
     assert all(few < many / 2 for few, many in zip(found["auto"], found["low_rank"], strict=True))

@@ -153,13 +153,10 @@ def test_a_model_that_computes_something_else_is_found_out() -> None:
         th.rotate(model)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llama with a tied head", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3"))],
-)
-def test_rotated_models_are_saved_and_compressed(name: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama with a tied head", "qwen2", "qwen3"])
+def test_transformers_alone_loads_a_rotated_model(name: str, tmp_path: Path) -> None:
     model = th.rotate(model_of(name))
-    wanted = logits(model)
     th.save(model, tmp_path / "rotated")
     plain = """
 import sys, torch
@@ -170,7 +167,20 @@ with torch.no_grad():
 assert not any(name.startswith("tensornet") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", plain, str(tmp_path / "rotated")], check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "rotated" / "logits"), wanted)
+    torch.testing.assert_close(torch.load(tmp_path / "rotated" / "logits"), logits(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama with a tied head", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3"))],
+)
+def test_rotated_models_are_saved_and_compressed(name: str, tmp_path: Path) -> None:
+    model = th.rotate(model_of(name))
+    wanted = logits(model)
+    th.save(model, tmp_path / "rotated")
+    assert "quantization_config" not in json.loads((tmp_path / "rotated" / "config.json").read_text())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "rotated").eval()
+    torch.testing.assert_close(logits(plain), wanted)
     model.tie_weights()  # it stays as it is
     torch.testing.assert_close(logits(model), wanted)
     config = tn.CompressionConfig(

@@ -45,8 +45,10 @@ READINGS: dict[str, Callable[[tn.MPO], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("features", [{}, {"out_features": 7, "in_features": 11}])
+@pytest.mark.parametrize(
+    ("dtype", "features"),
+    [(torch.float64, {"out_features": 7, "in_features": 11}), (torch.complex128, {})],
+)
 @pytest.mark.parametrize("reading", READINGS)
 def test_gradients_are_those_of_finite_differences(
     reading: str, features: dict[str, int], dtype: torch.dtype

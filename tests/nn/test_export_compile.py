@@ -38,6 +38,7 @@ def _fresh_compiler() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_the_package_imports_no_compiler() -> None:
     """It takes seconds, and only those who compile need it."""
     code = "import sys, tensornet; sys.exit('torch._dynamo' in sys.modules)"

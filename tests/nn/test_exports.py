@@ -72,7 +72,13 @@ def test_compiling_is_not_exporting() -> None:
 
 # torch.export.load of torch 2.10 reads its file into a buffer that cannot be written.
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
-@EACH_MODEL
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] * (x in ("low rank", "int8", "int3", "mxfp4")))
+        for x in MODELS
+    ],
+)
 def test_export_holds_what_the_model_stores(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     program = exported(model)

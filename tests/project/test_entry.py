@@ -73,6 +73,6 @@ def test_every_test_starts_from_the_same_seed(_repeat: int) -> None:
 
 def test_profile_is_the_one_asked_for() -> None:
     name = os.environ.get("HYPOTHESIS_PROFILE", "default")
-    assert settings.default.max_examples == {"default": 50, "ci": 25, "nightly": 1000}[name]
+    assert settings.default.max_examples == {"default": 50, "ci": 15, "nightly": 1000}[name]
     assert settings.default.derandomize is (name == "ci")
     assert torch.get_num_threads() == int(os.environ.get("OMP_NUM_THREADS", "1"))

@@ -173,10 +173,10 @@ def test_configurations_of_whole_models(compressed: Path, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(content))
         open_lazily(Checkpoint(folder, content, None, tensors))
 
-    dicts = (made for _ in range(250) if isinstance(made := mutate_json(whole, draw), dict))
+    dicts = (made for _ in range(150) if isinstance(made := mutate_json(whole, draw), dict))
     accepted, refused = attack(read, dicts)
-    assert refused > 50
-    assert accepted > 50
+    assert refused > 30
+    assert accepted > 30
 
 
 def test_descriptions_of_compressed_layers(compressed: Path) -> None:

@@ -78,6 +78,39 @@ def test_windows_and_prompts_begin_as_texts_do(
     assert [int(x[0, 0]) for x in prompts] == [bos]
 
 
+def test_a_specialist_is_added_to_a_folder_and_used(tensornet: Run, small: Path) -> None:
+    how = (*SHORT, "--steps", 2)
+    status, out, err = tensornet("specialize", small, "s", "--domain", "law=short.txt", *how, "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert (list(report["losses"]["law"]), report["steps"]) == (["trunk", "law"], 2)
+    kept = {path.name: path.read_bytes() for path in Path("s").glob("*.safetensors")}
+    status, out, err = tensornet("specialize", small, "s", "--domain", "sums=sums.txt", *how)
+    assert status == 0, err
+    assert "held-out loss" in out
+    assert not Path(".s.partial").exists()
+    assert {name: (Path("s") / name).read_bytes() for name in kept} == kept
+    s = th.load_specialists("s")
+    assert s.names == ["law", "sums"]
+    for core in s.tensors("sums").values():
+        core.data *= 30
+    s.save("s", force=True)
+    tokenizer = load_tokenizer(small)
+    ids, texts = tokenizer("def f", return_tensors="pt").input_ids, {}
+    for name in (None, "law", "sums"):
+        named = ("--specialist", name) if name else ()
+        status, out, err = tensornet("generate", "s", "def f", *named, "--max-new-tokens", 8, "--json")
+        assert status == 0, err
+        texts[name] = json.loads(out)["text"]
+        with torch.no_grad(), s.use(name or s.choose(input_ids=ids)[0]):
+            made = s.model.eval().generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert texts[name] == tokenizer.decode(made[0, ids.shape[1] :])
+    assert texts["law"] != texts["sums"]
+    status, _, err = tensornet("eval", "s", "--text", "sums.txt", "--context", 32)
+    assert (status, "with one of law, sums" in err) == (2, True)
+
+
+@pytest.mark.slow
 def test_specialists_are_trained_added_and_used(tensornet: Run, tmp_path: Path) -> None:
     domains = ("--domain", "law=law.txt", "--domain", "code=code.txt")
     status, out, err = tensornet("specialize", TRUNK, "s", *domains, *SHORT, "--steps", 16, "--json")

@@ -38,13 +38,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("name", ["gpt2", "t5_gated"])
-def test_the_same_shards(name: str, config: tn.CompressionConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "config"), [*(("gpt2", x) for x in CONFIGS), ("t5_gated", "tied integers")])
+def test_the_same_shards(name: str, config: str, tmp_path: Path) -> None:
     source = save(name, tmp_path / "dense")
-    compress_files(source, tmp_path / "ours", config, max_shard_bytes=7_000)
+    compress_files(source, tmp_path / "ours", CONFIGS[config], max_shard_bytes=7_000)
     model = th.load(source)
-    tn.compress(model, config, progress=False)
+    tn.compress(model, CONFIGS[config], progress=False)
     model.save_pretrained(tmp_path / "theirs", max_shard_size=7_000)
     ours, theirs = ({x.name: x for x in (tmp_path / y).glob("*.safetensors")} for y in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
