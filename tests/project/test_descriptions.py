@@ -1,15 +1,19 @@
-"""Names in llms.txt and README.md exist, and so do the files that they link."""
+"""Names, linked files and commands on pages exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import tensornet
 import tensornet_hf
 import tensornet_moe
+from tensornet_hf.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"tn": tensornet, "tm": tensornet_moe, "th": tensornet_hf}
@@ -26,3 +30,21 @@ def test_names_and_links_exist(page: str) -> None:
     links = [x for x in re.findall(r"\]\(([^)#]+)", text) if "://" not in x]
     assert links
     assert [x for x in links if not (ROOT / x).exists()] == []
+
+
+COMMAND = re.compile(r"^(?:\$ | {4})tensornet (.*(?:\\\n.*)*)", re.MULTILINE)
+
+
+def test_commands_on_pages_can_be_parsed() -> None:
+    program: Any = typer.main.get_command(main._program())
+    pages = [ROOT / "README.md", ROOT / "llms.txt", *sorted((ROOT / "docs").rglob("*.md"))]
+    shown = [(page.name, found) for page in pages for found in COMMAND.findall(page.read_text())]
+    assert len(shown) > 20
+    for page, line in shown:
+        name, *arguments = shlex.split(line.replace("\\\n", " "), comments=True)
+        command = program.commands[name]
+        try:
+            _, rest, _ = command.make_parser(command.context_class(command)).parse_args(arguments)
+        except Exception as error:
+            raise AssertionError(f"{page}: tensornet {line}: {error}") from error
+        assert rest == [], f"{page}: tensornet {line}: {rest} is too much"
