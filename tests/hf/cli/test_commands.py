@@ -311,11 +311,9 @@ def test_help_lists_every_command(tensornet: Run) -> None:
     for name in ("compress", "inspect", "eval", "generate", "decompress", "demo"):
         assert name in out
         assert tensornet(name, "--help")[0] == 0
-    few, every = (tensornet("compress", flag)[1] for flag in ("--help", "--help-all"))
-    assert "--bits" in few
-    assert "--damping" not in few
+    shown = tensornet("compress", "--help")[1]
     assert all(
-        spelled(x) in every for x in fields(tn.CompressionConfig) if x.metadata and x.default is not True
+        spelled(x) in shown for x in fields(tn.CompressionConfig) if x.metadata and x.default is not True
     )
     described = [(kind, x) for kind in (tn.CompressionConfig, CompressOptions) for x in fields(kind)]
     assert [x.name for kind, x in described if x.metadata and len(help_of(kind, x.name)) < 10] == []

@@ -204,7 +204,7 @@ def test_messages_name_options(text: str, translated: str) -> None:
 
 
 def test_negated_options_say_what_is_left_out(tensornet: Run) -> None:
-    shown = " ".join(re.sub(r"[│\s]+", " ", tensornet("compress", "--help-all")[1]).split())
+    shown = " ".join(re.sub(r"[│\s]+", " ", tensornet("compress", "--help")[1]).split())
     assert "--no-resume Do not continue" in shown
     assert "Do not whether" not in shown
 

@@ -1,6 +1,6 @@
 """The commands of the program `tensornet`, which call functions of the library and print the results.
 
-The options of `compress` and `upcycle` are fields of dataclasses; see `with_options`.
+Most options of `compress` are fields of dataclasses; see `with_options`.
 """
 
 import sys
@@ -129,8 +129,6 @@ def compress(
     Example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
 
     For llama.cpp: tensornet compress MODEL m.gguf --bits 5 --calibration text.txt
-
-    --help-all also shows rare options.
     """
     options, wanted = _compress_options(given)
     if plan is not None and wanted:
@@ -150,8 +148,6 @@ def plan(source: Source, *, as_json: JsonOutput = False, **given: Any) -> None:
     Example: tensornet plan MODEL --bits 4.25 --calibration text.txt
 
     With --json, the output is a file for tensornet compress --plan.
-
-    --help-all also shows rare options.
     """
     options, wanted = _compress_options(given)
     print_result(plan_folder(source, CompressionConfig(**wanted), options), as_json)

@@ -31,7 +31,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "specialize": commands.specialize,
     "demo": commands.demo,
 }
-ALL = "--help-all"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 # Depending on its version, typer has its own copy of click or uses the installed one.
@@ -77,8 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command.
 
     Args:
-        arguments: arguments without the name of the program. `--debug` and `--help-all` (help with rare
-            options) are accepted at any position.
+        arguments: arguments without the name of the program. `--debug` is accepted at any position.
 
     Returns:
         The exit status: 0 (success), 1 (failed), 2 (wrong usage), 130 (interrupted).
@@ -87,10 +85,6 @@ def run(arguments: Sequence[str]) -> int:
     notes = _quiet(debug)
     command = typer.main.get_command(_program())
     rest = [argument for argument in arguments if argument != "--debug"]
-    if ALL in rest:
-        rest = ["--help" if argument == ALL else argument for argument in rest]
-        for parameter in (x for part in command.commands.values() for x in part.params):  # type: ignore[attr-defined]
-            parameter.hidden = False
     try:
         status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
     except _click.ClickException as error:

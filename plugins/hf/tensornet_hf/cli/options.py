@@ -249,7 +249,7 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
         text += f" One of {', '.join(metadata['choices'])}."
     if type(default) in (int, float, str) and default not in (0, ""):
         text += f" (default: {default})"
-    more |= {"rich_help_panel": GROUPS[metadata["group"]], "hidden": metadata["group"] == "advanced"}
+    more |= {"rich_help_panel": GROUPS[metadata["group"]]}
     option = typer.Option(flag, help=text, show_default=False, **more)
     return inspect.Parameter(
         described.name,
