@@ -60,6 +60,7 @@ def apply_plan(
     progress: bool = False,
     cache: LayerCache | None = None,
     batch: Batch | None = None,
+    call: Callable[[nn.Module, Batch], object] = run_model,
 ) -> dict[str, float]:
     """Decompose the planned layers and replace them in place; if a decomposition fails, no layer is replaced.
 
@@ -70,7 +71,8 @@ def apply_plan(
             not contain.
         progress: whether to show a progress bar.
         cache: new layers by name and scheme. Layers in the cache are reused, others are added to it.
-        batch: keyword arguments of the model; the model is run on them once, before the replacement is final.
+        batch: batch on which the model is run once, before the replacement is final.
+        call: function that runs a model on this batch; by default, the batch has the arguments of the model.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
@@ -135,25 +137,30 @@ def apply_plan(
         dense = {name: model.get_submodule(name) for name in modules}
         with replaced(model, modules):
             if batch is not None:
-                _refuse_readers(model, batch, dense)
+                _refuse_readers(model, batch, call, dense)
             structure_changed(model)
     return errors
 
 
 @torch.no_grad()
-def run_once(model: nn.Module, batch: Batch) -> None:
+def run_once(model: nn.Module, batch: Batch, call: Callable[[nn.Module, Batch], object] = run_model) -> None:
     """Run a model once in eval mode, without gradients; the random state does not change."""
     on_gpu = {x.device for x in model.parameters() if x.device.type == "cuda"}
     with torch.random.fork_rng(devices=on_gpu), in_eval_mode(model), uncompiled(), without_cache(model):
-        run_model(model, batch)
+        call(model, batch)
 
 
-def _refuse_readers(model: nn.Module, batch: Batch, dense: Mapping[str, nn.Module]) -> None:
+def _refuse_readers(
+    model: nn.Module,
+    batch: Batch,
+    call: Callable[[nn.Module, Batch], object],
+    dense: Mapping[str, nn.Module],
+) -> None:
     """Run a compressed model, and raise an error if code outside of a replaced layer reads its weight.
 
     Args:
         model: the compressed model. Layers whose weight is read from outside are dense afterwards.
-        batch: keyword arguments of the model.
+        batch, call: see `apply_plan`.
         dense: the replaced modules, by name.
 
     Raises:
@@ -162,7 +169,7 @@ def _refuse_readers(model: nn.Module, batch: Batch, dense: Mapping[str, nn.Modul
     patterns: list[str] = []
     while True:
         try:
-            run_once(model, batch)
+            run_once(model, batch, call)
             break
         except WeightReadError as error:
             read = [name for name in dense if model.get_submodule(name) is error.layer]

@@ -2,14 +2,22 @@
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from tensornet.calibration.batches import Batch, BatchLike, check_batches, some_rows
+from tensornet.calibration.batches import (
+    Batch,
+    BatchLike,
+    as_batch,
+    check_batches,
+    device_of,
+    first_rows,
+    run_model,
+)
 from tensornet.calibration.losses import RANDOM_LOSSES
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import run_once
@@ -91,8 +99,9 @@ def compress(
     before = record_losses(
         model, data.batches, loss_fn=data.loss_fn if comparable else None, source=data.source
     )
-    row = _row_to_run(model, data.batches)
-    open_sink = partial(ReplacedLayers, model, stats=stats, batch=row, progress=progress)
+    call = data.loss_fn or run_model
+    row = _row_to_run(model, data.batches, call) if data.batches else None
+    open_sink = partial(ReplacedLayers, model, stats=stats, batch=row, call=call, progress=progress)
     done = run(source, planned, open_sink, data, stats=stats, progress=progress)
     plan = done.plan
     measured = measured_layers = None if before is None else measure(model, before)
@@ -173,15 +182,22 @@ def gather(
     return replace(data, batches=batches)
 
 
-def _row_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:
-    """Return one row of the batches on which to run the model; None if the dense model does not run on it.
+def _row_to_run(
+    model: nn.Module, batches: Iterable[BatchLike], call: Callable[[nn.Module, Batch], object]
+) -> Batch:
+    """Return the first row of a batch, or the whole batch if the model or the loss needs several rows.
 
-    This may happen if the batches are made for a loss function and not for the model itself.
+    Args:
+        model: the dense model.
+        batches: at least one batch.
+        call: function that runs a model on a batch. Batches that are made for a loss function, and are not
+            arguments of the model, are run by this loss function.
     """
+    whole = as_batch(next(iter(batches)), model, device_of(model))
+    row = first_rows(whole, 1)
     try:
-        if rows := some_rows(list(batches), model, 1):
-            run_once(model, rows[0])
-            return rows[0]
-    except Exception:
-        return None
-    return None
+        run_once(model, row, call)
+        return row
+    except Exception:  # the error of the whole batch, if any, is raised
+        run_once(model, whole, call)
+        return whole

@@ -6,12 +6,12 @@ runtime.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from tensornet.calibration.batches import Batch
+from tensornet.calibration.batches import Batch, run_model
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import LayerCache, NewLayers, apply_plan
 from tensornet.compression.plan import CompressionPlan
@@ -56,7 +56,8 @@ class ReplacedLayers(Sink):
         model: the dense model.
         plan: the plan.
         stats: statistics for layers that are not put into the sink; `finish` compresses these itself.
-        batch: keyword arguments on which the model is run once before the replacement is final.
+        batch, call: batch on which the model is run once before the replacement is final, and the function
+            that runs it (see `tensornet.apply_plan`).
         progress: whether to show a progress bar.
     """
 
@@ -67,10 +68,11 @@ class ReplacedLayers(Sink):
         *,
         stats: CalibrationStats | None = None,
         batch: Batch | None = None,
+        call: Callable[[nn.Module, Batch], object] = run_model,
         progress: bool = False,
     ) -> None:
         self.model, self.plan = model, plan
-        self.options: dict[str, Any] = {"batch": batch, "progress": progress}
+        self.options: dict[str, Any] = {"batch": batch, "call": call, "progress": progress}
         self.stats = stats
         self.cache: LayerCache = {}
         self.errors: dict[str, float] = {}

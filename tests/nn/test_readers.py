@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import read_checkpoint
@@ -68,6 +69,35 @@ def test_a_run_finds_all_layers_whose_weight_is_read(given: str) -> None:
         "1",
     }
     assert model(X).shape == (3, 24)
+
+
+def squares(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch["first"] + batch["second"]).square().sum(-1)
+
+
+def pairs(model: nn.Module, batch: Any) -> Tensor:
+    if len(batch["input"]) < 2:
+        raise ValueError("a contrastive loss needs several rows")
+    return model(batch["input"]).square().sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "batch"),
+    [(squares, {"first": X, "second": X}), (pairs, {"input": X})],
+    ids=["batches for the loss alone", "several rows"],
+)
+def test_a_run_by_the_loss_function_finds_read_weights(losses: Any, batch: dict[str, Tensor]) -> None:
+    model = nn.Sequential(Reader(), nn.Linear(24, 24)).eval()
+    data = ProvidedData([batch], "vectors", loss_fn=losses)
+    with pytest.raises(tn.errors.TargetError, match=r"multiplied.*passed"):
+        tn.compress(model, config("all"), calibration=data, progress=False)
+
+
+def test_a_model_that_fails_on_its_batches_is_not_compressed_unchecked() -> None:
+    model = nn.Sequential(nn.Linear(24, 24))
+    with pytest.raises(RuntimeError, match="shapes"):
+        tn.compress(model, config("all"), calibration=[torch.randn(3, 25)], progress=False)
+    assert type(model[0]) is nn.Linear
 
 
 class Broken(nn.Module):
