@@ -501,13 +501,13 @@ def export(
         typer.Option(help="Specialist of a folder of specialists, which becomes a LoRA adapter."),
     ] = None,
     networks: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="How to write tensor networks: as dense weights (dense); low-rank matrices that are added "
             "to integers as a LoRA adapter, all others as dense weights (lora); or not at all, with an error "
-            "(refuse) (default: dense)."
+            "(refuse)."
         ),
-    ] = None,
+    ] = "dense",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -517,11 +517,9 @@ def export(
 
     One of several specialists: tensornet export SPECIALISTS law-lora --specialist law
     """
-    given: dict[str, Any] = {"networks": networks}
-    options = {name: value for name, value in given.items() if value is not None}
     folder = resolve_folder(source)
     if (folder / DESCRIPTION).is_file() or specialist is not None:
-        if specialist is None or options:
+        if specialist is None or networks != "dense":
             raise typer.BadParameter(
                 "A specialist is exported as a LoRA adapter: give --specialist NAME, and leave out "
                 "--networks."
@@ -531,12 +529,8 @@ def export(
         made = specialists.export(specialist, destination, target=target, source=trunk, force=force)
         print_json({"adapter": str(made)}) if as_json else print_lines(f"written to {made}")
         return
-    report = export_model(source, destination, target=target, force=force, **options)
-    if as_json:
-        adapter = None if report.adapter is None else str(report.adapter)
-        print_json({**asdict(report), "destination": str(destination), "adapter": adapter})
-    else:
-        print_lines(str(report))
+    words: Any = {"networks": networks}  # checked by the function
+    print_result(export_model(source, destination, target=target, force=force, **words), as_json)
 
 
 def upcycle(

@@ -1,7 +1,7 @@
 """Code that all exporters share: splitting layers into integers and low-rank parts, and the export report."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -76,6 +76,11 @@ class ExportReport:
     adapter: Path | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     adapter_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict for JSON."""
+        adapter = None if self.adapter is None else str(self.adapter)
+        return {**asdict(self), "destination": str(self.destination), "adapter": adapter}
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(self.packed.values()).items())
