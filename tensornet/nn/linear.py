@@ -248,8 +248,7 @@ class TensorNetworkLinear(NetworkModule):
 
 
 # Shortcuts: functions that repeat the previous pass for another input, or return None if the layer or the
-# kind of input has changed. They read `_parameters` and `_buffers`, since attribute lookup in a module takes
-# as long as a small product.
+# kind of input has changed.
 
 
 def _two_products(
@@ -270,22 +269,21 @@ def _two_products(
 
     def answer(x: Tensor) -> Tensor | None:
         nonlocal known
-        parameters = layer._parameters
-        a, b = parameters.get(first_name), parameters.get(second_name)
-        if a is None or b is None or "bias" not in parameters or layer.strategy is not strategy:
-            return None  # a core is parametrized, or the strategy has changed
+        a, b = getattr(layer, first_name), getattr(layer, second_name)
+        if layer.strategy is not strategy or not (type(a) is type(b) is nn.Parameter):
+            return None  # the strategy has changed, or a core is parametrized or sharded
         if x.ndim == 0 or x.shape[-1] != in_features or x.numel() > most_elements:
             return None
         if x.dtype is torch.float16 and x.is_cpu:  # `contract_with_input` computes in float32
             return None
         if torch.is_grad_enabled() or transforms_active() or torch.jit.is_tracing():
             known = (None,) * 6  # the cached tensors may be out of date
-            return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
+            return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), layer.bias)
         if known[0] is not a or known[1] is not b or known[2:4] != (a.data_ptr(), b.data_ptr()):
-            if type(a) is not nn.Parameter or not (a.is_contiguous() and b.is_contiguous()) or a.is_meta:
+            if not (a.is_contiguous() and b.is_contiguous()) or a.is_meta:
                 return None
             known = a, b, a.data_ptr(), b.data_ptr(), a.view(first_shape), b.view(second_shape)
-        return linear(linear(x, known[4]), known[5], parameters["bias"])
+        return linear(linear(x, known[4]), known[5], layer.bias)
 
     return answer
 
@@ -296,13 +294,13 @@ def _kernel_product(
     """Make a function that uses a torch kernel to multiply by the layer's only core, without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape
     name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
-    codes, scales = core._buffers.get("codes"), core._buffers.get("scales")
+    codes, scales = core.codes, core.scales
 
     def answer(x: Tensor) -> Tensor | None:
-        parameters, buffers, size = layer._parameters, core._buffers, x.shape
-        if codes is None or buffers.get("codes") is not codes or buffers.get("scales") is not scales:
+        size = x.shape
+        if getattr(layer, name) is not core or layer.strategy is not strategy:
             return None
-        if layer._modules.get(name) is not core or layer.strategy is not strategy or "bias" not in parameters:
+        if core.codes is not codes or core.scales is not scales:
             return None
         if x.dtype is not torch.bfloat16 or not size or size[-1] != in_features or not x.is_cpu:
             return None
@@ -311,8 +309,7 @@ def _kernel_product(
         if torch.is_autocast_enabled("cpu") or transforms_active() or not codes.is_cpu:
             return None
         y = matrix.by_kernel(x.reshape(-1, in_features).contiguous()).view(*size[:-1], out_features)
-        bias = parameters["bias"]
-        return y if bias is None else y + bias
+        return y if layer.bias is None else y + layer.bias
 
     return answer
 
