@@ -295,10 +295,11 @@ def open_lazily(source: Checkpoint) -> LazyModel:
             renamed[name] = key
 
     there = {id(tensor) for name, tensor in state.items() if name in renamed or name in stacked}
-    if absent := [name for name, x in model.named_parameters() if id(x) not in there]:
-        computed = [re.compile(x) for x in model._keys_to_ignore_on_save or ()]
-        # Some stored tensors are converted when transformers loads the model, and others are computed.
-        if stacked or all(any(x.search(name) for x in computed) for name in absent):
+    ignored = [re.compile(x) for x in model._keys_to_ignore_on_save or ()]
+    absent = [name for name, x in model.named_parameters() if id(x) not in there]
+    computed = {name for name in absent if any(x.search(name) for x in ignored)}
+    if absent := [name for name in absent if name not in computed]:
+        if stacked:  # transformers converts some stored tensors when it loads the model
             raise _other_form(source.folder, absent[0])
         raise FormatError(
             f"{source.folder} describes {absent[0]} and {len(absent) - 1} more weights that are not stored. "
@@ -331,13 +332,19 @@ def open_lazily(source: Checkpoint) -> LazyModel:
     unread = {k for name, x in stacked.items() if name not in origins for k in chain(*x.values())}
     others = {key: source.tensors[key] for key in source.tensors if key in unread}
     surplus = tuple(key for name, key in renamed.items() if name not in state)
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
+    # Compute what is not stored, such as tables of sinusoidal positions and rotary frequencies.
+    for name, parameter in list(model.named_parameters()):
+        if name in computed:
+            path, _, leaf = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            setattr(model.get_submodule(path), leaf, empty)
+        else:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so it is not computed
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(module, key, torch.empty_like(buffer, device="cpu"))
-    model.initialize_weights()  # computes buffers that are not stored, such as rotary frequencies
+    model.initialize_weights()
     return LazyModel(model.eval(), origins, others, surplus, source)
 
 
@@ -356,7 +363,7 @@ def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] |
     lazy = open_lazily(read_source(folder, weights))
     model = lazy.model
     for name, parameter in model.named_parameters():
-        if id(parameter) not in lazy._known:
+        if parameter.is_meta and id(parameter) not in lazy._known:
             raise _other_form(folder, name)
     return lazy
 
