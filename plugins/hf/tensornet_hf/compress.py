@@ -2,7 +2,6 @@
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
-import copy
 import json
 import math
 import shutil
@@ -12,27 +11,26 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-import tensornet as tn
 from tensornet.calibration.batches import as_batch, check_batches, tokens_of
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.coverage import measure_coverage
-from tensornet.compression.loss_increase import light_copy
-from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.loss_increase import LossIncrease, light_copy
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, ModelFacts, model_size
-from tensornet.compression.road import Source, calibration_config, make_plan, run
+from tensornet.compression.road import Planned, Source, calibration_config, make_plan, run
 from tensornet.compression.survey import Survey
-from tensornet.compression.surveying import survey_or_load, tensor_digest
+from tensornet.compression.surveying import tensor_digest
 from tensornet.compression.tasks import one_thread, worker_processes
 from tensornet.compression.write import WRITE_TOKENS, moment_of, read_enough
 from tensornet.errors import BudgetError, DestinationError, FormatError, TargetError
@@ -40,11 +38,10 @@ from tensornet.healing import refine
 from tensornet.healing.heal import heal
 from tensornet.io import FLOATS, check_place, write_file
 from tensornet.nn.extension import ProvidedData
-from tensornet.nn.targets import Target, find_targets, list_weights
+from tensornet.nn.targets import find_targets
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import (
     HUB,
-    Checkpoint,
     check_free,
     load,
     on_device,
@@ -55,14 +52,14 @@ from tensornet_hf.checkpoint import (
     weight_bytes,
 )
 from tensornet_hf.embedded import calibration_text
-from tensornet_hf.evaluate import record_held_out
+from tensornet_hf.evaluate import held_out_batches
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
 from tensornet_hf.exporters.target import EXPORT_TARGETS, check_destination, export, find_target
 from tensornet_hf.file_sink import MAX_SHARD_BYTES, FileSink, PlannedModel
-from tensornet_hf.lazy_model import ConvertedWeightError, LazyModel, open_lazily, open_model, read_source
+from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
 from tensornet_hf.model_folder import lay_out_folder
 from tensornet_hf.report import Page, compare_methods, display_name, versions, write_report
-from tensornet_hf.rotation import ROTATED, rotate, rotated_folder
+from tensornet_hf.rotation import ROTATED, rotated_folder
 from tensornet_hf.staging import (
     SURVEYED,
     StatesOnDisk,
@@ -74,11 +71,11 @@ from tensornet_hf.staging import (
     staging,
 )
 from tensornet_hf.text import calibration_data, mix_texts, read_text
-from tensornet_moe import ExpertsReport, compress_experts
-from tensornet_moe.shared_low_rank import PATTERNS
 
 #: Files in a staging folder: the survey, the plan of a run without data, and the checkpoint of healing.
 SURVEY, PLAN, HEALING = "survey.safetensors", "plan.json", "healing.safetensors"
+#: The compressed model as a folder, if it is still to be changed or measured, and what its run knows.
+COMPRESSED, DONE = "compressed", "done.json"
 #: Name that stands for the package's calibration text, as in `--calibration default`.
 DEFAULT = "default"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -191,18 +188,12 @@ class CompressOptions:
                 f"share_experts= cannot be combined with {' and '.join(asked)}: layers that share a core "
                 "cannot be processed one by one. Leave out one or the other."
             )
-        parallel = self.workers > 1 or self.executor is not None
-        if parallel and (asked := [f"{x}=" for x in self.needing_model]):
-            raise OptionError(
-                f"workers= compress blocks of a model that is not loaded, but {' and '.join(asked)} need "
-                "the compressed model in memory. Leave out one or the other."
-            )
 
     @property
-    def needing_model(self) -> list[str]:
-        """Names of the given options that need the whole compressed model in memory."""
-        names = ["dtype", "report", "refine", "heal", "held_out", "share_experts"]
-        return [x for x in names if getattr(self, x)] + ["networks"] * (self.networks == "lora")
+    def loads_result(self) -> bool:
+        """True if the result is loaded again, to change it, to measure it or to write adapters."""
+        names = ("dtype", "report", "refine", "heal", "held_out")
+        return any(getattr(self, x) for x in names) or self.networks == "lora"
 
     @property
     def texts(self) -> tuple[str | Path, ...]:
@@ -272,235 +263,138 @@ def compress_folder(
             upload(made, str(destination), force=options.force)
         return replace(done, destination=str(destination))
 
-    text = options.text
-    held_out = None if options.held_out is None else read_text(Path(options.held_out))
     folder = resolve_folder(source)
     path = Path(destination).expanduser().resolve()
     check = partial(check_destination, path, target, force=options.force, sources=(folder,))
     check()
     if (target is None or not EXPORT_TARGETS[target].suffix) and path.is_relative_to(folder.resolve()):
         raise DestinationError(f"{path} is inside the source {folder}; choose another destination.")
-    job = _Job(
-        folder, path, config, options, text, target, held_out, check, read_source(folder, options.weights)
-    )
     marks = file_marks(folder, options.weights)
     with reading_or_writing(folder, path), staging(path) as work:
         check()  # another run may have written it
-        done = _compress_files(job, work, marks) or _compress_in_memory(job, work)
+        done = _compress(folder, path, config, options, target, work, marks, check)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
     return replace(done, source=str(source), destination=str(destination))
 
 
-class _Job(NamedTuple):
-    """Checked arguments of `compress_folder`; the texts have been read, and the destination is resolved."""
-
-    folder: Path
-    destination: Path
-    config: CompressionConfig | CompressionPlan
-    options: CompressOptions
-    text: str | None
-    target: str | None
-    held_out: str | None
-    check: Callable[[], None]
-    source: Checkpoint
-
-    def begin(self, work: Path, marks: Mapping[str, str], data: ProvidedData | None) -> None:
-        """Keep what an interrupted run of this job has made, and delete the files of other runs.
-
-        Args:
-            work: the staging folder.
-            marks: what the files of the source are like.
-            data: the calibration batches.
-        """
-        options, batches = self.options, None if data is None else tensor_digest(data.batches)
-        names = ("refine", "heal", "share_experts", "dtype", "networks", "max_shard_bytes")
-        survey = [batches, str(options.device), options.calibration_tokens, options.rotate]
-        rest = [self.config.to_dict(), self.target, {x: getattr(options, x) for x in names}]
-        depends_on = {"texts": [batches, self.text], "options": [survey[1:], rest]}
-        reusable = {SURVEY: survey, ROTATED: options.rotate, PLAN: rest}
-        begin(work, marks, depends_on, resume=options.resume, reusable=reusable)
-
-
-def _compress_files(job: _Job, work: Path, marks: Mapping[str, str]) -> CompressionReport | None:
-    """Compress block by block, in the memory of one block, into the files of the destination.
+def _compress(
+    folder: Path,
+    path: Path,
+    config: CompressionConfig | CompressionPlan,
+    options: CompressOptions,
+    target: str | None,
+    work: Path,
+    marks: Mapping[str, str],
+    check: Callable[[], None],
+) -> CompressionReport:
+    """Compress a model block by block into files, and correct, measure and export the result.
 
     Args:
-        job: the arguments.
-        work: the staging folder.
+        folder, path: the source and the destination.
+        config, options: checked options.
+        target: name of the export target, or None.
+        work: the staging folder, locked by this process.
         marks: what the files of the source are like.
-
-    Returns:
-        The report; None if an option needs the whole model in memory, or if transformers can only load all
-        of its weights together.
+        check: function that raises an error if the destination may not be written.
     """
     started = time.perf_counter()
-    folder, path, config, options, text, target, _, check, source = job
-    if options.needing_model:
-        return None
-    reads_data = bool(options.calibration) and config.reads_data
-    try:
-        # An invalid model raises before anything is written. Only a model that runs needs its buffers.
-        lazy = open_model(folder, options.weights) if reads_data else open_lazily(source)
-    except ConvertedWeightError:
-        if options.workers > 1 or options.executor is not None:
-            raise
-        return None
+    text, reads_data = options.text, reads_text(config, options)
+    held_out = None if options.held_out is None else read_text(Path(options.held_out))
+
+    # Open the model and make its batches: an invalid model or text raises before anything is written.
+    lazy = _open(folder, options.weights, runs=reads_data)
     if target is not None and isinstance(config, CompressionConfig):
         config = for_target(target, config, lazy.model, folder)
-    given = calibration_batches(lazy.model, folder, config, options, text) if reads_data else None
-    data = given or ProvidedData([], "")
-    job.begin(work, marks, given)
-    if options.rotate:
-        source = read_source(rotated_folder(folder, options.weights, work))
-        lazy = open_model(source.folder) if reads_data else open_lazily(source)
-    opened = Source(
-        lazy.model,
-        lazy.loaded_on(options.device),
-        torch.device(options.device),
-        lambda name: StatesOnDisk(work / name),
+    if held_out is not None:
+        held_out_batches(lazy.model, folder, held_out, tokens=2)
+    data = ProvidedData([], "")
+    if reads_data:
+        data = calibration_batches(lazy.model, folder, config, options, text) or data
+
+    # Keep what an interrupted run has made, and delete the files of other runs.
+    kept = ("refine", "heal", "dtype", "networks", "max_shard_bytes")
+    survey_of = [str(options.device), options.calibration_tokens, options.rotate]
+    rest = [config.to_dict(), target, options.loads_result, {x: getattr(options, x) for x in kept}]
+    texts = [tensor_digest(data.batches) if reads_data else "", text]
+    reusable = {SURVEY: [texts[0], survey_of], ROTATED: options.rotate, PLAN: rest}
+    begin(
+        work,
+        marks,
+        {"texts": texts, "options": [survey_of, rest]},
+        resume=options.resume,
+        reusable=reusable,
     )
 
-    # Plan. An interrupted run has left its survey, or its plan if it needed no data.
-    wanted = calibration_config(config) if isinstance(config, CompressionPlan) else config
-    _check_readable(lazy, wanted)
-    survey: str | Path | None = options.survey
-    if (
-        reads_data
-        and survey is None
-        and (isinstance(config, CompressionConfig) or config.objective == "curvature")
-    ):
-        survey = work / SURVEY
-        _forget_other_survey(survey, wanted)
-    plan_file = None if reads_data or isinstance(config, CompressionPlan) else work / PLAN
-    if plan_file is not None and plan_file.is_file():
-        config = CompressionPlan.load(plan_file)
-    # Matrices that cannot be mapped are in memory while a plan is made by their errors alone.
-    unmapped = [
-        x
-        for x in lazy.model.modules()
-        if not reads_data and any(map(lazy.only_read, x.parameters(recurse=False)))
-    ]
-    with one_thread() if not reads_data else nullcontext(), lazy.loaded(unmapped, dtype=None):
-        planned = make_plan(
-            opened,
-            config,
-            data,
-            survey=survey,
-            tokens=options.calibration_tokens,
-            progress=options.progress,
-        )
-    shutil.rmtree(work / SURVEYED, ignore_errors=True)
-    if plan_file is not None:
-        write_file(plan_file, [json.dumps(planned.plan.to_dict()).encode()])
-
-    def open_sink(plan: CompressionPlan) -> FileSink:
-        # A model that ran may have left states in its modules, which cannot be copied.
-        about = {"networks": options.networks, "max_shard_bytes": options.max_shard_bytes}
-        model = PlannedModel.of(
-            open_lazily(source), plan, folder=folder, title=folder.resolve().name, **about
-        )
-        files = lay_out_folder(model) if target is None else EXPORT_TARGETS[target].lay_out(model)
-        for name, why in files.dense.items():
-            if name in {x for layout in files.layouts.values() for x in layout.places}:
-                warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
+    # Plan, and compress block by block. A result that is still to be changed or measured is a model folder.
+    place = work / COMPRESSED if options.loads_result else path
+    lazy, opened = open_source(folder, options, work, runs=reads_data)
+    planned = _plan(lazy, opened, config, data, options, work)
+    if options.loads_result and (work / DONE).is_file():
+        plan, measured = _read_done(work / DONE)
+    else:
 
         def finishing() -> None:
             check_unchanged(marks, file_marks(folder, options.weights))
             check()
 
-        key = json_digest([plan.to_dict(), options.max_shard_bytes, target])
-        return FileSink(files, path, work, key=key, force=options.force, check=finishing)
+        def open_sink(plan: CompressionPlan) -> FileSink:
+            # A model that ran may have left states in its modules, which cannot be copied.
+            about = {"networks": options.networks, "max_shard_bytes": options.max_shard_bytes}
+            title = folder.resolve().name
+            model = PlannedModel.of(open_lazily(lazy.source), plan, folder=folder, title=title, **about)
+            exports = None if target is None or options.loads_result else EXPORT_TARGETS[target]
+            files = lay_out_folder(model) if exports is None else exports.lay_out(model)
+            stored = {name for layout in files.layouts.values() for name in layout.places}
+            for name, why in files.dense.items():
+                if name in stored:
+                    warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
+            key = json_digest([plan.to_dict(), options.max_shard_bytes, target])
+            return FileSink(files, place, work, key=key, force=options.force, check=finishing)
 
-    with worker_processes(1 if options.executor is not None else options.workers) as own:
-        done = run(
-            opened,
-            planned,
-            open_sink,
-            data,
-            executor=options.executor or own,
-            progress=options.progress,
-        )
+        with worker_processes(1 if options.executor is not None else options.workers) as own:
+            executor = options.executor or own
+            done = run(opened, planned, open_sink, data, executor=executor, progress=options.progress)
+        plan, measured = done.plan, done.measured
+        if options.loads_result:
+            _write_done(work / DONE, plan, measured)
     if lazy.surplus:
         warnings.warn(
             f"Tensors were not copied because the model does not have them: {', '.join(lazy.surplus)}.",
             stacklevel=2,
         )
-    assert isinstance(done.sink, FileSink)
-    kept = [part for key, part in source.tensors.items() if key not in lazy.surplus]
-    params, plan = sum(part.numel for part in kept), done.plan
-    files = done.sink.files
+
+    # Report.
+    parts = [part for key, part in lazy.source.tensors.items() if key not in lazy.surplus]
+    params, size = sum(part.numel for part in parts), sum(part.nbytes for part in parts)
     report = CompressionReport(
         model_params_before=params,
         model_params_after=params - plan.params_before + plan.params_after,
-        model_bytes_before=sum(part.nbytes for part in kept),
-        model_bytes_after=files.nbytes if files.places else files.tensor_bytes,
+        model_bytes_before=size,
+        model_bytes_after=size - plan.bytes_before + plan.bytes_after,
         seconds=time.perf_counter() - started,
         plan=plan,
         coverage=measure_coverage(planned.weights, planned.names, unseen=plan.unseen),
-        measured=done.measured,
-        measured_layers=done.measured,
+        measured=measured,
+        measured_layers=measured,
     )
-    before = weight_bytes(folder) if options.weights is None else weight_bytes(options.weights)
-    return replace(report, file_bytes_before=before, file_bytes_after=weight_bytes(path))
+    before = weight_bytes(folder if options.weights is None else options.weights)
+    if not options.loads_result:
+        return replace(report, file_bytes_before=before, file_bytes_after=weight_bytes(path))
+    seen = sum(tokens_of(as_batch(x, lazy.model, torch.device("cpu"))) for x in data.batches)
+    survey = planned.survey
 
-
-def _compress_in_memory(job: _Job, work: Path) -> CompressionReport:
-    """Compress a model in memory, correct and compare it, and write it.
-
-    Reports, held-out texts and training need the compressed model and the dense one.
-    """
-    folder, path, config, options, text, target, held_out, *_ = job
-    started = time.perf_counter()
-    model = on_device(open_dense(folder, options.weights), options.device)
-    if target is not None and isinstance(config, CompressionConfig):
-        config = for_target(target, config, model, folder)
-    if options.rotate:
-        rotate(model)
-    if held_out is not None:
-        record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
-    calibration = calibration_batches(model, folder, config, options, text)
-    teacher = None
-    if options.refine or options.heal or options.report is not None or held_out is not None:
-        teacher = copy.deepcopy(model)
-
-    stats = None
-    if calibration is not None and (options.report or held_out):  # reports compare with one-sided rounding
-        batches, tokens = list(calibration.batches), WRITE_TOKENS["fast"]
-        stats = calibrate(model, batches, loss_fn=calibration.loss_fn, tokens=tokens, gradients=False)
-
-    # Compress, refit and train.
-    job.begin(work, file_marks(folder, options.weights), calibration)
-    survey = None
-    if options.share_experts:
-        assert isinstance(config, CompressionConfig)  # `_check_data` refuses plans with this option
-        with unfused(model):
-            weights = list_weights(model)
-        shared = compress_experts(model, config, calibration=calibration, progress=options.progress)
-        done = _experts_report(shared, weights)
-    else:
-        if isinstance(config, CompressionConfig) and calibration is not None and config.reads_data:
-            survey = survey_or_load(
-                model,
-                list(calibration.batches),
-                config,
-                options.survey,
-                tokens=options.calibration_tokens,
-                loss_fn=calibration.loss_fn,
-                source=calibration.source,
-                progress=options.progress,
-            )
-        elif options.survey is not None:
-            survey = Survey.load(options.survey)
-        done = tn.compress(model, config, calibration=calibration, survey=survey, progress=options.progress)
+    # Refit and train the result, write it, and compare it with the dense model and with baselines.
+    model = on_device(load(place), options.device)
+    corrected, compared = options.refine or options.heal, options.report or held_out
+    teacher: Any = None
+    if corrected or compared:
+        weights = None if options.rotate else options.weights
+        teacher = on_device(open_dense(lazy.source.folder, weights), options.device)
     notes: tuple[str, ...] = ()
-    if teacher is not None and text is not None and (options.refine or options.heal):
-        read = () if calibration is None else calibration.batches
-        seen = sum(tokens_of(as_batch(x, model, torch.device("cpu"))) for x in read)
+    if corrected and text is not None:
         notes = _correct(model, teacher, folder, text, survey, seen, options, work / HEALING)
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
-    done = replace(done, seconds=time.perf_counter() - started)
-
-    # Save the model, compare it with the baselines, and write the report.
+    report = replace(report, seconds=time.perf_counter() - started)
     if target is not None:
         exported = export(
             stored, path, target=target, source=folder, force=options.force, networks=options.networks
@@ -511,63 +405,82 @@ def _compress_in_memory(job: _Job, work: Path) -> CompressionReport:
     else:
         save(stored, path, source=folder, force=options.force)
         written = weight_bytes(path)
-    before = weight_bytes(folder) if options.weights is None else weight_bytes(options.weights)
-    sizes = before, written
     models: list[ModelFacts] = []
-    if (options.report or held_out) and teacher is not None:
+    if compared:
+        # Baselines are rounded with error feedback along the inputs of the dense model.
+        tokens = WRITE_TOKENS["fast"]
+        batches = list(data.batches)
+        stats = None
+        if batches:
+            stats = calibrate(teacher, batches, loss_fn=data.loss_fn, tokens=tokens, gradients=False)
         models, losses, prompt = compare_methods(
             teacher,
             stored,
             folder,
-            done,
+            report,
             stats,
-            sizes,
+            (before, written),
             text=held_out,
             name="" if options.held_out is None else Path(options.held_out).name,
-            predicted=not (options.refine or options.heal),
+            predicted=not corrected,
             progress=options.progress,
         )
         if options.report is not None:
             made = (("Command", options.command), ("Versions", versions()))
             title = f"{display_name(folder)}, compressed"
-            write_report(Page(title, done, models, losses, made, notes, prompt), options.report)
+            write_report(Page(title, report, models, losses, made, notes, prompt), options.report)
     return replace(
-        done, file_bytes_before=before, file_bytes_after=written, notes=notes, models=tuple(models)
+        report, file_bytes_before=before, file_bytes_after=written, notes=notes, models=tuple(models)
     )
 
 
-def _experts_report(done: ExpertsReport, weights: Sequence[Target]) -> CompressionReport:
-    """Report on experts that share cores: each expert is a layer, and the first of a stack has its core."""
-    dtypes = {name: x.weight.dtype for x in weights for name in x.names}
-    layers = list(done.layers)
-    for stack in done.stacks:
-        core = PATTERNS[stack.pattern]
-        for number, (name, error) in enumerate(zip(stack.names, stack.errors, strict=True)):
-            layers.append(
-                LayerPlan(
-                    name=name,
-                    shape=stack.topology.shape,
-                    topology=stack.topology,
-                    bound_by="shared",
-                    error=error,
-                    storage=stack.storage,
-                    loss_increase=stack.loss_increase / len(stack.names),
-                    dtype=dtypes[name],
-                    shared_cores=(core,) if number else (),
-                )
-            )
-    plan = replace(done.plan, layers=tuple(layers))
-    return CompressionReport(
-        model_params_before=done.model_params_before,
-        model_params_after=done.model_params_after,
-        model_bytes_before=done.model_bytes_before,
-        model_bytes_after=done.model_bytes_after,
-        seconds=done.seconds,
-        plan=plan,
-        coverage=measure_coverage(weights, [x.name for x in layers], unseen=plan.unseen),
-        measured=done.measured,
-        measured_layers=done.measured,
-    )
+def _plan(
+    lazy: LazyModel,
+    opened: Source,
+    config: CompressionConfig | CompressionPlan,
+    data: ProvidedData,
+    options: CompressOptions,
+    work: Path,
+) -> Planned:
+    """Plan the compression of a model that is opened lazily.
+
+    What was found is kept in `work`: the survey or, if the plan depends on the weights alone, the plan.
+    """
+    reads_data, finished = bool(data.batches), isinstance(config, CompressionPlan)
+    wanted = calibration_config(config) if isinstance(config, CompressionPlan) else config
+    _check_readable(lazy, wanted)
+    survey: str | Path | None = options.survey
+    if reads_data and survey is None and (not finished or config.objective == "curvature"):
+        survey = work / SURVEY
+        _forget_other_survey(survey, wanted)
+    plan_file = None if reads_data or finished else work / PLAN
+    if plan_file is not None and plan_file.is_file():
+        config = CompressionPlan.load(plan_file)
+    # Matrices that cannot be mapped are in memory while a plan is made by their errors alone.
+    unmapped = [
+        x
+        for x in lazy.model.modules()
+        if not reads_data and any(map(lazy.only_read, x.parameters(recurse=False)))
+    ]
+    tokens = options.calibration_tokens
+    with one_thread() if not reads_data else nullcontext(), lazy.loaded(unmapped, dtype=None):
+        planned = make_plan(opened, config, data, survey=survey, tokens=tokens, progress=options.progress)
+    shutil.rmtree(work / SURVEYED, ignore_errors=True)
+    if plan_file is not None:
+        write_file(plan_file, [json.dumps(planned.plan.to_dict()).encode()])
+    return planned
+
+
+def _write_done(path: Path, plan: CompressionPlan, measured: LossIncrease | None) -> None:
+    """Write what a finished run knows, for a run that was interrupted after it."""
+    found = {"plan": plan.to_dict(), "measured": None if measured is None else asdict(measured)}
+    write_file(path, [json.dumps(found).encode()])
+
+
+def _read_done(path: Path) -> tuple[CompressionPlan, LossIncrease | None]:
+    found = json.loads(path.read_bytes())
+    measured = found["measured"]
+    return CompressionPlan.from_dict(found["plan"]), None if measured is None else LossIncrease(**measured)
 
 
 def for_target(
@@ -655,22 +568,14 @@ def plan_folder(
     checked = _check_data(config, options)
     assert isinstance(checked, CompressionConfig)
     folder = resolve_folder(source)
-    with tempfile.TemporaryDirectory() as work:
-        opened = open_source(folder, options, Path(work), runs=reads_text(checked, options))
-        model: Any = opened.model
+    with tempfile.TemporaryDirectory() as found:
+        work, runs = Path(found), reads_text(checked, options)
+        lazy, opened = open_source(folder, options, work, runs=runs)
+        model: Any = lazy.model
         if options.export is not None:
             checked = for_target(options.export, checked, model, folder)
-        data = None
-        if reads_text(checked, options):
-            data = calibration_batches(model, folder, checked, options, options.text)
-        planned = make_plan(
-            opened,
-            checked,
-            data or ProvidedData([], ""),
-            survey=options.survey,
-            tokens=options.calibration_tokens,
-            progress=options.progress,
-        )
+        data = calibration_batches(model, folder, checked, options, options.text) if runs else None
+        planned = _plan(lazy, opened, checked, data or ProvidedData([], ""), options, work)
     plan = planned.plan
 
     params, size = model_size(model)
@@ -678,25 +583,29 @@ def plan_folder(
     return replace(plan, model_params_before=params, model_bytes_before=size, coverage=coverage)
 
 
-def open_source(folder: Path, options: CompressOptions, work: Path, *, runs: bool) -> Source:
-    """Open a model without its weights, or load it if these can only be read all together.
+def open_source(
+    folder: Path, options: CompressOptions, work: Path, *, runs: bool
+) -> tuple[LazyModel, Source]:
+    """Open the model of a folder without its weights, after rotation if this is asked for.
 
     Args:
         folder: folder of the model.
         options: further options.
         work: folder for hidden states, and for a rotated model.
-        runs: whether the model runs; if not, it is loaded.
+        runs: whether the model runs, for which all its weights and buffers must be known.
+
+    Raises:
+        FormatError, TargetError: see `open_model`; or the model cannot be rotated.
     """
-    device = torch.device(options.device)
-    try:
-        if runs:
-            place = rotated_folder(folder, options.weights, work) if options.rotate else folder
-            lazy = open_model(place, None if options.rotate else options.weights)
-            return Source(lazy.model, lazy.loaded_on(device), device, lambda name: StatesOnDisk(work / name))
-    except ConvertedWeightError:
-        pass
-    model = on_device(open_dense(folder, options.weights), device)
-    return Source(rotate(model) if options.rotate else model)
+    weights = options.weights
+    if options.rotate:
+        folder, weights = rotated_folder(folder, weights, work), None
+    lazy, device = _open(folder, weights, runs=runs), torch.device(options.device)
+    return lazy, Source(lazy.model, lazy.loaded_on(device), device, lambda name: StatesOnDisk(work / name))
+
+
+def _open(folder: Path, weights: str | Path | None, *, runs: bool) -> LazyModel:
+    return open_model(folder, weights) if runs else open_lazily(read_source(folder, weights))
 
 
 def open_dense(folder: Path, weights: str | Path | None = None) -> PreTrainedModel:

@@ -325,6 +325,37 @@ def _quantile(values: Tensor, q: float) -> tuple[float, float]:
     return middle, (high - low) / 2
 
 
+def held_out_batches(
+    model: PreTrainedModel,
+    folder: Path,
+    text: str,
+    *,
+    name: str = "held-out text",
+    tokens: int | None = HELD_OUT_TOKENS,
+) -> tuple[Sequence[Any], str]:
+    """Cut a held-out text into batches for a language model, and describe them; see `record_held_out`.
+
+    Raises:
+        TargetError: the model is not a language model.
+        ValueError: the text is too short.
+    """
+    if not model.can_generate():
+        raise TargetError(
+            f"{type(model).__name__} is not a language model, so no loss can be measured on text without "
+            "labels. Leave out the held-out text, and measure the model in Python, as "
+            "examples/sentence_encoder.py and examples/image_accuracy.py do."
+        )
+    if model.config.is_encoder_decoder:
+        return calibration_data(model, folder, text, tokens=tokens).batches, name
+    tokenizer, context = load_tokenizer(folder), usual_context(model)
+    ids = token_ids(tokenizer, text)[:tokens]
+    if len(ids) < 2:
+        raise ValueError(f"{name} has only {len(ids)} tokens; give more text.")
+    batch_size = max(1, 1024 // context)
+    batches = text_windows(ids, context=context, batch_size=batch_size, bos=bos_token(tokenizer))
+    return batches, f"{name} in {sum(len(x['input_ids']) for x in batches)} windows of {context}"
+
+
 def record_held_out(
     model: PreTrainedModel,
     folder: Path,
@@ -343,27 +374,9 @@ def record_held_out(
         tokens: number of tokens to read from the start of the text; None reads all.
 
     Raises:
-        TargetError: the model is not a language model, or no token of the text is scored.
-        ValueError: the text is too short.
+        TargetError, ValueError: see `held_out_batches`; or no token of the text is scored.
     """
-    if not model.can_generate():
-        raise TargetError(
-            f"{type(model).__name__} is not a language model, so no loss can be measured on text without "
-            "labels. Leave out the held-out text, and measure the model in Python, as "
-            "examples/sentence_encoder.py and examples/image_accuracy.py do."
-        )
-    batches: Sequence[Any]
-    if model.config.is_encoder_decoder:
-        batches = calibration_data(model, folder, text, tokens=tokens).batches
-        how = name
-    else:
-        tokenizer, context = load_tokenizer(folder), usual_context(model)
-        ids = token_ids(tokenizer, text)[:tokens]
-        if len(ids) < 2:
-            raise ValueError(f"{name} has only {len(ids)} tokens; give more text.")
-        batch_size = max(1, 1024 // context)
-        batches = text_windows(ids, context=context, batch_size=batch_size, bos=bos_token(tokenizer))
-        how = f"{name} in {sum(len(x['input_ids']) for x in batches)} windows of {context}"
+    batches, how = held_out_batches(model, folder, text, name=name, tokens=tokens)
     recorded = record_losses(model, batches, loss_fn=label_losses, source=how, tokens=None)
     if recorded is None:
         raise TargetError(f"{type(model).__name__} has no loss on {name}: it scores none of the tokens.")

@@ -591,8 +591,8 @@ def plan_recipe(
     entries = {} if imatrix is None else read_imatrix(imatrix)
     with tempfile.TemporaryDirectory() as folder_of_states:
         work = Path(folder_of_states)
-        opened = open_source(folder, options, work, runs=True)
-        model: Any = opened.model
+        lazy, opened = open_source(folder, options, work, runs=True)
+        model: Any = lazy.model
         refuse_mixtures(model)
         with unfused(model):
             chosen = [x for x in find_targets(model, config) if not x.skip]
