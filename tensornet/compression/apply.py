@@ -19,7 +19,7 @@ from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding
-from tensornet.nn.extension import structure_changed
+from tensornet.nn.extension import fit_shared, structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, embedding_scale, has_own_forward, layer_bias, layer_kind
 from tensornet.nn.linear import TensorNetworkLinear, empty_linear, linear_from_network
 from tensornet.nn.module import NetworkModule
@@ -114,6 +114,12 @@ def apply_plan(
         def weighting_of(target: Target) -> Weighting:
             return layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
 
+        for names in plan.stacks:
+            if any((x, plan[x].topology, plan[x].storage) not in known for x in names):
+                stack = [targets[x] for x in names]
+                fitted = fit_shared(stack, [weighting_of(x) for x in stack], plan[names[0]])
+                for name, made in zip(names, fitted, strict=True):
+                    known = {**known, (name, plan[name].topology, plan[name].storage): made}
         for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
             target, key = targets[layer.name], (layer.name, layer.topology, layer.storage)
             if key in known:

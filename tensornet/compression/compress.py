@@ -177,6 +177,11 @@ def gather(
         warnings.warn(f"No calibration data: {warning}", CalibrationWarning, stacklevel=3)
     check_batches(data.batches, "compress")
     batches = read_enough(data.batches, model, config.survey_kind)
+    if isinstance(config, CompressionConfig) and config.share_experts and not batches:
+        raise TargetError(
+            "share_experts compares separate and shared networks by their predicted loss, which needs "
+            "gradients: pass calibration=batches, or leave it out."
+        )
     if needed and not missing and not batches:
         raise TargetError("compress got no batches; pass at least one, better 16 of 1,000 tokens.")
     return replace(data, batches=batches)

@@ -113,6 +113,10 @@ class CompressionConfig(LayerSelection):
             the predicted loss increase; auto takes the last of these for which the calibration data suffice.
             `"activation"` needs calibrated inputs. `"curvature"` needs calibrated gradients, and divides
             budgets among all layers.
+        share_experts: let the experts of each layer share cores where this lowers the predicted loss
+            increase. The experts of a mixture share a projection of their inputs, a basis of their outputs
+            or a base matrix, which is stored once. Needs calibration data, a budget, and a mixture that
+            keeps its experts as one parameter; the plan is a thorough one.
         effort: how much time to spend on a plan of number formats. Both efforts visit the blocks of the model
             one by one, and round each block on the inputs that it will really get. thorough reads eight times
             as many tokens to predict losses and twice as many to round, collects full moments of the
@@ -157,6 +161,7 @@ class CompressionConfig(LayerSelection):
     formats: str | Sequence[str] | None = option(None, "advanced", "names")
     loss_increase: float | None = option(None, "budget", "number")
     objective: Objective = option("auto", "advanced", choices=OBJECTIVES)
+    share_experts: bool = option(False, "layers", "flag")
     effort: Effort = option("fast", "budget", choices=EFFORTS)
     rounding: Rounding = option("two_sided", "advanced", choices=ROUNDINGS)
     damping: float = option(0.1, "advanced", "number")
@@ -187,6 +192,24 @@ class CompressionConfig(LayerSelection):
                 allowed = "True, False or None" if maybe else "True or False"
                 raise ValueError(f"{name} must be {allowed}, got {value!r}.")
         self._check_budgets()
+        if self.share_experts:
+            self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        """Raise BudgetError for options that cannot be combined with shared cores; make the plan thorough."""
+        apart = {
+            "max_bond": self.max_bond is not None,
+            "rel_error": self.rel_error is not None,
+            "topology": bool(self.fixed),
+            "objective": self.objective not in ("auto", "curvature"),
+        }
+        if conflicts := [name for name, is_set in apart.items() if is_set]:
+            raise BudgetError(
+                "share_experts chooses shared cores only by their size and predicted loss: drop "
+                f"{', '.join(conflicts)}, or leave out share_experts."
+            )
+        object.__setattr__(self, "objective", "curvature")
+        object.__setattr__(self, "effort", "thorough")
 
     def _check_budgets(self) -> None:
         """Check that budgets are in range and do not contradict other options.

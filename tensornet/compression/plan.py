@@ -59,8 +59,8 @@ class LayerPlan:
         sample: four elements of the weight, from `weight_samples`, to recognize the model; if empty, the
             weight is not checked.
         target: export target in whose files the bytes are counted; None for files of this library.
-        shared_cores: names of cores that belong to another layer, such as the first expert of a mixture whose
-            experts share them; their sizes are counted there.
+        shared_core: name of a core that the network shares with those of other weights, and the name of the
+            weight that stores it, whose sizes include it; None if the network shares nothing.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -81,7 +81,7 @@ class LayerPlan:
     dtype: torch.dtype = torch.float32
     sample: tuple[float, ...] = ()
     target: str | None = None
-    shared_cores: tuple[str, ...] = ()
+    shared_core: tuple[str, str] | None = None
 
     @property
     def params_before(self) -> int:
@@ -93,8 +93,7 @@ class LayerPlan:
         """Planned number of stored values, with padding, scales, and row permutations of pivoted cores."""
         if self.topology is None:
             return self.params_before
-        shared = (self.storage.core_size(self.topology, x, self.dtype)[0] for x in self.shared_cores)
-        return self.storage.num_params(self.topology) - sum(shared)
+        return self.storage.num_params(self.topology) - self._stored_elsewhere[0]
 
     @property
     def bytes_before(self) -> int:
@@ -108,8 +107,14 @@ class LayerPlan:
             return self.bytes_before
         if self.target is not None:  # plans for export targets have no networks
             return bytes_for(self.target, self.storage.number_format, self.shape, self.dtype)
-        shared = (self.storage.core_size(self.topology, x, self.dtype)[1] for x in self.shared_cores)
-        return self.storage.num_bytes(self.topology, self.dtype) - sum(shared)
+        return self.storage.num_bytes(self.topology, self.dtype) - self._stored_elsewhere[1]
+
+    @property
+    def _stored_elsewhere(self) -> tuple[int, int]:
+        """Number of values and bytes of a core that another weight stores."""
+        if self.topology is None or self.shared_core is None or self.shared_core[1] == self.name:
+            return 0, 0
+        return self.storage.core_size(self.topology, self.shared_core[0], self.dtype)
 
     @property
     def bits_per_weight(self) -> float:
@@ -119,8 +124,8 @@ class LayerPlan:
     @property
     def scheme(self) -> str:
         """Number formats, topology family and bonds, or `"dense"`."""
-        shared = " shared" if self.shared_cores else ""
-        return f"{scheme_name(self.topology, self.storage)}{shared}"
+        shared = "" if self.shared_core is None else f", core {self.shared_core[0]} shared"
+        return scheme_name(self.topology, self.storage) + shared
 
     @property
     def has_large_error(self) -> bool:
@@ -156,7 +161,7 @@ class LayerPlan:
             "shape": list(self.shape),
             "topology": None if self.topology is None else self.topology.to_dict(),
             "sample": list(self.sample),
-            "shared_cores": list(self.shared_cores),
+            "shared_core": self.shared_core and list(self.shared_core),
             "storage": self.storage.to_dict(),
             "curve": [list(point) for point in self.curve],
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -177,10 +182,10 @@ class LayerPlan:
             "shape": (data["shape"][0], data["shape"][1]),
             "topology": None if topology is None else Topology.from_dict(topology),
             "sample": tuple(data["sample"]),
-            "shared_cores": _names(data["shared_cores"]),
             "storage": Storage.from_dict(data["storage"]),
             "curve": tuple((int(size), loss) for size, loss in data["curve"]),
             "dtype": dtype,
+            "shared_core": None if (shared := data["shared_core"]) is None else (shared[0], shared[1]),
         }
         return cls(**known)
 
@@ -262,6 +267,15 @@ class CompressionPlan:
             if layer.name == name:
                 return layer
         raise KeyError(f"No layer {name!r} in the plan; it has {[layer.name for layer in self.layers]}.")
+
+    @property
+    def stacks(self) -> list[tuple[str, ...]]:
+        """Names of the weights of each stack whose networks share a core."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            if layer.shared_core is not None:
+                found.setdefault(layer.shared_core, []).append(layer.name)
+        return [tuple(names) for names in found.values()]
 
     @property
     def survey_kind(self) -> str:
@@ -401,7 +415,7 @@ class CompressionPlan:
         Raises:
             FormatError: a number format is unknown, or is given for a core that does not exist.
             KeyError: the plan has no layer of this name.
-            TopologyError: the topology has another shape or type.
+            TopologyError: the topology has another shape or type, or the layer shares a core with others.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -410,6 +424,12 @@ class CompressionPlan:
             4.25
         """
         old = self[name]
+        if old.shared_core is not None:
+            others = [x.name for x in self.layers if x.shared_core == old.shared_core and x.name != name]
+            raise TopologyError(
+                f"{name!r} shares core {old.shared_core[0]} with {shortened(others)}, so it cannot change "
+                "alone. Plan again without share_experts, or exclude the layer (exclude_modules)."
+            )
         if isinstance(storage, str):
             storage = Storage(number_format=NumberFormat.parse(storage))
         if topology is None and storage is not None and not storage.plain:
@@ -637,5 +657,7 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
         if layer.topology is not None:
             _check_topology(layer, layer.topology)
             layer.storage.num_params(layer.topology)
-            if unknown := sorted(set(layer.shared_cores) - set(layer.topology.core_names)):
-                raise ValueError(f"the topology {where} has no core {unknown[0]!r}")
+            if layer.shared_core is not None:
+                core, owner = layer.shared_core
+                if core not in layer.topology.core_names or plan[owner].shared_core != layer.shared_core:
+                    raise ValueError(f"{owner!r} does not share a core {core!r} with layer {layer.name!r}")

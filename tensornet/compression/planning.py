@@ -20,10 +20,12 @@ from tensornet.compression.candidates import find_candidates, format_fits
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
+from tensornet.compression.shared_cores import SharedCandidate, candidates_of
 from tensornet.compression.survey import Survey, untargeted_sizes
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
 from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
-from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
+from tensornet.nn.extension import shared_candidates
+from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, list_weights, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import topology_family
@@ -119,7 +121,13 @@ def _survey(
         tqdm(targets, desc="planning", disable=not progress, unit="layer"), found, strict=True
     ):
         layers.append(SurveyedLayer.of(target, candidates, singular_values(target.matrix).tolist()))
-    return Survey(config, tuple(layers), template, untargeted_sizes(model, targets))
+    shared: tuple[SharedCandidate, ...] = ()
+    if config.share_experts:
+        with unfused(model):
+            names = {target.name for target in targets}
+            stacks = shared_candidates([x for x in list_weights(model) if x.name in names], stats, config)
+        shared = candidates_of(stacks, targets)
+    return Survey(config, tuple(layers), template, untargeted_sizes(model, targets), shared=shared)
 
 
 def _select(

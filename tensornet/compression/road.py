@@ -116,11 +116,6 @@ def make_plan(
         TargetError, BudgetError, NonFiniteError, FormatError: see `survey` and `Survey.plan`.
     """
     finished = isinstance(config, CompressionPlan)
-    if isinstance(config, CompressionPlan) and (sharing := [x.name for x in config if x.shared_cores]):
-        raise TargetError(
-            f"{sharing[0]!r} and {len(sharing) - 1} other layers of this plan share cores with other "
-            "experts, which only compress_experts can make. Give it the options of the plan instead."
-        )
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     by_blocks = config.reads_data and bool(data.batches)
     if survey is not None and not by_blocks:

@@ -25,6 +25,7 @@ from tensornet.compression.candidates import hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import model_size
+from tensornet.compression.shared_cores import SharedCandidate, choose_shared
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_tensors
 from tensornet.nn.storage import Storage
@@ -33,7 +34,7 @@ from tensornet.nn.unfuse import unfused
 from tensornet.quantization.menus import MENUS
 from tensornet.topology import Topology
 
-SURVEY_VERSION = 4
+SURVEY_VERSION = 5
 #: Budgets that `Survey.plan` can change, since the candidates do not depend on them.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
@@ -61,6 +62,7 @@ class Survey:
             name; they make up an importance matrix.
         heads: moments of the inputs of heads that are tied to an embedding, shape `(in, in)`, by name of the
             module; only if networks are candidates.
+        shared: candidates of stacks whose networks share a core, if `config.share_experts` is set.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -81,6 +83,7 @@ class Survey:
     factors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     inputs: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict, compare=False, repr=False)
     heads: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    shared: tuple[SharedCandidate, ...] = ()
 
     @torch.no_grad()
     @on_cpu_unless_said
@@ -106,6 +109,9 @@ class Survey:
         alone = self.config.formats is not None and config.one_format_keeps
         if config.needs_curvature and objective != "curvature" and not alone:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
+        if self.shared:
+            choice = choose_shared(self.layers, self.shared, config, self.untargeted)
+            return self.planned(choice.chosen, choice.bound_by, choice.shared)
         # Layers that need the same number format in the export target are planned as one.
         names = [layer.name for layer in self.layers]
         keys: dict[Hashable, list[int]] = {}
@@ -128,29 +134,36 @@ class Survey:
                 chosen[k] = place
         return self.planned(chosen, bound_by)
 
-    def planned(self, chosen: Sequence[int], bound_by: str) -> CompressionPlan:
+    def planned(
+        self, chosen: Sequence[int], bound_by: str, shared: Sequence[SharedCandidate] = ()
+    ) -> CompressionPlan:
         """Make the plan that consists of the chosen candidate of each layer.
 
         Args:
             chosen: index of the chosen candidate of each layer.
             bound_by: name of the tightest budget.
+            shared: the chosen candidates of stacks that share a core, which replace those of their layers.
         """
         predicts = self.template.objective == "curvature"
         layers = []
+        sharing = {name: x for x in shared for name in x.names}
         for layer, index in zip(self.layers, chosen, strict=True):
-            candidate = layer.candidates[index]
+            stack = sharing.get(layer.name)
+            candidate = layer.candidates[index] if stack is None else stack.candidate
+            loss = candidate.predicted_loss / (1 if stack is None else len(stack.names))
             planned = LayerPlan(
                 name=layer.name,
                 shape=layer.shape,
                 topology=candidate.topology,
                 bound_by="dense" if candidate.topology is None else bound_by,
-                error=candidate.error,
+                error=candidate.error if stack is None else None,
                 storage=candidate.storage,
-                loss_increase=candidate.predicted_loss if predicts else None,
-                curve=hull_of(layer.candidates) if predicts else (),
+                loss_increase=loss if predicts else None,
+                curve=hull_of(layer.candidates) if predicts and stack is None else (),
                 dtype=layer.dtype,
                 sample=layer.sample,
                 target=self.config.menu,
+                shared_core=None if stack is None else (stack.core, stack.names[0]),
             )
             layers.append(planned.with_baseline(layer.spectrum) if layer.spectrum else planned)
         return replace(self.template, layers=tuple(layers))
@@ -223,6 +236,15 @@ class Survey:
             facts |= {"sample": layer.sample, "spectrum": layer.spectrum, "stack": layer.stack}
             facts["candidates"] = rows
             layers.append(facts)
+        shared = [
+            [
+                x.names,
+                x.core,
+                schemes.setdefault((x.candidate.topology, x.candidate.storage), len(schemes)),
+                *(getattr(x.candidate, y) for y in _NUMBERS),
+            ]
+            for x in self.shared
+        ]
         data = {
             "version": SURVEY_VERSION,
             "config": self.config.to_dict(),
@@ -233,6 +255,7 @@ class Survey:
             "template": self.template.to_dict(),
             "schemes": [[t and t.to_dict(), storage.to_dict()] for t, storage in schemes],
             "layers": layers,
+            "shared": shared,
         }
         data["tokens"] = {name: count for name, (_, count) in self.inputs.items()}
         tensors = {f"factor.{name}": x.contiguous() for name, x in self.factors.items()}
@@ -292,6 +315,14 @@ class Survey:
                 parts["factor"],
                 {name: (x, int(data["tokens"][name])) for name, x in parts["inputs"].items()},
                 parts["head"],
+                tuple(
+                    SharedCandidate(
+                        _listed(names, str),
+                        core,
+                        Candidate(*schemes[place], **dict(zip(_NUMBERS, numbers, strict=True))),
+                    )
+                    for names, core, place, *numbers in data["shared"]
+                ),
             )
             _check(found)
             return found
@@ -354,6 +385,10 @@ def _check(survey: Survey) -> None:
                 raise TypeError(f"number_format must be a text, got {candidate.number_format!r:.60}")
             if candidate.topology is not None and candidate.topology.shape != layer.shape:
                 raise ValueError(f"a topology of layer {layer.name!r} has shape {candidate.topology.shape}")
+    for x in survey.shared:
+        topology = x.candidate.topology
+        if topology is None or x.core not in topology.core_names or not set(x.names) <= set(names):
+            raise ValueError(f"the shared core {x.core!r} of {x.names!r:.60} is not that of known layers")
     shapes = {name: layer.shape for layer in survey.layers for name in layer.names}
     for name, factor in survey.factors.items():
         if factor.ndim != 2 or len(factor) not in shapes.get(name, ()) or not bool(factor.isfinite().all()):

@@ -42,9 +42,11 @@ from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import unfit_formats, without_unseen
 from tensornet.compression.sensitivity import is_known
+from tensornet.compression.shared_cores import SharedCandidate, candidates_of
 from tensornet.compression.survey import Survey, untargeted_sizes
 from tensornet.errors import BudgetError
 from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
+from tensornet.nn.extension import shared_candidates
 from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
 from tensornet.nn.unfuse import unfused
@@ -117,7 +119,8 @@ def survey_model(
         progress: whether to show a progress bar.
 
     Raises:
-        TargetError: there is no batch, no layer is selected, or no token has a loss.
+        TargetError: there is no batch, no layer is selected, no token has a loss, or experts that could share
+            a core are asked for and there are none.
         NonFiniteError: a weight, inputs or gradients of a layer are not finite; the message names the layer.
         BudgetError: a layer has no candidate that keeps the limits of the configuration.
         FormatError: no number format fits any layer.
@@ -165,6 +168,7 @@ def survey_model(
 
         # Find the candidates of every block as soon as its moments are known, then drop the moments.
         surveyed: dict[str, SurveyedLayer] = {}
+        stacks: dict[tuple[str, ...], Sequence[SharedCandidate]] = {}
         factors: dict[str, Tensor] = {}
         heads: dict[str, Tensor] = {}
         seen: dict[str, tuple[Tensor, int]] = {}
@@ -196,6 +200,8 @@ def survey_model(
                     spectra = [singular_values(x.matrix).tolist() if families else [] for x in known]
                     for target, *facts_of in zip(known, found, spectra, strict=True):
                         surveyed[target.name] = SurveyedLayer.of(target, *facts_of)
+                    if config.share_experts and find is not dense_only:
+                        stacks |= shared_candidates(known, stats, config)
                 unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
                 factors |= {y: stats.factors[y] for x in known for y in x.names if y in stats.factors}
                 heads |= tied_heads(known, stats) if config.survey_kind != "fast" else {}
@@ -236,6 +242,7 @@ def survey_model(
         factors=factors,
         inputs=seen,
         heads=heads,
+        shared=candidates_of(stacks, targets) if config.share_experts and find is not dense_only else (),
     )
 
 

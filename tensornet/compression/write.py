@@ -51,14 +51,12 @@ from tensornet.compression.surveying import FULL_UP_TO, most_tokens
 from tensornet.compression.tasks import Task, compress_tasks
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, damped
+from tensornet.nn.extension import fit_shared
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import LayerSelection, Target
 
 #: Number of tokens on which the inputs of the blocks are computed, by `CompressionPlan.survey_kind`.
 WRITE_TOKENS = {"fast": 16_384, "networks": 32_768, "thorough": 32_768}
-
-#: Function that compresses several weights together, from the weights and their weightings.
-JointFit = Callable[[Sequence[Target], Sequence[Weighting]], Sequence[NewLayers]]
 
 
 @runtime_checkable
@@ -90,7 +88,6 @@ def compress_blocks(
     written: Callable[[str], bool] = lambda name: False,
     executor: Executor | None = None,
     compress: Callable[..., Any] = compress_layer,
-    joint: Mapping[tuple[str, ...], JointFit] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, dict[str, NewLayers]]]:
     """Compress the layers of a plan block by block, and yield the new layers of each finished block.
@@ -122,7 +119,6 @@ def compress_blocks(
         written: function that returns True if an interrupted run has written the new layer of a weight.
         executor: executor that rounds the layers of a block at the same time; by default, this process does.
         compress: function that compresses one layer, like `compress_layer`.
-        joint: functions that compress several layers of a block together, by the names of these layers.
         progress: whether to show a progress bar.
 
     Yields:
@@ -182,14 +178,15 @@ def compress_blocks(
                 weightings[target.name] = weighting_of(
                     target, layers[target.name], plan, stats, factors or {}
                 )
-            together = {x: fit for x, fit in (joint or {}).items() if x[0] in weightings}
-            alone = [x for x in some if not any(x.name in group for group in together)]
+            stacks = [names for names in plan.stacks if names[0] in weightings]
+            alone = [x for x in some if layers[x.name].shared_core is None]
             tasks = [Task(x.matrix, layers[x.name], weightings[x.name], plan.rounding) for x in alone]
             made = compress_tasks(tasks, compress, executor)
             done = {x.name: (with_cores(x, new), error) for x, (new, error) in zip(alone, made, strict=True)}
-            for group, fit in together.items():
-                fitted = fit([known[x] for x in group], [weightings[x] for x in group])
-                done |= dict(zip(group, fitted, strict=True))
+            for names in stacks:
+                stack = [known[x] for x in names]
+                fitted = fit_shared(stack, [weightings[x] for x in names], layers[names[0]])
+                done |= dict(zip(names, fitted, strict=True))
             new = {x.name: layer for x, (layer, _) in zip(alone, made, strict=True)}
             warn_of_scales(alone, new, lambda target: weightings[target.name])
             visited()

@@ -5,7 +5,7 @@ data. A plugin subclasses `ModelExtension`, overrides methods and registers one 
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +103,38 @@ class ModelExtension:
         """
         return {}
 
+    def shared_candidates(
+        self, targets: Sequence[Any], stats: Any, config: Any
+    ) -> Mapping[tuple[str, ...], Sequence[Any]]:
+        """Find stacks of weights whose networks may share a core, with `CompressionConfig.share_experts`.
+
+        Args:
+            targets: the targeted weights of a block (`tensornet.nn.targets.Target`).
+            stats: calibration statistics with gradients.
+            config: the `CompressionConfig`.
+
+        Returns:
+            The candidates (`tensornet.compression.shared_cores.SharedCandidate`) of each stack, by the names
+            of its weights; a stack that cannot share a core has none.
+        """
+        return {}
+
+    def fit_shared(
+        self, targets: Sequence[Any], weightings: Sequence[Any], layer: Any
+    ) -> Sequence[Any] | None:
+        """Fit the networks of a stack that share a core.
+
+        Args:
+            targets: the weights of the stack.
+            weightings: sensitivity of the loss to errors in each weight.
+            layer: plan of one of them (`LayerPlan`).
+
+        Returns:
+            The new layer and the relative error of each weight; None if the extension does not know stacks
+            with this topology and shared core.
+        """
+        return None
+
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
         """Return default calibration data for a model, or None if the extension has none.
 
@@ -164,6 +196,29 @@ def provided_data(model: nn.Module) -> ProvidedData | None:
 def dense_layers(model: nn.Module) -> dict[str, str]:
     """Call `ModelExtension.dense_layers` of every extension, and merge the results."""
     return {name: reason for x in extensions() for name, reason in x.dense_layers(model).items()}
+
+
+def shared_candidates(
+    targets: Sequence[Any], stats: Any, config: Any
+) -> dict[tuple[str, ...], Sequence[Any]]:
+    """Call `ModelExtension.shared_candidates` of every extension, and merge the results."""
+    return {k: x for each in extensions() for k, x in each.shared_candidates(targets, stats, config).items()}
+
+
+def fit_shared(targets: Sequence[Any], weightings: Sequence[Any], layer: Any) -> Sequence[Any]:
+    """Fit a stack that shares a core, with the first extension that knows how.
+
+    Raises:
+        TargetError: no registered extension knows how.
+    """
+    for extension in extensions():
+        if (made := extension.fit_shared(targets, weightings, layer)) is not None:
+            return made
+    raise TargetError(
+        f"Nobody knows how to fit {layer.scheme} for {layer.name!r}, which shares the core "
+        f"{layer.shared_core[0]!r} with others. Import the package with which the plan was made, such as "
+        "tensornet_moe."
+    )
 
 
 def round_others(model: nn.Module, config: Any) -> dict[str, str]:

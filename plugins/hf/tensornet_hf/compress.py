@@ -104,8 +104,6 @@ class CompressOptions:
         refine: after compression, refit each layer to the dense model's outputs on unused calibration text.
         heal: after compression, train the cores for this many steps to match the dense model's outputs on the
             calibration text.
-        share_experts: let the experts of each layer share cores where this lowers the predicted loss
-            increase. See `tensornet_moe.compress_experts`.
         rotate: rotate a Llama-like model before compression, which spreads outliers of the weights but does
             not change the outputs; this does not always help, so compare with and without. A tied output head
             becomes a separate weight. See `tensornet_hf.rotate`.
@@ -146,7 +144,6 @@ class CompressOptions:
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")
     heal: int = option(0, "after", "integer")
-    share_experts: bool = option(False, "layers", "flag")
     rotate: bool = option(False, "layers", "flag")
     dtype: str | None = option(None, "output", choices=tuple(DTYPES))
     device: torch.device | str = option("cpu", "run", "device")
@@ -182,12 +179,6 @@ class CompressOptions:
                 check_place(what, Path(place))
         if not given and self.calibration_tokens is not None:
             raise OptionError("calibration_tokens= counts tokens of a text; add calibration=.")
-        layerwise = ("refine", "report", "held_out")
-        if self.share_experts and (asked := [f"{x}=" for x in layerwise if getattr(self, x)]):
-            raise OptionError(
-                f"share_experts= cannot be combined with {' and '.join(asked)}: layers that share a core "
-                "cannot be processed one by one. Leave out one or the other."
-            )
 
     @property
     def loads_result(self) -> bool:
@@ -559,7 +550,7 @@ def plan_folder(
         >>> plan.save("plan.json")  # edit it, load it, and pass it to compress_folder
     """
     options = options or CompressOptions()
-    needing = ("report", "held_out", "refine", "heal", "share_experts")
+    needing = ("report", "held_out", "refine", "heal")
     if asked := [f"{name}=" for name in needing if getattr(options, name)]:
         raise OptionError(
             f"plan_folder only plans, but {' and '.join(asked)} would need a compressed model. Leave out one "
@@ -661,8 +652,6 @@ def _check_data(
             "the options that use no text or need more than a survey, such as objective='weight'."
         )
     if isinstance(config, CompressionPlan):
-        if options.share_experts:
-            raise OptionError("A plan already fixes the scheme of every layer; leave out share_experts=.")
         if config.objective != "weight" and not has_data:
             raise BudgetError(
                 f"The plan was made with {config.calibration}, which the cores depend on too. Give the same "
@@ -692,7 +681,7 @@ def _check_data(
 
 def reads_text(config: CompressionConfig | CompressionPlan, options: CompressOptions) -> bool:
     """Return True if blocks are surveyed and compressed one by one, on batches of the calibration text."""
-    return bool(options.calibration) and config.reads_data and not options.share_experts
+    return bool(options.calibration) and config.reads_data
 
 
 def calibration_batches(

@@ -27,6 +27,7 @@ from tensornet.compression.sinks import Sink
 from tensornet.errors import DestinationError
 from tensornet.io import MAPPED, ResumableFile, safetensors_layout, take_place, write_file
 from tensornet.nn.linear import empty_linear
+from tensornet.nn.storage import put_core
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import INDEX
@@ -92,6 +93,11 @@ class PlannedModel:
                 new = with_cores(target, empty_linear(layer.topology, bias=False, **like))
                 for name, module in zip(target.names, new, strict=True):
                     set_submodule(model, name, module)
+            for first, *others in plan.stacks:
+                core = f"core_{plan[first].shared_core[0]}"  # type: ignore[index]
+                stored = getattr(model.get_submodule(first), core)
+                for name in others:
+                    put_core(model.get_submodule(name), core, stored)
         return cls(model, found, lazy=lazy, **options)
 
 

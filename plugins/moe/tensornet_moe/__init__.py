@@ -1,10 +1,10 @@
 """Mixture-of-experts layers whose experts share tensor-network cores, with routers, losses and masks."""
 
-import tensornet_moe.rounding  # noqa: F401  (the import registers an extension)
+import tensornet_moe.expert_sharing
+import tensornet_moe.rounding  # noqa: F401  (these imports register extensions)
 from tensornet_moe.balance import expert_load, update_biases
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.costs import ModelCosts, describe
-from tensornet_moe.expert_compression import ExpertsReport, compress_experts
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancing_loss, router_z_loss
@@ -28,7 +28,6 @@ __all__ = [
     "ExpertChoiceRouter",
     "ExpertFFN",
     "ExpertPool",
-    "ExpertsReport",
     "GradientMask",
     "LowRankDeltaExperts",
     "ModelCosts",
@@ -43,7 +42,6 @@ __all__ = [
     "TopKRouter",
     "change_form",
     "collect_aux_losses",
-    "compress_experts",
     "describe",
     "expert_load",
     "linear_fade",

@@ -95,7 +95,7 @@ from tensornet_hf.upcycling import upcycle as upcycle_model
 PROMPT = "And it came to pass in those days, that"
 #: Options of `CompressOptions` that need a compressed model or a destination.
 WRITING = (
-    "held_out", "refine", "heal", "share_experts", "workers", "resume", "report", "networks", "force",
+    "held_out", "refine", "heal", "workers", "resume", "report", "networks", "force",
     "dtype",
 )  # fmt: skip
 #: Options of recipes that have the meaning of those of `compress`.
