@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import tensornet as tn
 import tensornet_hf as th
+from tensornet_hf.file_sink import FileSink
 
 
 def compress_files(
@@ -21,3 +24,18 @@ def compress_files(
     ):
         config = replace(config, objective="weight")
     return th.compress_folder(source, destination, config, th.CompressOptions(**options))
+
+
+def interrupted_in(block: str, run: Any) -> None:
+    """Call a function, and interrupt it when the layers of a block have been compressed."""
+    put = FileSink.put
+
+    def stopping(self: FileSink, name: str, layers: Any) -> None:
+        if name == block:
+            raise KeyboardInterrupt
+        put(self, name, layers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSink, "put", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run()

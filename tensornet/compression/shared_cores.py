@@ -7,7 +7,7 @@ where it lowers the predicted loss most. An extension finds the candidates and f
 `ModelExtension.shared_candidates`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def choose_shared(
     ) -> list[Sequence[SharedCandidate]]:
         """Allocate the budget once, and return the stacks of `some` that share a core in the result."""
         try:
-            made = _allocate(layers, some, config, untargeted, or_separate=or_separate)
+            made = allocate(layers, some, config, untargeted, or_separate=or_separate)
         except BudgetError as error:
             refused.append(error)
             return []
@@ -127,7 +127,7 @@ def choose_shared(
     return next(made for measure, made in found if measure <= least * (1 + _ROUNDING))
 
 
-def _allocate(
+def allocate(
     layers: Sequence[SurveyedLayer],
     stacks: Sequence[Sequence[SharedCandidate]],
     config: CompressionConfig,

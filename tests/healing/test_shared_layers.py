@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-import tensornet_moe as tm
 from tensornet.healing import refine
 from tensornet.healing.heal import compressed_layers
 
 E = 4
-CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.45)
+CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.45, share_experts=True)
 
 
 def shared_core(model: nn.Module) -> list[Tensor]:
@@ -49,8 +48,8 @@ def shared_mixture() -> tuple[PreTrainedModel, PreTrainedModel, list[dict[str, T
     inputs = [torch.randint(3, 101, (8, 11), generator=draw) for _ in range(8)]
     batches = [{"input_ids": ids, "labels": ids} for ids in inputs]
     small, stats = copy.deepcopy(dense), tn.calibrate(dense, batches)
-    report = tm.compress_experts(small, CONFIG, calibration=batches, progress=False)
-    assert report.stacks
+    report = tn.compress(small, CONFIG, calibration=batches, progress=False)
+    assert report.plan.stacks
     return dense, small, batches, stats
 
 

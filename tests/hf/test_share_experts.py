@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from folder_runs import compress_files, interrupted_in
 from mixture_models import EXPERTS, FAMILIES, logits, mixture, planted, tokens
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-import tensornet_moe as tm
 from tensornet.compression.report import model_size
-from tensornet.errors import TargetError
+from tensornet.errors import TopologyError
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.targets import LayerSelection
 from tensornet_hf.cli.main import run
-from tensornet_moe.expert_compression import experts_per_token
+from tensornet_moe.expert_sharing import experts_per_token
 from tensornet_moe.shared_low_rank import PATTERNS
 
-CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6)
+CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6, share_experts=True)
 BATCHES = [{"input_ids": tokens(8), "labels": tokens(8)}]
 
 
-def compressed(family: str, **budget: object) -> tuple[PreTrainedModel, tm.ExpertsReport]:
+def compressed(family: str, **budget: object) -> tuple[PreTrainedModel, tn.CompressionReport]:
     model = planted(family)
-    config = tn.CompressionConfig("*experts*", **budget) if budget else CONFIG  # type: ignore[arg-type]
-    return model, tm.compress_experts(model, config, calibration=BATCHES, progress=False)
+    config = CONFIG
+    if budget:
+        config = tn.CompressionConfig("*experts*", share_experts=True, **budget)  # type: ignore[arg-type]
+    return model, tn.compress(model, config, calibration=BATCHES, progress=False)
+
+
+def shared_part(report: tn.CompressionReport, stack: tuple[str, ...]) -> str:
+    shared = report.plan[stack[0]].shared_core
+    assert shared is not None
+    return f"core_{shared[0]}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_stack_chooses_and_never_grows(family: str) -> None:
     model, report = compressed(family)
-    names = [name for stack in report.stacks for name in stack.names]
+    names = [name for stack in report.plan.stacks for name in stack]
     assert not any(".shared_expert." in name for name in names)  # nor the expert for every token
-    first = [stack for stack in report.stacks if "gate_up_proj" in stack.names[0]]
-    assert "in" in {stack.pattern for stack in first}
-    assert all(len(stack.names) == EXPERTS for stack in report.stacks)
+    shared = {stack[0]: report.plan[stack[0]].shared_core for stack in report.plan.stacks}
+    assert (PATTERNS["in"],) in {core[:1] for x, core in shared.items() if "gate_up_proj" in x and core}
+    assert all(len(stack) == EXPERTS for stack in report.plan.stacks)
     assert report.param_ratio <= 0.6
-    parts = (*report.stacks, *report.layers)
     saved = model_size(planted(family))[0] - model_size(model)[0]
-    assert saved == sum(x.params_before - x.params_after for x in parts)
-    alone = tn.compress(planted(family), CONFIG, calibration=BATCHES, progress=False)
-    assert report.predicted_loss_increase < (alone.plan.predicted_loss_increase or 0.0)
+    assert saved == sum(x.params_before - x.params_after for x in report.layers)
+    alone = tn.compress(
+        planted(family), replace(CONFIG, share_experts=False), calibration=BATCHES, progress=False
+    )
+    assert (report.plan.predicted_loss_increase or 1.0) < (alone.plan.predicted_loss_increase or 0.0)
 
 
 def test_a_mixture_may_share_everything_and_another_nothing() -> None:
@@ -52,11 +63,12 @@ def test_a_mixture_may_share_everything_and_another_nothing() -> None:
     with torch.no_grad():
         for parameter in model.model.layers[0].mlp.experts.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter))
-    config = tn.CompressionConfig(["*layers.0*experts*", "*layers.1*experts.0.*"], param_ratio=0.3)
-    report = tm.compress_experts(model, config, calibration=BATCHES, progress=False)
-    sharing = {name.split(".")[2] for stack in report.stacks for name in stack.names}
+    patterns = ["*layers.0*experts*", "*layers.1*experts.0.*"]
+    config = tn.CompressionConfig(patterns, param_ratio=0.3, share_experts=True)
+    report = tn.compress(model, config, calibration=BATCHES, progress=False)
+    sharing = {name.split(".")[2] for stack in report.plan.stacks for name in stack}
     assert sharing == {"0"}
-    assert {layer.name.split(".")[2] for layer in report.layers} == {"1"}
+    assert {x.name.split(".")[2] for x in report.layers if x.shared_core is None} == {"1"}
     assert report.model_bytes_after == model_size(model)[1]
 
 
@@ -91,44 +103,77 @@ def test_calibration_counts_the_experts_of_a_token(layers: str, top_k: int, tmp_
 )
 def test_a_folder_stores_shared_cores_once(family: str, budget: dict[str, object], tmp_path: Path) -> None:
     model, report = compressed(family, **budget)
-    assert report.stacks
+    assert report.plan.stacks
     if family == "olmoe":
-        assert any(x.storage.quantized for x in report.stacks)
+        assert any(x.storage.quantized for x in report.layers if x.shared_core)
     want = logits(model)
     th.save(model, tmp_path / "small")
     (file,) = (tmp_path / "small").glob("*.safetensors")
     assert sum(x.nbytes for x in load_file(file).values()) == model_size(model)[1]
     for again in (th.load(tmp_path / "small").eval(), type(model).from_pretrained(tmp_path / "small").eval()):
         torch.testing.assert_close(logits(again), want, rtol=1e-4, atol=1e-4)
-        for stack in report.stacks:
-            first, *others = (again.get_submodule(name) for name in stack.names)
-            part = f"core_{PATTERNS[stack.pattern]}"
+        for stack in report.plan.stacks:
+            first, *others = (again.get_submodule(name) for name in stack)
+            part = shared_part(report, stack)
             assert all(getattr(x, part) is getattr(first, part) for x in others)
     assert run(["inspect", str(tmp_path / "small")]) == 0
     assert run(["decompress", str(tmp_path / "small"), str(tmp_path / "dense")]) == 0
     assert torch.allclose(logits(type(model).from_pretrained(tmp_path / "dense").eval()), want, atol=1e-4)
 
 
-def test_the_report_of_a_folder_counts_a_shared_core_once(tmp_path: Path) -> None:
-    planted("mixtral").save_pretrained(tmp_path / "dense")
-    options = th.CompressOptions(calibration=ProvidedData(BATCHES, "planted"), share_experts=True)
-    report = th.compress_folder(tmp_path / "dense", tmp_path / "small", CONFIG, options)
-    sharing = [x for x in report.layers if x.shared_cores]
-    assert sharing
+def test_a_folder_with_shared_cores_has_the_sizes_of_its_report_and_its_plan_can_be_applied(
+    tmp_path: Path,
+) -> None:
+    dense, small = planted("mixtral"), tmp_path / "small"
+    dense.save_pretrained(tmp_path / "dense")
+    options = th.CompressOptions(calibration=ProvidedData(BATCHES, "planted"))
+    report = th.compress_folder(tmp_path / "dense", small, CONFIG, options)
+    assert report.plan.stacks
     cut = sum(x.bytes_before - x.bytes_after for x in report.layers)
     assert report.model_bytes_before - report.model_bytes_after == cut
-    assert report.model_bytes_after == model_size(th.load(tmp_path / "small"))[1]
+    loaded = th.load(small)
+    assert report.model_bytes_after == model_size(loaded)[1]
+    for stack in report.plan.stacks:
+        first, *others = (loaded.get_submodule(name) for name in stack)
+        part = shared_part(report, stack)
+        assert all(getattr(x, part) is getattr(first, part) for x in others)
     again = tn.CompressionPlan.from_dict(report.plan.to_dict())
     assert again == report.plan
-    with pytest.raises(TargetError, match="share cores"):
-        tn.compress(th.load(tmp_path / "dense"), again, calibration=BATCHES, progress=False)
+    applied = tn.compress(dense, again, calibration=BATCHES, progress=False)
+    assert applied.plan.stacks == report.plan.stacks
+    for name in (name for stack in again.stacks for name in stack):
+        # In memory, calibration may multiply in another precision than from files.
+        assert applied.plan[name].error == pytest.approx(report.plan[name].error, rel=0.02)
+    with pytest.raises(TopologyError, match="shares core"):
+        again.replace_layer(again.stacks[0][1], None)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_with_shared_cores_goes_on(tmp_path: Path) -> None:
+    planted("mixtral").save_pretrained(tmp_path / "dense")
+    run_it = partial(compress_files, tmp_path / "dense", config=CONFIG)
+    given = ProvidedData(BATCHES, "planted")
+    interrupted_in("model.layers.1", lambda: run_it(tmp_path / "out", calibration=given))
+    run_it(tmp_path / "out", calibration=given)
+    run_it(tmp_path / "fresh", calibration=given)
+    (one,), (other,) = ((tmp_path / x).glob("*.safetensors") for x in ("out", "fresh"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_dense_files_are_made_of_shared_cores_too(tmp_path: Path) -> None:
+    planted("mixtral").save_pretrained(tmp_path / "dense")
+    options = th.CompressOptions(calibration=ProvidedData(BATCHES, "planted"), dtype="bfloat16")
+    report = th.compress_folder(tmp_path / "dense", tmp_path / "small", CONFIG, options)
+    model = tn.decompress(th.load(tmp_path / "small"))
+    name = report.plan.stacks[0][0].rpartition(".experts.")[0]
+    assert model.get_submodule(f"{name}.experts").gate_up_proj.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
 def test_shared_cores_train_as_one() -> None:
     model, report = compressed("mixtral")
-    stack = report.stacks[0]
-    part = f"core_{PATTERNS[stack.pattern]}"
-    layers = [model.get_submodule(name) for name in stack.names]
+    stack = report.plan.stacks[0]
+    part = shared_part(report, stack)
+    layers = [model.get_submodule(name) for name in stack]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(input_ids=tokens(4), labels=tokens(4)).loss.backward()
     before = getattr(layers[0], part).detach().clone()

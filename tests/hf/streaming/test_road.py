@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from folder_runs import compress_files
+from folder_runs import compress_files, interrupted_in
 from sharded_folders import contents
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,7 +17,6 @@ from tensornet.calibration import label_losses
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf.embedded import calibration_text, gpt2_path
-from tensornet_hf.file_sink import FileSink
 from tensornet_hf.staging import OUT, staging_folder
 from tensornet_hf.text import calibration_data
 
@@ -46,21 +44,6 @@ def llama(folder: Path) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.2))  # type: ignore[arg-type]
     model.save_pretrained(folder)
     return folder
-
-
-def interrupted_in(block: str, run: Any) -> None:
-    """Call a function, and interrupt it when the layers of a block have been compressed."""
-    put = FileSink.put
-
-    def stopping(self: FileSink, name: str, layers: Any) -> None:
-        if name == block:
-            raise KeyboardInterrupt
-        put(self, name, layers)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FileSink, "put", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run()
 
 
 def test_the_measured_loss_increase_is_that_of_the_written_folder(tmp_path: Path) -> None:

@@ -15,25 +15,16 @@ from stacked_experts import Experts, gaussian
 from torch import Tensor, nn
 
 import tensornet as tn
-import tensornet_moe as tm
 from tensornet.compression import Survey, survey_from_stats
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
+from tensornet.compression.shared_cores import SharedCandidate, allocate, choose_shared
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.linear import linear_from_stored
 from tensornet.nn.storage import PackedCore, Storage
-from tensornet.nn.targets import list_weights
-from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.low_rank import round_factor
-from tensornet_moe.expert_compression import (
-    StackCandidates,
-    choose_jointly,
-    choose_sharing,
-    find_stacks,
-    totals_of,
-)
 from tensornet_moe.shared_low_rank import (
     PATTERNS,
     encodings,
@@ -254,34 +245,35 @@ def calibrated(seed: int = 0) -> tuple[Model, tn.CalibrationStats, list[tuple[Te
 
 
 def config(**options: object) -> tn.CompressionConfig:
-    return tn.CompressionConfig(**{"target_modules": ("*block*", "head"), **options})  # type: ignore[arg-type]
+    return tn.CompressionConfig(**{"target_modules": ("*block*", "head"), "share_experts": True, **options})  # type: ignore[arg-type]
 
 
 @cache
-def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Survey, tuple[StackCandidates, ...]]:
+def surveyed(seed: int, formats: tuple[str, ...] | None) -> Survey:
     model, stats, _ = calibrated(seed)
-    options = config(param_ratio=0.5, formats=formats)
-    prepared = survey_from_stats(model, options, stats)
-    with unfused(model):
-        targets = {target.name: target for target in list_weights(model)}
-        members = [targets[layer.name] for layer in prepared.layers]
-        return prepared, tuple(found for _, found in find_stacks(members, stats, options))
+    return survey_from_stats(model, config(param_ratio=0.5, formats=formats), stats)
 
 
 def totals(
     budget: dict[str, float], formats: tuple[str, ...] | None, seed: int, kind: str
 ) -> tuple[float, float]:
     """Size and predicted loss with "separate" networks, "shared" ones or "both"; infinite where none fits."""
-    given, stacks = candidates(seed, formats)
-    given = replace(given, config=replace(given.config, **{"param_ratio": None, **budget}))  # type: ignore[arg-type]
+    given = surveyed(seed, formats)
+    options = replace(given.config, **{"param_ratio": None, **budget})  # type: ignore[arg-type]
+    stacks: dict[tuple[str, ...], list[SharedCandidate]] = {}
+    for x in given.shared:
+        stacks.setdefault(x.names, []).append(x)
     try:
         if kind == "both":
-            chosen, _ = choose_jointly(given, stacks)
+            choice = choose_shared(given.layers, given.shared, options, given.untargeted)
         else:
-            chosen, _ = choose_sharing(given, stacks if kind == "shared" else ())
+            some = list(stacks.values()) if kind == "shared" else []
+            choice = allocate(given.layers, some, options, given.untargeted, or_separate=False)
     except BudgetError:
         return math.inf, math.inf
-    return totals_of(chosen, given)
+    plan = given.planned(choice.chosen, choice.bound_by, choice.shared)
+    size = plan.bytes_after if formats else plan.params_after
+    return size, plan.predicted_loss_increase or 0.0
 
 
 INTEGERS = ("float", "int8", "int4:g32:float8")
@@ -317,56 +309,60 @@ def test_sharing_reaches_sizes_that_separate_networks_do_not() -> None:
 def test_a_budget_of_the_loss_buys_a_smaller_model() -> None:
     size, loss = totals({"loss_increase": 0.02}, None, 0, "both")
     assert loss <= 0.02
-    alone = replace(candidates(0, None)[0], config=config(loss_increase=0.02))
-    chosen, _ = choose_jointly(alone, ())
-    assert size < 0.95 * totals_of(chosen, alone)[0]
+    assert size < 0.95 * totals({"loss_increase": 0.02}, None, 0, "separate")[0]
 
 
 # --- the compressed model ------------------------------------------------------------------------
 
 
 @cache
-def compressed(**budget: object) -> tuple[Model, tm.ExpertsReport]:
+def compressed(**budget: object) -> tuple[Model, tn.CompressionReport]:
     model, _, batches = calibrated()
     small = copy.deepcopy(model)
-    return small, tm.compress_experts(small, config(**budget), calibration=batches, progress=False)
+    return small, tn.compress(small, config(**budget), calibration=batches, progress=False)
+
+
+def shared_part(plan: tn.CompressionPlan, stack: tuple[str, ...]) -> str:
+    shared = plan[stack[0]].shared_core
+    assert shared is not None
+    return f"core_{shared[0]}"
 
 
 RATIO, BITS = {"param_ratio": 0.4}, {"bits_per_weight": 4.5, "formats": ("int8", "int4")}
 
 
 def test_each_stack_takes_its_pattern_and_leaves_room_for_the_others() -> None:
-    _, report = compressed(**RATIO)
-    assert {x.names[0].split(".")[1]: x.pattern for x in report.stacks} == {
-        "block0": "in",
-        "block2": "base",
+    plan = compressed(**RATIO)[1].plan
+    assert {x[0].split(".")[1]: shared_part(plan, x) for x in plan.stacks} == {
+        "block0": f"core_{PATTERNS['in']}",
+        "block2": f"core_{PATTERNS['base']}",
     }
     alone = copy.deepcopy(calibrated()[0])
-    other = tn.compress(alone, config(**RATIO), calibration=calibrated()[1], progress=False)
-    assert report.predicted_loss_increase < 0.9 * (other.plan.predicted_loss_increase or 0)
-    room = [sum(x.params_after for x in some if "block1" in x.name) for some in (other.layers, report.layers)]
+    options = config(**RATIO, share_experts=False)
+    other = tn.compress(alone, options, calibration=calibrated()[1], progress=False).plan
+    assert (plan.predicted_loss_increase or 1) < 0.9 * (other.predicted_loss_increase or 0)
+    room = [sum(x.params_after for x in some if "block1" in x.name) for some in (other, plan)]
     assert room[1] > room[0]
 
 
 @pytest.mark.parametrize("budget", [RATIO, pytest.param(BITS, marks=pytest.mark.slow)], ids=str)
 def test_the_model_has_the_sizes_and_errors_of_the_report(budget: dict[str, object]) -> None:
     (dense, _, batches), (model, report) = calibrated(), compressed(**budget)
-    kept = (report.param_ratio <= 0.4) if "param_ratio" in budget else (report.bits_per_weight <= 4.5)
+    plan = report.plan
+    kept = (report.param_ratio <= 0.4) if "param_ratio" in budget else (plan.bits_per_weight <= 4.5)
     assert kept
-    parts = (*report.stacks, *report.layers)
     saved = model_size(dense)[1] - model_size(model)[1]
-    assert saved == sum(x.bytes_before - x.bytes_after for x in parts)
+    assert saved == sum(x.bytes_before - x.bytes_after for x in plan)
     assert (report.model_params_after, report.model_bytes_after) == model_size(model)
-    for stack in report.stacks:
-        core = PATTERNS[stack.pattern]
-        layers = [model.get_submodule(name) for name in stack.names]
-        assert len({id(getattr(layer, f"core_{core}")) for layer in layers}) == 1
-        block = dense.get_submodule(stack.names[0].rsplit(".", 2)[0])
-        for weight, layer, error in zip(block.w, layers, stack.errors, strict=True):  # type: ignore[arg-type]
+    for stack in plan.stacks:
+        layers = [model.get_submodule(name) for name in stack]
+        assert len({id(getattr(layer, shared_part(plan, stack))) for layer in layers}) == 1
+        block = dense.get_submodule(stack[0].rsplit(".", 2)[0])
+        for weight, layer, name in zip(block.w, layers, stack, strict=True):  # type: ignore[arg-type]
             gap = float((weight - layer.to_matrix()).detach().norm() / weight.detach().norm())  # type: ignore[operator]
-            assert error == pytest.approx(gap, rel=1e-4)
+            assert plan[name].error == pytest.approx(gap, rel=1e-4)
     if "bits_per_weight" in budget:
-        assert any(x.storage.quantized for x in report.stacks)
+        assert any(x.storage.quantized for x in plan if x.shared_core)
     restored = copy.deepcopy(model)
     tn.decompress(restored)
     assert isinstance(restored.blocks["block0"], Experts)
@@ -382,18 +378,19 @@ def test_copies_files_and_moves_keep_a_shared_core_one(budget: dict[str, object]
     x = calibrated()[2][0][0]
     torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-4)
     for other in (again, copy.deepcopy(model).to(torch.bfloat16)):
-        for stack in report.stacks:
-            part = f"core_{PATTERNS[stack.pattern]}"
-            layers = [other.get_submodule(name) for name in stack.names]
+        for stack in report.plan.stacks:
+            part = shared_part(report.plan, stack)
+            layers = [other.get_submodule(name) for name in stack]
             assert len({id(getattr(layer, part)) for layer in layers}) == 1
 
 
 @pytest.mark.parametrize("budget", [RATIO, pytest.param(BITS, marks=pytest.mark.slow)], ids=str)
 def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
     model, (dense, _, batches) = copy.deepcopy(compressed(**budget)[0]), calibrated()
-    stack = compressed(**budget)[1].stacks[0]
-    part = f"core_{PATTERNS[stack.pattern]}" + (".scales" if stack.storage.quantized else "")
-    first, second = (model.get_submodule(name) for name in stack.names[:2])
+    plan = compressed(**budget)[1].plan
+    stack = plan.stacks[0]
+    part = shared_part(plan, stack) + (".scales" if plan[stack[0]].storage.quantized else "")
+    first, second = (model.get_submodule(name) for name in stack[:2])
     before, count = first.stored[part].clone(), len({id(p) for p in model.parameters()})
     report = tn.heal(model, dense, batches, steps=30, lr=1e-2)
     assert sum(report.losses[-5:]) < sum(report.losses[:5])
@@ -405,37 +402,52 @@ def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
 @pytest.mark.slow
 def test_a_budget_below_the_smallest_separate_networks_is_kept() -> None:
     formats = ("int8", "int4")
-    prepared, _ = candidates(0, formats)
+    prepared = surveyed(0, formats)
     size = sum(min(x.num_bytes for x in layer.candidates) for layer in prepared.layers)
     bits = 0.9 * 8 * size / sum(layer.numel for layer in prepared.layers)
     model, _, batches = calibrated()
-    report = tm.compress_experts(
+    report = tn.compress(
         copy.deepcopy(model),
         config(bits_per_weight=bits, formats=formats),
         calibration=batches,
         progress=False,
     )
-    assert report.bits_per_weight <= bits
+    assert report.plan.bits_per_weight <= bits
 
 
 # --- bad input -----------------------------------------------------------------------------------
+
+
+def test_a_survey_in_a_file_knows_the_shared_candidates(tmp_path: Path) -> None:
+    given = surveyed(0, None)
+    given.save(tmp_path / "survey.safetensors")
+    again = Survey.load(tmp_path / "survey.safetensors")
+    assert again.shared == given.shared
+    assert again.plan(param_ratio=0.3).stacks == given.plan(param_ratio=0.3).stacks != []
+
+
+def test_statistics_are_enough_to_share() -> None:
+    model, stats, _ = calibrated()
+    small = copy.deepcopy(model)
+    report = tn.compress(small, config(**RATIO), calibration=stats, progress=False)
+    assert report.plan.stacks
+    assert report.model_params_after == model_size(small)[0]
 
 
 @pytest.mark.parametrize(
     "options", [{"max_bond": 4}, {"rel_error": 0.1}, {"objective": "activation"}], ids=str
 )
 def test_refuses_options_that_sharing_does_not_keep(options: dict[str, object]) -> None:
-    model, _, batches = calibrated()
     with pytest.raises(BudgetError, match=next(iter(options))):
-        tm.compress_experts(model, config(param_ratio=0.5, **options), calibration=batches)
+        config(param_ratio=0.5, **options)
 
 
 def test_refuses_models_without_stacks_and_without_batches() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     batches = [(torch.randn(8, 16), torch.randint(16, (8,)))]
-    options = tn.CompressionConfig("*", param_ratio=0.5)
+    options = tn.CompressionConfig("*", param_ratio=0.5, share_experts=True)
     with pytest.raises(TargetError, match="no stack"):
-        tm.compress_experts(model, options, calibration=batches, progress=False)
-    with pytest.raises(TargetError, match="no batches"):
-        tm.compress_experts(model, options, calibration=[], progress=False)
+        tn.compress(model, options, calibration=batches, progress=False)
+    with pytest.raises(TargetError, match="needs gradients"):
+        tn.compress(model, options, calibration=[], progress=False)
     assert isinstance(model[0], nn.Linear)
