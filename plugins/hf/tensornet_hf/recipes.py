@@ -609,7 +609,7 @@ def plan_recipe(
             data = calibration_batches(model, folder, config, options, options.text)
             assert data is not None
             find = partial(type_candidates, names=None if inputs is None else frozenset(inputs))
-            survey = make_plan(
+            made = make_plan(
                 opened,
                 config,
                 data,
@@ -619,12 +619,12 @@ def plan_recipe(
                 candidates=Candidates(find, lambda survey: survey.template),  # types are chosen by tensor
                 progress=options.progress,
             ).survey
-            assert survey is not None
-            layers, unit = survey.layers, "loss increase in nats per token"
-            importance = entries or file_importance(survey.inputs, places, shapes)
-            if survey.template.unrouted:
+            assert made is not None
+            layers, unit = made.layers, "loss increase in nats per token"
+            importance = entries or file_importance(made.inputs, places, shapes)
+            if made.template.unrouted:
                 notes.append(
-                    f"{len(survey.template.unrouted)} experts got no token; their mixture stands for them"
+                    f"{len(made.template.unrouted)} experts got no token; their mixture stands for them"
                 )
         else:
             assert inputs is not None
