@@ -260,6 +260,7 @@ def compress_folder(
     check()
     if (target is None or not EXPORT_TARGETS[target].suffix) and path.is_relative_to(folder.resolve()):
         raise DestinationError(f"{path} is inside the source {folder}; choose another destination.")
+    read_source(folder, options.weights)  # an invalid folder raises before anything is locked
     marks = file_marks(folder, options.weights)
     with reading_or_writing(folder, path), staging(path) as work:
         check()  # another run may have written it
@@ -370,7 +371,10 @@ def _compress(
     )
     before = weight_bytes(folder if options.weights is None else options.weights)
     if not options.loads_result:
-        return replace(report, file_bytes_before=before, file_bytes_after=weight_bytes(path))
+        written = weight_bytes(path)
+        if target is not None:
+            report = replace(report, model_bytes_after=written)
+        return replace(report, file_bytes_before=before, file_bytes_after=written)
     seen = sum(tokens_of(as_batch(x, lazy.model, torch.device("cpu"))) for x in data.batches)
     survey = planned.survey
 
@@ -393,6 +397,7 @@ def _compress(
         notes += exported.adapter_lines
         notes += tuple(f"{name} is dense in the file: {why}" for name, why in exported.dense.items())
         written = exported.num_bytes + exported.adapter_bytes
+        report = replace(report, model_bytes_after=written)
     else:
         save(stored, path, source=folder, force=options.force)
         written = weight_bytes(path)
