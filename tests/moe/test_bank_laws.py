@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.errors import NonFiniteError, ShapeError, TopologyError
 from tensornet.nn import module as nn_module
 from tensornet_moe.testing import BankLaws
 
@@ -217,22 +216,3 @@ def test_deltas_fit_at_any_scale(scale: float) -> None:
 
 
 # --- bad input -----------------------------------------------------------------------------------
-
-
-def test_topologies_of_unequal_shapes_are_named() -> None:
-    with pytest.raises(TopologyError, match=r"experts 0 and 1.*\(12, 8\)"):
-        tm.SharedCoreExperts([chain((OUT, IN)), chain((IN, OUT))], 2)
-
-
-def test_deltas_refuse_what_they_cannot_be() -> None:
-    base = tm.SharedCoreExperts(chain((OUT, IN), 3), E)
-    with pytest.raises(ShapeError, match="rank=9"):
-        tm.LowRankDeltaExperts(base, 9)
-    with pytest.raises(ValueError, match="rank"):
-        tm.LowRankDeltaExperts(base, 0)
-    with pytest.raises(TypeError, match="ExpertBank, got Linear"):
-        tm.LowRankDeltaExperts(nn.Linear(2, 2), 1)  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match="num_experts, out, in"):
-        tm.LowRankDeltaExperts.from_experts(torch.randn(OUT, IN), rank=1)
-    with pytest.raises(NonFiniteError):
-        tm.LowRankDeltaExperts.from_experts(torch.full((2, OUT, IN), torch.nan), rank=1)

@@ -310,26 +310,3 @@ def test_a_replaced_router_of_another_size_is_refused_when_the_layer_runs(expert
     moe.router = tm.SwitchRouter(FEATURES, experts, dtype=torch.float64)
     with pytest.raises(ShapeError, match=f"for {experts} experts"):
         moe(torch.randn(5, FEATURES, dtype=torch.float64))
-
-
-def test_parts_that_do_not_fit_are_refused() -> None:
-    banks = {"wi": tm.SharedCoreExperts(UP, E), "wo": tm.SharedCoreExperts(DOWN, E)}
-    with pytest.raises(ShapeError, match="do not fit"):
-        tm.ExpertFFN({"wi": tm.SharedCoreExperts(UP, E), "wo": tm.SharedCoreExperts(DOWN, E + 1)})
-    with pytest.raises(ShapeError, match="do not fit"):
-        tm.ExpertFFN({"wi": tm.SharedCoreExperts(UP, E), "wo": tm.SharedCoreExperts(UP, E)})
-    with pytest.raises(ValueError, match="'sine'"):
-        tm.ExpertFFN(banks, activation="sine")
-    with pytest.raises(ValueError, match=r"got \['wi'\]"):
-        tm.ExpertFFN({"wi": banks["wi"]})
-    with pytest.raises(ShapeError, match="3 experts"):
-        tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 3), tm.ExpertFFN(banks))
-    with pytest.raises(TypeError, match="a Router, got Linear"):
-        tm.SharedCoreMoE(nn.Linear(2, 2), tm.ExpertFFN(banks))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"'wi'.*ExpertBank"):
-        tm.ExpertFFN({"wi": nn.Linear(2, 2), "wo": banks["wo"]})  # type: ignore[dict-item]
-    experts = tm.ExpertFFN(banks)
-    with pytest.raises(ShapeError, match=r"shared expert.*\(1, 8, 8\)"):
-        tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), experts, shared_expert=experts)
-    with pytest.raises(ValueError, match="capacity_factor"):
-        tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), tm.ExpertFFN(banks), capacity_factor=0)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.errors import FormatError, ShapeError, TargetError
+from tensornet.errors import FormatError, TargetError
 from tensornet.nn import build_module
 from tensornet_moe.grouped_linear import one_group
 from tensornet_moe.pool import ExpertPool, PooledExperts, connect_pools, find_pools
@@ -269,27 +269,7 @@ def test_costs_of_a_range_are_those_of_its_experts() -> None:
     assert (found.active, found.multiply_adds) == pytest.approx((want.active, want.multiply_adds))
 
 
-@pytest.mark.parametrize(
-    "experts", [range(0), range(4, 0, -1), range(-1, 3), range(3, 6), range(5, 9)], ids=str
-)
-def test_ranges_that_a_pool_lacks_are_refused(experts: range) -> None:
-    with pytest.raises(IndexError, match="range"):
-        PooledExperts(tm.ExpertPool(network()), experts)
-
-
 # --- bad input -----------------------------------------------------------------------------------
-
-
-def test_a_pool_of_another_width_or_count_is_refused() -> None:
-    pool = tm.ExpertPool(network())
-    with pytest.raises(ShapeError, match="tokens of size 9"):
-        tm.SharedCoreMoE(tm.SwitchRouter(9, E), pool)
-    with pytest.raises(ShapeError, match="for 4 experts"):
-        tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 4), pool)
-    with pytest.raises(ShapeError, match=r"\(8, 8\).*\(8, 9\)"):
-        PooledExperts("pool", range(5), in_features=8, out_features=9).connect(pool)
-    with pytest.raises(TypeError, match="ExpertFFN, got SharedCoreExperts"):
-        tm.ExpertPool(center(8, 8))  # type: ignore[arg-type]
 
 
 def test_a_pool_on_another_device_is_refused() -> None:

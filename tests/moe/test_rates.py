@@ -105,9 +105,3 @@ def test_a_pool_without_layers_and_models_without_mixtures_have_one_group() -> N
     for model in (unused, nn.Linear(2, 3)):
         (group,) = tm.parameter_groups(model, lr=0.1)
         assert (group["sharers"], len(group["params"])) == (1, len(list(model.parameters())))
-
-
-@pytest.mark.parametrize("rate", [-1e-3, math.nan, math.inf, "0.1", None])
-def test_bad_rates_are_refused(rate: object) -> None:
-    with pytest.raises(ValueError, match="lr"):
-        tm.parameter_groups(nn.Linear(2, 2), lr=rate)  # type: ignore[arg-type]

@@ -85,9 +85,15 @@ def test_a_specialist_is_added_to_a_folder_and_used(tensornet: Run, small: Path)
     report = json.loads(out)
     assert (list(report["losses"]["law"]), report["steps"]) == (["trunk", "law"], 2)
     kept = {path.name: path.read_bytes() for path in Path("s").glob("*.safetensors")}
-    status, out, err = tensornet("specialize", small, "s", "--domain", "sums=sums.txt", *how)
+    assert report["losses"]["law"]["law"] < report["losses"]["law"]["trunk"] - 1e-3
+    status, out, err = tensornet("specialize", small, "s", "--domain", "sums=sums.txt", *how, "--json")
     assert status == 0, err
-    assert "held-out loss" in out
+    losses = json.loads(out)["losses"]["sums"]
+    for which, loss in losses.items():  # shared cores are those of the first run
+        assert loss == pytest.approx(
+            own_loss(Path("s"), "sums", None if which == "trunk" else which), abs=1e-4
+        )
+    assert losses["sums"] < losses["trunk"] - 1e-3
     assert not Path(".s.partial").exists()
     assert {name: (Path("s") / name).read_bytes() for name in kept} == kept
     s = th.load_specialists("s")
