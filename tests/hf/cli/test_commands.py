@@ -224,7 +224,7 @@ def test_survey_is_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPatc
     "budget",
     [
         ("--max-bytes", "700KB", "--formats", "float,int8,int4,int3"),
-        ("--byte-ratio", 0.4, "--topology", "mpo"),
+        ("--byte-ratio", 0.4, "--topology", "low_rank"),
     ],
 )
 def test_the_weight_file_keeps_a_budget_of_bytes(tensornet: Run, budget: tuple[object, ...]) -> None:
