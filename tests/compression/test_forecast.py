@@ -31,7 +31,7 @@ def real() -> tuple[nn.Module, list[Tensor], Survey]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [3.25, 4.25, 6])
+@pytest.mark.parametrize("bits", [3.25, 6])
 def test_the_predicted_loss_increase_is_measured_on_other_text(bits: float) -> None:
     """Its text is from other books than the calibration text."""
     model, batches, survey = real()

@@ -79,11 +79,11 @@ def test_windows_and_prompts_begin_as_texts_do(
 
 
 def test_a_specialist_is_added_to_a_folder_and_used(tensornet: Run, small: Path) -> None:
-    how = (*SHORT, "--steps", 2)
+    how = (*SHORT, "--steps", 4)
     status, out, err = tensornet("specialize", small, "s", "--domain", "law=short.txt", *how, "--json")
     assert status == 0, err
     report = json.loads(out)
-    assert (list(report["losses"]["law"]), report["steps"]) == (["trunk", "law"], 2)
+    assert (list(report["losses"]["law"]), report["steps"]) == (["trunk", "law"], 4)
     kept = {path.name: path.read_bytes() for path in Path("s").glob("*.safetensors")}
     assert report["losses"]["law"]["law"] < report["losses"]["law"]["trunk"] - 1e-3
     status, out, err = tensornet("specialize", small, "s", "--domain", "sums=sums.txt", *how, "--json")
@@ -91,7 +91,7 @@ def test_a_specialist_is_added_to_a_folder_and_used(tensornet: Run, small: Path)
     losses = json.loads(out)["losses"]["sums"]
     for which, loss in losses.items():  # shared cores are those of the first run
         assert loss == pytest.approx(
-            own_loss(Path("s"), "sums", None if which == "trunk" else which), abs=1e-4
+            own_loss(Path("s"), "sums", None if which == "trunk" else which), abs=2e-5
         )
     assert losses["sums"] < losses["trunk"] - 1e-3
     assert not Path(".s.partial").exists()
@@ -344,7 +344,7 @@ def test_a_batch_has_one_domain_and_the_domains_take_turns() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_it_was(small: Path, tmp_path: Path) -> None:
     code = (
         "import sys, tensornet_hf as th; "
         "th.specialize(sys.argv[1], sys.argv[2], {'law': 'law.txt', 'code': 'code.txt'}, "
@@ -352,7 +352,7 @@ def test_a_killed_run_continues_where_it_was(tmp_path: Path) -> None:
     )
 
     def start(folder: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", code, str(TRUNK), folder], cwd=tmp_path)
+        return subprocess.Popen([sys.executable, "-c", code, str(small), folder], cwd=tmp_path)
 
     assert start("whole").wait() == 0
     run = start("killed")
