@@ -1070,7 +1070,6 @@ class Exceptional:
     always: bool = True
 
 
-_NOT_STORED = "than the model uses"
 EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
     "RWKV": {
         "dense": Exceptional(
@@ -1109,11 +1108,11 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
             "therefore has nothing to load.",
         )
     },
-    "Marian": {
+    "NomicBERT": {
         "file to file": Exceptional(
             "refused",
-            "or does not store it",
-            "transformers does not save its tables of positions. Compress it in memory.",
+            "than the model uses",
+            "Query, key and value are stored as one matrix. Compress it in memory.",
         )
     },
 }

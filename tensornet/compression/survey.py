@@ -203,13 +203,14 @@ class Survey:
             for layer in self.layers:
                 if layer.name not in known or tuple(known[layer.name].matrix.shape) != layer.shape:
                     raise refuse(f"this one has no weight {layer.name!r} of shape {layer.shape}")
-            sizes = untargeted_sizes(model, [known[layer.name] for layer in self.layers])
             samples = {**self.samples, **{x.name: x.sample for x in self.layers}}
             if self.samples and (missing := sorted(self.samples.keys() - known.keys())):
                 raise refuse(f"this one has no weight {missing[0]!r}")
             name = first_difference(samples, weights)
         if name is not None:
             raise refuse(f"the weight of {name!r} differs")
+        # Names in the header of the file are those of the fused model.
+        sizes = untargeted_sizes(model, [known[layer.name] for layer in self.layers])
         if sizes != self.untargeted:
             raise refuse(
                 f"all that is not surveyed has {sizes[0]:,} parameters and {sizes[1]:,} bytes, not "

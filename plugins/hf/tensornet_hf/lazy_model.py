@@ -368,14 +368,11 @@ def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] |
     return lazy
 
 
-class ConvertedWeightError(FormatError):
-    """A weight is stored in another form than the model uses, so it can only be read with the whole model."""
-
-
-def _other_form(folder: str | os.PathLike[str], name: str) -> ConvertedWeightError:
-    return ConvertedWeightError(
+def _other_form(folder: str | os.PathLike[str], name: str) -> FormatError:
+    return FormatError(
         f"{folder} stores {name} in another form than the model uses, or does not store it, so it is only "
-        "known when the whole model is loaded. Load the model and use tensornet.compress."
+        "known when the whole model is loaded. Load the model, use tensornet.compress, and save it with "
+        "tensornet_hf.save."
     )
 
 
