@@ -38,7 +38,13 @@ from tensornet.calibration.calibrate import (
     mean_loss,
     observed,
 )
-from tensornet.calibration.losses import TokenLosses, default_losses, has_token_losses, label_losses
+from tensornet.calibration.losses import (
+    TokenLosses,
+    comparable_losses,
+    default_losses,
+    has_token_losses,
+    label_losses,
+)
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.calibration.walk import Loaded, Walk, block_bar, blocks_to_walk, in_memory
 from tensornet.errors import TargetError
@@ -242,6 +248,8 @@ def moments_by_block(
 
     # Compute the losses from the last hidden states, and replace these states by their gradients.
     total, scored = 0.0, 0
+    labelled = all(batch.get("labels") is not None for batch in batches)
+    compared = comparable_losses(loss_fn, labelled=labelled)
     with walk.loaded(walk.ends), torch.enable_grad():
         for number, batch in enumerate(batches):
             hidden = walk.states[walk.position, number].requires_grad_() if walk.names else None
@@ -250,10 +258,14 @@ def moments_by_block(
                 each = checked_losses(loss_fn(model, batch))
                 with recorder.differentiating():
                     each.sum().backward()
+            if compared is not None and compared is not loss_fn:
+                with recorder.paused(), torch.no_grad(), walk.leaving(number, hidden), precision():
+                    walk.losses.append(compared(model, batch).float().flatten().cpu())
+            elif compared is not None:
+                walk.losses.append(each.detach().float().flatten().cpu())
             if hidden is not None:
                 assert hidden.grad is not None
                 walk.states[walk.position, number] = hidden.grad
-            walk.losses.append(each.detach().float().flatten().cpu())
             total, scored = total + float(each.detach().sum()), scored + each.numel()
     loss = mean_loss(total, scored, loss_fn)
     outside = recorder.finish(scored, loss, source)

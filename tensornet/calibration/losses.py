@@ -130,8 +130,21 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 #: Losses that draw random projections. Only the gradients of these losses have a meaning, not the values.
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
-#: Loss functions with random values, which cannot be compared between models.
-RANDOM_LOSSES = (*PROJECTIONS, sampled_losses)
+
+
+def comparable_losses(loss_fn: TokenLosses | None, *, labelled: bool) -> TokenLosses | None:
+    """Return the loss function by which a compressed model is compared with the dense one, or None.
+
+    Losses of sampled labels are random, so the labels of the batches are used, if they have any. The values
+    of random projections mean nothing; only their gradients do.
+
+    Args:
+        loss_fn: the loss function of calibration.
+        labelled: whether the batches have labels.
+    """
+    if loss_fn is sampled_losses:
+        return label_losses if labelled else None
+    return None if loss_fn in PROJECTIONS else loss_fn
 
 
 #: Kinds of losses that models have (see `BatchLoss`).

@@ -18,7 +18,7 @@ from tensornet.calibration.batches import (
     first_rows,
     run_model,
 )
-from tensornet.calibration.losses import RANDOM_LOSSES
+from tensornet.calibration.losses import comparable_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import run_once
 from tensornet.compression.config import CompressionConfig, check_config
@@ -95,9 +95,8 @@ def compress(
     stats = calibration if isinstance(calibration, CalibrationStats) else None
     source = Source(model)
     planned = make_plan(source, config, data, stats=stats, survey=survey, progress=progress)
-    comparable = data.loss_fn not in RANDOM_LOSSES
     before = record_losses(
-        model, data.batches, loss_fn=data.loss_fn if comparable else None, source=data.source
+        model, data.batches, loss_fn=comparable_losses(data.loss_fn, labelled=False), source=data.source
     )
     call = data.loss_fn or run_model
     row = _row_to_run(model, data.batches, call) if data.batches else None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tensornet.calibration.losses import label_losses
+from tensornet.calibration.losses import comparable_losses, label_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded, in_memory
 from tensornet.compression.apply import compress_layer
@@ -200,6 +200,8 @@ def run(
         # Without other processes, a single thread would only be slower; a lazy source is read in both cases
         # by one thread, so that the result does not depend on the number of workers.
         alone = executor is not None or source.loaded is not in_memory
+        default = None if source.loaded is in_memory else label_losses
+        compared = comparable_losses(data.loss_fn, labelled=survey is not None and bool(survey.losses))
         blocks = compress_blocks(
             source.model,
             plan,
@@ -207,7 +209,7 @@ def run(
             states=source.states("states"),
             loaded=source.loaded,
             device=source.device,
-            loss_fn=data.loss_fn or (None if source.loaded is in_memory else label_losses),
+            loss_fn=compared or data.loss_fn or default,
             # A model in memory can be measured whole, when it is compressed.
             losses=() if survey is None or source.loaded is in_memory else survey.losses,
             factors=None if survey is None else survey.factors,

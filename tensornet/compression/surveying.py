@@ -27,7 +27,7 @@ from tensornet.calibration.calibrate import (
     lowered,
     observed,
 )
-from tensornet.calibration.losses import RANDOM_LOSSES, TokenLosses
+from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.calibration.walk import (
     Loaded,
@@ -226,8 +226,7 @@ def survey_model(
     )
     layers = tuple(surveyed[x.name] for x in kept)
     key = {"tokens": str(count), "text": tensor_digest(given), "inputs": tensor_digest([inputs or {}])}
-    scored = walk.losses if loss_fn not in RANDOM_LOSSES else []
-    losses = tuple(float(f"{x:.4g}") for part in scored for x in part.tolist())
+    losses = tuple(float(f"{x:.4g}") for part in walk.losses for x in part.tolist())
     sizes = untargeted_sizes(model, kept)
     with unfused(model):
         samples = weight_samples(list_weights(model))

@@ -178,11 +178,18 @@ def test_the_losses_of_the_rows_that_both_walks_read_are_compared(tmp_path: Path
     assert float(changes.abs().mean()) > 0.01
 
 
-def test_random_losses_are_not_compared(tmp_path: Path) -> None:
-    """The losses of an encoder-decoder are those of labels that the model draws itself."""
+def test_an_encoder_decoder_is_compared_by_the_labels_of_the_text(tmp_path: Path) -> None:
+    """It is calibrated on labels that it draws itself, whose losses are random."""
     (tmp_path / "pairs.txt").write_text("a question\tand its answer\n" * 64)
     options = th.CompressOptions(calibration=str(tmp_path / "pairs.txt"), calibration_tokens=128)
     config = tn.CompressionConfig(bits_per_weight=5, formats=("int4", "int8"), rounding="nearest")
     done = th.compress_folder(th.embedded.t5_path(), tmp_path / "small", config, options)
     assert isinstance(done, tn.CompressionReport)
-    assert (done.measured, done.plan.of_tokens) == (None, True)
+    dense, small = th.load(th.embedded.t5_path()).eval(), th.load(tmp_path / "small").eval()
+    text = (tmp_path / "pairs.txt").read_text()
+    batches = calibration_data(dense, th.embedded.t5_path(), text, tokens=128, rows=1024).batches
+    with torch.no_grad():
+        changes = torch.cat([label_losses(small, x) - label_losses(dense, x) for x in batches])
+    assert done.measured is not None
+    tolerance = 0.1 * float(changes.abs().mean())
+    assert done.measured.mean == pytest.approx(float(changes.mean()), abs=tolerance)
