@@ -78,7 +78,7 @@ def measure_effort(
             config = tn.CompressionConfig(max_bytes=int(size), formats="gguf", effort=effort)
             return for_target("gguf", config, dense, subject.folder)
         targets, left_out = subject.layers.target_modules, subject.layers.exclude_modules
-        return tn.CompressionConfig(targets, left_out, bits_per_weight=size, whole_model=False, effort=effort)
+        return tn.CompressionConfig(targets, left_out, bits_per_weight=size, effort=effort)
 
     # Survey the model once for all sizes.
     start = processor_seconds()

@@ -22,6 +22,7 @@ from tensornet.compression.survey import Survey
 from tensornet.compression.surveying import survey_model as survey
 from tensornet.decompose import decompose
 from tensornet.errors import TensorNetError
+from tensornet.gone import no_attribute
 from tensornet.healing.heal import heal
 from tensornet.linalg.svd import truncated_svd
 from tensornet.mpo import MPO
@@ -63,4 +64,4 @@ def __getattr__(name: str) -> ModuleType:
     """Import `tensornet.testing` on first use, since it needs hypothesis, an optional package."""
     if name == "testing":
         return import_module("tensornet.testing")
-    raise AttributeError(f"module 'tensornet' has no attribute {name!r}")
+    raise no_attribute("tensornet", name)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tensornet.calibration.stats import weight_samples
-from tensornet.compression.config import BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig
+from tensornet.compression.config import DEFAULT_FORMATS, CompressionConfig
 from tensornet.errors import BudgetError
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target
@@ -479,15 +479,15 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
 def entry_bytes(config: CompressionConfig, budget: str, layers: Sequence[SurveyedLayer]) -> int:
     """Bound the bytes that a tensor takes in the header of a safetensors file, if a budget counts them.
 
-    Budgets of the whole model in bytes count them, except for export targets, which count their own files.
+    `max_bytes` counts them, except for export targets, which count their own files.
 
     Args:
         config: the configuration.
         budget: name of the budget.
         layers: the weights to compress, whose names are parts of the names of tensors.
     """
-    whole = budget in ("byte_ratio", "max_bytes") and config.counts_model(budget)
-    return MOST_ENTRY + max(len(x.name) for x in layers) if whole and config.menu is None else 0
+    counted = budget == "max_bytes" and config.menu is None
+    return MOST_ENTRY + max(len(x.name) for x in layers) if counted else 0
 
 
 def allowed_bytes(
@@ -504,25 +504,16 @@ def allowed_bytes(
     Raises:
         BudgetError: the parameters that are not targeted already exceed a budget.
     """
-    weights = sum(x.numel for x in layers)
-    now = sum(x.nbytes for x in layers)
     found = {}
-    for name in BYTE_BUDGETS:
-        if (value := getattr(config, name)) is None:
-            continue
-        whole = config.counts_model(name)
-        params, size = (weights + untargeted[0], now + untargeted[1]) if whole else (weights, now)
-        others = untargeted[1] if whole else 0
-        if entry := entry_bytes(config, name, layers):
-            others += untargeted[2]
-            size += untargeted[2] + entry * len(layers)
-        total = {"bits_per_weight": value / 8 * params, "byte_ratio": value * size, "max_bytes": value}[name]
-        found[name] = total - others
-        if found[name] <= 0:
+    if config.bits_per_weight is not None:
+        found["bits_per_weight"] = config.bits_per_weight / 8 * sum(x.numel for x in layers)
+    if config.max_bytes is not None:
+        others = untargeted[1] + (untargeted[2] if config.menu is None else 0)
+        found["max_bytes"] = config.max_bytes - others
+        if found["max_bytes"] <= 0:
             raise BudgetError(
-                f"{name}={value} allows {total:,.0f} bytes for the whole model, but tensors that are not "
-                f"compressed take {others:,}. Raise it, target more layers, or count only the "
-                "targeted layers by whole_model=False."
+                f"max_bytes={config.max_bytes:,} is for the whole model, but tensors that are not compressed "
+                f"take {others:,} bytes. Raise it, or target more layers."
             )
     return found
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from tensornet._util import check_number, check_size, check_type
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, FormatError, TopologyError
+from tensornet.gone import advice, explains_gone
 from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.menus import MENUS
@@ -27,10 +28,10 @@ Effort = Literal["fast", "thorough"]
 EFFORTS = get_args(Effort)
 AUTO = "auto"
 #: Budgets for all layers together; they need the sensitivity of the loss to errors in each layer.
-WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase")
+SHARED_BUDGETS = ("bits_per_weight", "max_bytes", "loss_increase")
 #: Budgets that limit bytes.
-BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
-#: Number formats to plan with if bits per weight or a byte ratio are given without formats.
+BYTE_BUDGETS = ("bits_per_weight", "max_bytes")
+#: Number formats to plan with if a budget of bytes is given without formats.
 DEFAULT_FORMATS = (
     "float",
     "int8",
@@ -62,6 +63,7 @@ def option(
     return field(default=default, metadata={"group": group, "kind": kind, "choices": choices, "name": name})
 
 
+@explains_gone
 @dataclass(frozen=True)
 class CompressionConfig(LayerSelection):
     """Options of `compress`. Several limits may be combined; a plan meets all of them.
@@ -88,12 +90,9 @@ class CompressionConfig(LayerSelection):
         bits_per_weight: mean bits per weight of the targeted layers, scales included, such as 4.25. All
             budgets of bytes need calibrated gradients; without calibration data, all layers become int8 if
             this fits the budget.
-        byte_ratio: share of the bytes of the whole model to keep, such as 0.25. Embeddings, biases, buffers
-            and the header of the weight file are counted.
-        max_bytes: largest size of the weight file in bytes, such as 60MB; counted like `byte_ratio`.
-        whole_model: whether a limit on bytes applies to the whole model or only to the targeted layers. None
-            decides for each budget as described above. If the whole model counts, embeddings and heads are
-            targets too unless `target_modules` is given.
+        max_bytes: largest size of the weight file in bytes, such as 60MB. Embeddings, biases, buffers and the
+            header of the file are counted; embeddings and heads are compressed too unless `target_modules`
+            is given.
         formats: number formats that layers may have, such as float,int8,int4 (default with a budget of bytes,
             or with loss_increase alone: the dtype of the model and integers of 8 to 2 bits). Names are read
             by `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense
@@ -155,9 +154,7 @@ class CompressionConfig(LayerSelection):
     rel_error: float | None = option(None, "advanced", "number")
     param_ratio: float | None = option(None, "budget", "share")
     bits_per_weight: float | None = option(None, "budget", "number", name="bits")
-    byte_ratio: float | None = option(None, "budget", "share")
     max_bytes: int | None = option(None, "budget", "size")
-    whole_model: bool | None = option(None, "advanced", "flag")
     formats: str | Sequence[str] | None = option(None, "advanced", "names")
     loss_increase: float | None = option(None, "budget", "number")
     objective: Objective = option("auto", "advanced", choices=OBJECTIVES)
@@ -171,11 +168,8 @@ class CompressionConfig(LayerSelection):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "formats", _checked_formats(self))
-        counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
-        whole = (self.menu is not None and MENUS[self.menu].whole_model) or any(
-            self.counts_model(name) for name in counted
-        )
-        if self.target_modules is None and whole:
+        whole = self.menu is not None and MENUS[self.menu].whole_model
+        if self.target_modules is None and (whole or self.max_bytes is not None):
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
         object.__setattr__(self, "topology_options", _checked_options(self))
@@ -186,8 +180,8 @@ class CompressionConfig(LayerSelection):
         for name in ("max_bond", "sites"):
             if (value := getattr(self, name)) is not None:  # NumPy integers become Python integers
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
-        for name in ("pivoted", "whole_model", "require_calibrated"):
-            value, maybe = getattr(self, name), name in ("pivoted", "whole_model")
+        for name in ("pivoted", "require_calibrated"):
+            value, maybe = getattr(self, name), name == "pivoted"
             if not isinstance(value, bool) and not (maybe and value is None):
                 allowed = "True, False or None" if maybe else "True or False"
                 raise ValueError(f"{name} must be {allowed}, got {value!r}.")
@@ -218,7 +212,7 @@ class CompressionConfig(LayerSelection):
             BudgetError: a budget is out of range, or contradicts another option.
         """
         _ = self.budget  # checks max_bond, rel_error and param_ratio
-        for name in WHOLE_MODEL_BUDGETS:
+        for name in SHARED_BUDGETS:
             if (value := getattr(self, name)) is None:
                 continue
             check_number(name, value)
@@ -230,15 +224,10 @@ class CompressionConfig(LayerSelection):
                 f"param_ratio is a fraction of the parameters to keep, at most 1; got {self.param_ratio!r}. "
                 "50 % is param_ratio=0.5."
             )
-        if self.byte_ratio is not None and self.byte_ratio > 1:
-            raise BudgetError(
-                f"byte_ratio is a share of the model's bytes, at most 1; got {self.byte_ratio!r}. Give sizes "
-                "in bytes as max_bytes=, bits per weight as bits_per_weight=."
-            )
         without = self.objective == "weight" and self.one_format_keeps
         if self.needs_curvature and self.objective not in ("auto", "curvature") and not without:
             raise BudgetError(
-                f"{', '.join(WHOLE_MODEL_BUDGETS)} are divided among all layers by the effect of errors in "
+                f"{', '.join(SHARED_BUDGETS)} are divided among all layers by the effect of errors in "
                 f"each layer on the loss: use objective='curvature' with calibration data, not "
                 f"{self.objective!r}."
             )
@@ -258,22 +247,10 @@ class CompressionConfig(LayerSelection):
         budgets = not self.budget.unlimited or self.needs_curvature
         if not (budgets or self.formats or self.topology != AUTO):
             raise BudgetError(
-                "No option says how far to compress. Give a budget: bits_per_weight=4.25, byte_ratio=0.25, "
-                "max_bytes=, param_ratio=0.5, max_bond=, rel_error= or loss_increase=. Or give "
+                "No option says how far to compress. Give a budget: bits_per_weight=4.25, max_bytes=, "
+                "param_ratio=0.5, max_bond=, rel_error= or loss_increase=. Or give "
                 "topology= to store every layer as such a network without loss."
             )
-
-    def counts_model(self, budget: str) -> bool:
-        """Return True if a budget of bytes is for the whole model instead of only the targeted layers.
-
-        Example:
-            >>> config = tn.CompressionConfig(bits_per_weight=4.25)
-            >>> [config.counts_model(name) for name in ("bits_per_weight", "byte_ratio", "max_bytes")]
-            [False, True, True]
-        """
-        if self.whole_model is not None:
-            return self.whole_model
-        return budget in ("byte_ratio", "max_bytes")
 
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
@@ -308,7 +285,7 @@ class CompressionConfig(LayerSelection):
     @property
     def needs_curvature(self) -> bool:
         """True if a budget for all layers together is set; such budgets need the curvature objective."""
-        return any(getattr(self, name) is not None for name in WHOLE_MODEL_BUDGETS)
+        return any(getattr(self, name) is not None for name in SHARED_BUDGETS)
 
     @property
     def budget(self) -> Budget:
@@ -355,7 +332,7 @@ class CompressionConfig(LayerSelection):
         if unknown := sorted(data.keys() - known):
             raise ValueError(
                 f"Unknown compression options {', '.join(unknown)}; the options are "
-                f"{', '.join(sorted(known))}."
+                f"{', '.join(sorted(known))}.{advice(unknown)}"
             )
         return cls(**data)
 
@@ -376,7 +353,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
             f"got {given!r:.200}."
         )
     choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats")
-    if clashing := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
+    if clashing := [name for name in (*choosing, *SHARED_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
             f"A topology fixes all dims and bonds: leave out {', '.join(clashing)}, or give the name of a "
             "family."
@@ -396,7 +373,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
     """
     formats = config.formats
     if formats is None:
-        limits = ("param_ratio", "max_bond", "rel_error", *WHOLE_MODEL_BUDGETS)
+        limits = ("param_ratio", "max_bond", "rel_error", *SHARED_BUDGETS)
         given = [name for name in limits if getattr(config, name) is not None]
         alone = given == ["loss_increase"] and config.topology == AUTO
         if not alone and not set(given) & set(BYTE_BUDGETS):

@@ -22,7 +22,7 @@ from tensornet._util import check_number, check_size, on_cpu_unless_said
 from tensornet.calibration.stats import first_difference
 from tensornet.compression.allocate import MOST_ENTRY, Candidate, SurveyedLayer, choose_candidates, uniform
 from tensornet.compression.candidates import hull_of
-from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig
+from tensornet.compression.config import SHARED_BUDGETS, CompressionConfig
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import model_size
 from tensornet.compression.shared_cores import SharedCandidate, choose_shared
@@ -36,7 +36,7 @@ from tensornet.topology import Topology
 
 SURVEY_VERSION = 5
 #: Budgets that `Survey.plan` can change, since the candidates do not depend on them.
-BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
+BUDGETS = ("param_ratio", *SHARED_BUDGETS)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Survey:
         """Compute the plan of least predicted loss for one budget.
 
         Args:
-            budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes` and `loss_increase`;
-                they replace the budgets of the configuration.
+            budget: any of `param_ratio`, `bits_per_weight`, `max_bytes` and `loss_increase`; they
+                replace the budgets of the configuration.
 
         Raises:
             BudgetError: the budget cannot be met; or it contains another limit, such as `max_bond`, which
@@ -174,7 +174,7 @@ class Survey:
         Raises:
             BudgetError: the survey depends on an option that differs; the message names it.
         """
-        budgets = (*BUDGETS, "whole_model", "rounding")
+        budgets = (*BUDGETS, "rounding")
         for x in fields(config):
             if x.name not in budgets and getattr(config, x.name) != getattr(self.config, x.name):
                 raise BudgetError(

@@ -319,11 +319,10 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         ({"pivoted": 1}, "pivoted"),
         ({"bits_per_weight": 0}, "bits_per_weight"),
         ({"param_ratio": 50}, r"param_ratio=0\.5"),
-        ({"byte_ratio": 1.5}, r"byte_ratio.*got 1\.5"),
         ({"formats": ("int9",)}, r"'int9'.*int8"),
         ({"formats": "int4"}, r"menu.*'int4'"),
         ({"formats": ()}, r"formats.*got \(\)"),
-        ({"byte_ratio": 0.5, "objective": "activation"}, "effect of errors"),
+        ({"max_bytes": 9000, "objective": "activation"}, "effect of errors"),
     ],
 )
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:

@@ -26,7 +26,7 @@ def real() -> tuple[nn.Module, list[Tensor], Survey]:
     """The embedded GPT-2, its calibration batches, and a survey of its number formats."""
     model = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     batches = windows(calibration_text()[:60_000])
-    survey = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25, whole_model=False))
+    survey = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25))
     return model, batches, survey
 
 

@@ -284,7 +284,7 @@ BUDGETS = [
         for budget in (
             *({"bits_per_weight": bits} for bits in (14.0, 6.0, 3.5)),
             {"param_ratio": 0.7, "bits_per_weight": 8.0},
-            {"byte_ratio": 0.4},
+            {"max_bytes": 60_000},
         )
     ),
 ]

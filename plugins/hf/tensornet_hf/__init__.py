@@ -3,7 +3,10 @@
 Importing this package registers the quantization method "tensornet" with transformers.
 """
 
+from typing import Any
+
 from tensornet._util import require
+from tensornet.gone import no_attribute
 
 require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
@@ -46,3 +49,8 @@ __all__ = [
     "stock_mixture",
     "upcycle",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Raise an error that says what took the place of a name of earlier versions."""
+    raise no_attribute("tensornet_hf", name)

@@ -23,7 +23,7 @@ from tensornet.calibration.batches import as_batch, check_batches, tokens_of
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
+from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.coverage import measure_coverage
 from tensornet.compression.loss_increase import LossIncrease, light_copy
 from tensornet.compression.plan import CompressionPlan
@@ -34,6 +34,7 @@ from tensornet.compression.surveying import tensor_digest
 from tensornet.compression.tasks import one_thread, worker_processes
 from tensornet.compression.write import WRITE_TOKENS, moment_of, read_enough
 from tensornet.errors import BudgetError, DestinationError, FormatError, TargetError
+from tensornet.gone import explains_gone
 from tensornet.healing import refine
 from tensornet.healing.heal import heal
 from tensornet.io import FLOATS, check_place, write_file
@@ -85,6 +86,7 @@ class OptionError(ValueError):
     """Raised if two options exclude each other, or an option needs another one."""
 
 
+@explains_gone
 @dataclass(frozen=True)
 class CompressOptions:
     """Options of `compress_folder` that `CompressionConfig` does not have: texts, corrections, files.
@@ -664,9 +666,6 @@ def _check_data(
             )
         return config
     config.check_says_how_far()
-    if config.whole_model is not None and all(getattr(config, name) is None for name in BYTE_BUDGETS):
-        budgets = ", ".join(f"{name}=" for name in BYTE_BUDGETS)
-        raise OptionError(f"whole_model= says which bytes a budget counts; add {budgets}, or leave it out.")
     weighted = has_data and config.objective not in ("weight", "activation")
     if config.damping != CompressionConfig.damping and not weighted:
         raise OptionError(

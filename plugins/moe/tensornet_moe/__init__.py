@@ -1,7 +1,10 @@
 """Mixture-of-experts layers whose experts share tensor-network cores, with routers, losses and masks."""
 
+from typing import Any
+
 import tensornet_moe.expert_sharing
 import tensornet_moe.rounding  # noqa: F401  (these imports register extensions)
+from tensornet.gone import no_attribute
 from tensornet_moe.balance import expert_load, update_biases
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.costs import ModelCosts, describe
@@ -54,3 +57,8 @@ __all__ = [
     "specialists",
     "update_biases",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Raise an error that says what took the place of a name of earlier versions."""
+    raise no_attribute("tensornet_moe", name)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sharded_folders import contents
 
 from tensornet.errors import FormatError
+from tensornet.gone import GONE
 from tensornet_hf.cli.main import as_options, options_of
 from tensornet_hf.embedded import gpt2_path, t5_path
 
@@ -121,7 +122,6 @@ WRONG = [
     ("compress GPT2 out --formatt int8", "--formats"),
     ("compress GPT2 out --bits 4 --objective weight --survey p", "--survey.*--calibration"),
     ("compress GPT2 out HALF --calibration-tokens 100", "add --calibration"),
-    ("compress GPT2 out HALF --whole-model", "--whole-model.*--max-bytes"),
     ("compress GPT2 out HALF --damping 0.2", "--damping.*--calibration"),
     (
         "eval GPT2 --text text.txt --limit 3 --task-path .",
@@ -180,6 +180,15 @@ def test_one_line_a_status_and_nothing_else(
     assert contents(tmp_path) == before  # no hidden partial folder either
 
 
+@pytest.mark.parametrize("name", sorted(name for name in GONE if name.islower()))
+def test_gone_options_are_explained(name: str, tensornet: Run) -> None:
+    option = f"--{name.replace('_', '-')}"
+    status, _, err = tensornet("compress", gpt2_path(), "out", option, 1)
+    assert status == 2
+    assert option in err
+    assert "is gone" in err
+
+
 @pytest.mark.parametrize(
     ("text", "translated"),
     [
@@ -189,6 +198,7 @@ def test_one_line_a_status_and_nothing_else(
         ("exclude_modules=['*.read', 'head'].", "--exclude '*.read' --exclude head."),
         ("calibration=batches, or calibration='default'", "--calibration FILE, or --calibration default"),
         ("bits_per_weight= and max_bytes=", "--bits and --max-bytes"),
+        ("topology_options={'sites': 4, 'a': [2]}", "--topology-option sites=4 --topology-option a=[2]"),
         ("force=True, resume=False", "--force, --no-resume"),
         ("'rel_error' in /tmp/max_bond/x has formats", "'rel_error' in /tmp/max_bond/x has formats"),
     ],

@@ -29,7 +29,6 @@ CONFIG = tn.CompressionConfig(
     bits_per_weight=4.8,
     formats=("gguf", "int4:g32:float16", "int8:g32:float16"),
     rounding="one_sided",
-    whole_model=False,
     exclude_modules="transformer.wpe",
 )
 TOKENS = 256
@@ -145,7 +144,7 @@ def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
 
 def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     options = th.CompressOptions(calibration="default", calibration_tokens=256)
-    config = tn.CompressionConfig(byte_ratio=0.3, formats=("int4", "int8"), rounding="nearest")
+    config = tn.CompressionConfig(max_bytes=1_100_000, formats=("int4", "int8"), rounding="nearest")
     model = th.load(gpt2_path())
     data = calibration_batches(model, gpt2_path(), config, options, options.text)
     assert data is not None

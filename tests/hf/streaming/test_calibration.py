@@ -118,8 +118,7 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
         {
             "target_modules": ["*embed_tokens", "*o_proj"],
             "topology": "low_rank",
-            "byte_ratio": 0.5,
-            "whole_model": False,
+            "bits_per_weight": 16,
         },
         {"topology": mpo(out_dims=(6, 4), in_dims=(4, 6), max_bond=3), "target_modules": "*self_attn.q_proj"},
     ],

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging
 
+from tensornet.gone import advice
 from tensornet_hf.cli import commands
 from tensornet_hf.compress import OptionError
 from tensornet_hf.report import versions
@@ -89,7 +90,9 @@ def run(arguments: Sequence[str]) -> int:
         status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
     except _click.ClickException as error:
         if message := error.format_message():  # empty if the help was printed
-            _say(f"{message.rstrip('.')}. See tensornet --help, or tensornet COMMAND --help.")
+            name = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+            known = as_options(advice([name]), options_of(_command_of(rest)))
+            _say(f"{message.rstrip('.')}.{known} See tensornet --help, or tensornet COMMAND --help.")
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return the status instead
         status = INTERRUPTED
@@ -103,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # users see one line; --debug shows the traceback
         if debug:
             raise
-        _say(as_options(_one_line(error), options_of(next((x for x in rest if x in COMMANDS), ""))))
+        _say(as_options(_one_line(error), options_of(_command_of(rest))))
         return FAILED
     if status == INTERRUPTED:
         folders = (staging_folder(Path(x).absolute()) for x in rest if not x.startswith("-"))
@@ -115,6 +118,10 @@ def run(arguments: Sequence[str]) -> int:
     for note in notes:
         _say(f"note: {note}")
     return status if isinstance(status, int) else 0
+
+
+def _command_of(arguments: Sequence[str]) -> str:
+    return next((x for x in arguments if x in COMMANDS), "")
 
 
 def _quiet(debug: bool) -> list[str]:
@@ -164,7 +171,7 @@ def as_options(text: str, options: Mapping[str, Any]) -> str:
     if not options:
         return text
     names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
-    value = r"\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\"|[\w.]*\w|"
+    value = r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\"|[\w.]*\w|"
     outside = r"(?<![\w.'\"/-])"  # not a part of a path, a quotation or another word
     text = re.sub(
         rf"{outside}(?P<name>{names})=(?P<value>{value})",
@@ -185,6 +192,8 @@ def _assigned(option: Any, value: str) -> str:
         given = ast.literal_eval(value)
     except (ValueError, SyntaxError):  # not a literal, but a placeholder such as `batches`
         given = option.metavar if option.metavar == "FILE" and value else value
+    if isinstance(given, dict):
+        return " ".join(f"{flag} {key}={each}" for key, each in given.items())
     if not isinstance(given, (list, tuple)):
         return f"{flag} {given}".rstrip()
     if option.multiple:
