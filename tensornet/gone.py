@@ -15,7 +15,6 @@ GONE = {
     "UpcycleOptions": "pass its fields as arguments of tensornet_hf.upcycle",
     "compress_checkpoint": "use tensornet_hf.compress_folder",
     "plan_map": "run benchmarks/maps.py",
-    "stock_mixture": "use tensornet_hf.upcycle",
     "prices": "use survey=",
     "byte_ratio": "use max_bytes= for the whole file, or bits_per_weight= for the targeted layers",
     "whole_model": "max_bytes= counts the whole file, and bits_per_weight= the targeted layers",
@@ -32,8 +31,10 @@ def no_attribute(module: str, name: str) -> AttributeError:
 def advice(names: Iterable[str]) -> str:
     """Return a sentence for each name that is in the table, to be added to an error.
 
-    >>> advice(["byte_ratios", "prices"])
-    ' prices is gone: use survey=.'
+    Example:
+        >>> from tensornet.gone import advice
+        >>> advice(["byte_ratios", "prices"])
+        ' prices is gone: use survey=.'
     """
     return "".join(f" {name} is gone: {GONE[name]}." for name in names if name in GONE)
 

@@ -91,8 +91,8 @@ def run(arguments: Sequence[str]) -> int:
     except _click.ClickException as error:
         if message := error.format_message():  # empty if the help was printed
             name = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
-            known = as_options(advice([name]), options_of(_command_of(rest)))
-            _say(f"{message.rstrip('.')}.{known} See tensornet --help, or tensornet COMMAND --help.")
+            gone = as_options(advice([name]), options_of(_command_of(rest)))
+            _say(f"{message.rstrip('.')}.{gone} See tensornet --help, or tensornet COMMAND --help.")
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return the status instead
         status = INTERRUPTED
