@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration import label_losses
+from tensornet.compression.road import make_plan
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf.embedded import calibration_text, gpt2_path
+from tensornet_hf.file_sink import FileSink
 from tensornet_hf.staging import OUT, staging_folder
 from tensornet_hf.text import calibration_data
 
+ROUNDED = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
 TIED = tn.CompressionConfig(
     bits_per_weight=2.4, formats=("int2", "int4"), target_modules="all", rounding="nearest"
 )
@@ -79,6 +84,37 @@ def test_a_fresh_run_uses_nothing_of_an_interrupted_one(tmp_path: Path) -> None:
     expected = run(tmp_path / "fresh", calibration=tokens(2))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     assert report.measured == expected.measured
+
+
+def test_a_source_that_changes_during_a_run_is_refused_at_its_end(tmp_path: Path) -> None:
+    source = llama(tmp_path / "dense")
+    finish = FileSink.finish
+
+    def changing(self: FileSink) -> None:
+        (file,) = source.glob("*.safetensors")
+        os.utime(file, (0, 0))
+        finish(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSink, "finish", changing)
+        with pytest.raises(FormatError, match="changed since"):
+            compress_files(source, tmp_path / "out", ROUNDED)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_by_weights_is_made_once(tmp_path: Path) -> None:
+    source = llama(tmp_path / "dense")
+    interrupted_in("model.layers.1", lambda: compress_files(source, tmp_path / "out", ROUNDED))
+    given = []
+
+    def planning(opened: Any, config: Any, *args: Any, **options: Any) -> Any:
+        given.append(config)
+        return make_plan(opened, config, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tensornet_hf.compress.make_plan", planning)
+        compress_files(source, tmp_path / "out", ROUNDED)
+    assert isinstance(given[0], tn.CompressionPlan)
 
 
 def test_damaged_tensors_of_an_interrupted_run_are_written_again(tmp_path: Path) -> None:
