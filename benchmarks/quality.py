@@ -54,13 +54,18 @@ class Method:
 
 METHODS = {
     "svd": Method("truncated SVD of the weights", {"objective": "weight", "topology": "low_rank"}),
-    "mpo": Method("MPO of the weights, 3 sites", {"objective": "weight", "topology": "mpo", "sites": 3}),
+    "mpo": Method(
+        "MPO of the weights, 3 sites",
+        {"objective": "weight", "topology": "mpo", "topology_options": {"sites": 3}},
+    ),
     "svd_llm": Method("SVD whitened by inputs (SVD-LLM)", {"objective": "activation", "pivoted": False}),
     "ours": Method("low rank by curvature (ours)", {"objective": "curvature"}),
     "ours_two_texts": Method(
         "low rank by curvature of two texts (ours)", {"objective": "curvature"}, ("calibration", "kernel")
     ),
-    "mpo2": Method("MPO, 2 sites, ours", {"objective": "curvature", "topology": "mpo", "sites": 2}),
+    "mpo2": Method(
+        "MPO, 2 sites, ours", {"objective": "curvature", "topology": "mpo", "topology_options": {"sites": 2}}
+    ),
 }
 
 

@@ -2,14 +2,17 @@
 
 The weight of a layer has two moments. The row moment is computed from the gradients of the layer's outputs,
 the column moment from its inputs. Pairs of dampings list the row moment first. When networks are chosen and
-fitted, `CompressionConfig.damping` is the damping of the row moment.
+fitted, `MOMENT_DAMPING` is the damping of the row moment.
 """
 
+#: Damping of the row moment when networks are chosen and fitted. With less, plans depend more on the
+#: calibration text.
+MOMENT_DAMPING = 0.1
 #: Damping of the row and the column moment when weights are rounded, for moments computed from data. The row
 #: moment needs more damping, since gradients vary more between texts than inputs do. If both moments are
 #: estimated from a few random gradients (`rounded_cores.seen_moments`), both get the damping of rows.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
-#: Damping of the row moment when a dense matrix is rounded, in addition to `CompressionConfig.damping`.
+#: Damping of the row moment when a dense matrix is rounded, in addition to `MOMENT_DAMPING`.
 #: Rounding moves errors into directions with small moments, in which another text may have larger gradients.
 #: Without this damping, two-sided rounding halves the predicted loss increase of a language model, but hardly
 #: lowers the measured loss increase (docs/planning.md).
@@ -27,6 +30,6 @@ FORECAST_ROW_DAMPING = 1.0
 #: Damping of moments that may be singular when networks are fitted. These are the column moment, if an input
 #: is always 0, and the moments of single legs.
 FIT_DAMPING = 1e-4
-#: Smallest damping, used for moments that are already damped, and for the row moment if
-#: `CompressionConfig.damping` is 0. Without it, errors in directions without data would have no weight.
+#: Smallest damping, used for moments that are already damped. Without it, errors in directions without data
+#: would have no weight.
 LEAST_DAMPING = 1e-6

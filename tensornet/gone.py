@@ -17,6 +17,9 @@ GONE = {
     "plan_map": "run benchmarks/maps.py",
     "prices": "use survey=",
     "byte_ratio": "use max_bytes= for the whole file, or bits_per_weight= for the targeted layers",
+    "damping": "it is the constant tensornet.damping.MOMENT_DAMPING",
+    "require_calibrated": "turn the CalibrationWarning about layers that never ran into an error",
+    "sites": 'use topology_options={"sites": 4}',
     "whole_model": "max_bytes= counts the whole file, and bits_per_weight= the targeted layers",
 }
 

@@ -82,7 +82,6 @@ class CompressionConfig(LayerSelection):
             of the family's `build`, such as `{"out_dims": (8, 96)}`. An option that does not fit a layer
             raises an error when this layer is planned. Leg sizes that are not given are chosen by the
             predicted loss, if there is calibration data.
-        sites: number of cores of a chain.
         max_bond: largest bond of every network.
         rel_error: largest relative error of each weight (Frobenius norm).
         param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. With the curvature
@@ -124,13 +123,8 @@ class CompressionConfig(LayerSelection):
             or along inputs and outputs. Two configurations are usual baselines.
             Round to nearest is `(objective="weight", formats=("int4",), rounding="nearest")`. The truncated
             SVD is `(objective="weight", topology="low_rank", param_ratio=0.5)`.
-        damping: share of the mean diagonal that is added to gradient moments. With a smaller value, plans
-            depend more on the calibration text, and predicted losses are lower.
         pivoted: whether to store networks without the elements that are redundant because of their gauge
             freedom. See `tensornet.nn.storage`. None means True with calibration data.
-        require_calibrated: whether to raise an error for layers that never ran in calibration, instead of
-            leaving them dense. Such a layer is in the vision tower of a model calibrated on text. Layers
-            left dense do not count in budgets of the targeted layers, and a warning names them.
 
     Raises:
         BudgetError: a limit is not a number, out of range, or in conflict with the objective.
@@ -149,7 +143,6 @@ class CompressionConfig(LayerSelection):
     exclude_modules: str | Sequence[str] | None = option(None, "layers", "patterns", name="exclude")
     topology: str | TopologyFamily | Topology | Sequence[Topology] = option(AUTO, "advanced", "text")
     topology_options: Mapping[str, Any] | None = option(None, "advanced", "pairs", name="topology_option")
-    sites: int | None = option(None, "advanced", "integer")
     max_bond: int | None = option(None, "advanced", "integer")
     rel_error: float | None = option(None, "advanced", "number")
     param_ratio: float | None = option(None, "budget", "share")
@@ -161,9 +154,7 @@ class CompressionConfig(LayerSelection):
     share_experts: bool = option(False, "layers", "flag")
     effort: Effort = option("fast", "budget", choices=EFFORTS)
     rounding: Rounding = option("two_sided", "advanced", choices=ROUNDINGS)
-    damping: float = option(0.1, "advanced", "number")
     pivoted: bool | None = option(None, "advanced", "flag")
-    require_calibrated: bool = option(False, "advanced", "flag")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,14 +168,10 @@ class CompressionConfig(LayerSelection):
         for name, choices in named:
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
-        for name in ("max_bond", "sites"):
-            if (value := getattr(self, name)) is not None:  # NumPy integers become Python integers
-                object.__setattr__(self, name, check_size(name, value, error=BudgetError))
-        for name in ("pivoted", "require_calibrated"):
-            value, maybe = getattr(self, name), name == "pivoted"
-            if not isinstance(value, bool) and not (maybe and value is None):
-                allowed = "True, False or None" if maybe else "True or False"
-                raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        if self.max_bond is not None:  # NumPy integers become Python integers
+            object.__setattr__(self, "max_bond", check_size("max_bond", self.max_bond, error=BudgetError))
+        if not isinstance(self.pivoted, bool) and self.pivoted is not None:
+            raise ValueError(f"pivoted must be True, False or None, got {self.pivoted!r}.")
         self._check_budgets()
         if self.share_experts:
             self._check_sharing()
@@ -231,9 +218,6 @@ class CompressionConfig(LayerSelection):
                 f"each layer on the loss: use objective='curvature' with calibration data, not "
                 f"{self.objective!r}."
             )
-        check_number("damping", self.damping)
-        if not 0 <= self.damping < float("inf"):
-            raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
 
     def check_says_how_far(self) -> None:
         """Check that the options determine how far to compress.
@@ -308,11 +292,8 @@ class CompressionConfig(LayerSelection):
         return ("low_rank", "mpo") if self.topology == AUTO else (self.topology,)
 
     def family_options(self, name: str) -> dict[str, Any]:
-        """Return the options for a family's `build`: `topology_options`, and `sites` if the family has it."""
-        options = dict(self.topology_options or {})
-        if self.sites is not None and "sites" in topology_family(name).options:
-            options["sites"] = self.sites
-        return options
+        """Return the options for a family's `build`."""
+        return dict(self.topology_options or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready dict; `from_dict` is the inverse."""
@@ -352,7 +333,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
             "topology must be the name of a family, a registered family, a Topology or a list of topologies, "
             f"got {given!r:.200}."
         )
-    choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats")
+    choosing = ("topology_options", "max_bond", "rel_error", "param_ratio", "formats")
     if clashing := [name for name in (*choosing, *SHARED_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
             f"A topology fixes all dims and bonds: leave out {', '.join(clashing)}, or give the name of a "
@@ -426,8 +407,6 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
         )
     family = topology_family(config.families[0])
     check_options(family.name, options, family.options)
-    if config.sites is not None and options.get("sites", config.sites) != config.sites:
-        raise TopologyError(f"sites={config.sites} contradicts topology_options sites={options['sites']}.")
     return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
 
 

@@ -22,6 +22,7 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.compression.shared_cores import SharedCandidate, candidates_of
 from tensornet.compression.survey import Survey, untargeted_sizes
+from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
 from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.extension import shared_candidates
@@ -145,7 +146,7 @@ def _select(
     if stats is not None:
         stats.check_weights(targets)
     never = [] if objective == "weight" or stats is None else [x for x in targets if not is_known(x, stats)]
-    targets, unseen = without_unseen(targets, never, config)
+    targets, unseen = without_unseen(targets, never)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}", OF_LAYER)
     counts = {} if stats is None or objective == "weight" else stats.counts
@@ -153,7 +154,7 @@ def _select(
     template = CompressionPlan(
         (),
         objective=objective,
-        damping=config.damping if objective != "weight" else 0.0,
+        damping=MOMENT_DAMPING if objective != "weight" else 0.0,
         rounding=config.rounding,
         effort=config.effort,
         dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # None for NaN
@@ -200,7 +201,7 @@ def unfit_formats(targets: Sequence[Target], config: CompressionConfig) -> dict[
 
 
 def without_unseen(
-    targets: Sequence[Target], unseen: Sequence[Target], config: CompressionConfig
+    targets: Sequence[Target], unseen: Sequence[Target]
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """Remove the targets whose layers never ran in calibration, with a warning that names them.
 
@@ -208,16 +209,16 @@ def without_unseen(
         The remaining targets, and the names of the removed targets.
 
     Raises:
-        TargetError: no layer ran, or `require_calibrated` is set and a layer did not run.
+        TargetError: no layer ran.
     """
-    if unseen and (config.require_calibrated or len(unseen) == len(targets)):
+    if unseen and len(unseen) == len(targets):
         raise never_ran(unseen[0])
     names = tuple(target.name for target in unseen)
     if names:
         warnings.warn(
             f"Left dense, because they never ran during calibration: {summary(unseen)}. Calibrate with data "
-            "for which they run, compress them by the error of their weights alone (objective='weight' with "
-            "target_modules that name them), or set require_calibrated=True to get an error instead.",
+            "for which they run, or compress them by the error of their weights alone (objective='weight' "
+            "with target_modules that name them).",
             CalibrationWarning,
             stacklevel=2,
         )
@@ -278,7 +279,7 @@ def _plan_by_weight(
             return stays
         loss = None
         if stats is not None and stats.has_gradients and is_known(target, stats):
-            forecast = forecast_weighting(target, stats, config.damping)
+            forecast = forecast_weighting(target, stats, MOMENT_DAMPING)
             gap = target.matrix - best.network.to_matrix()
             loss = 0.0 if forecast is None else forecast.cost(gap)
         made = replace(stays, topology=topology, bound_by=best.bound_by, error=best.error, loss_increase=loss)

@@ -239,7 +239,6 @@ def calibration_config(plan: CompressionPlan) -> CompressionConfig:
         target_modules=names,
         objective=plan.objective,  # type: ignore[arg-type]
         effort=plan.effort,
-        damping=plan.damping,
         **scheme,
     )
 

@@ -44,6 +44,7 @@ from tensornet.compression.planning import unfit_formats, without_unseen
 from tensornet.compression.sensitivity import is_known
 from tensornet.compression.shared_cores import SharedCandidate, candidates_of
 from tensornet.compression.survey import Survey, untargeted_sizes
+from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import BudgetError
 from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.extension import shared_candidates
@@ -209,11 +210,11 @@ def survey_model(
                 loss = stats.loss
                 del stats  # the moments of a block need more memory than all else
                 visited()
-    kept, unseen = without_unseen(targets, [x for x in targets if x.name not in surveyed], config)
+    kept, unseen = without_unseen(targets, [x for x in targets if x.name not in surveyed])
     template = CompressionPlan(
         (),
         objective=objective,
-        damping=config.damping,
+        damping=MOMENT_DAMPING,
         rounding=config.rounding,
         dense_loss=None if loss is None or math.isnan(loss) else loss,
         calibration=source,

@@ -60,8 +60,8 @@ def test_calibration_weighs_its_errors() -> None:
     ("options", "message"),
     [
         (
-            {"topology": UP, "param_ratio": 0.5, "sites": 2},
-            "sites, param_ratio",
+            {"topology": UP, "param_ratio": 0.5, "max_bond": 2},
+            "max_bond, param_ratio",
         ),
         ({"topology": UP, "bits_per_weight": 4}, "formats, bits_per_weight"),
         ({"topology": [UP, UP]}, r"Two topologies.*\(48, 24\)"),

@@ -12,7 +12,7 @@ import tensornet_moe as tm
 from tensornet.gone import GONE
 
 #: Options of `CompressionConfig`; all other names are those of functions and classes.
-OPTIONS = ("byte_ratio", "prices", "whole_model")
+OPTIONS = ("byte_ratio", "damping", "prices", "require_calibrated", "sites", "whole_model")
 
 
 @pytest.mark.parametrize("name", sorted(GONE.keys() - {*OPTIONS}))

@@ -146,7 +146,7 @@ def test_a_plan_whose_family_was_edited(family: str, objective: str) -> None:
     config = tn.CompressionConfig(
         param_ratio=0.6,
         topology="mpo",
-        sites=3,
+        topology_options={"sites": 3},
         objective=objective,
         pivoted=False,  # type: ignore[arg-type]
     )

@@ -57,7 +57,12 @@ def compressed(**options: object) -> Model:
     [
         {"param_ratio": 0.5},
         {"param_ratio": 0.5, "target_modules": "all"},
-        {"max_bond": 3, "topology": "mpo", "sites": 3, "target_modules": ["blocks.*", "table"]},
+        {
+            "max_bond": 3,
+            "topology": "mpo",
+            "topology_options": {"sites": 3},
+            "target_modules": ["blocks.*", "table"],
+        },
         {"param_ratio": 0.6, "topology": "tucker", "exclude_modules": ["first"]},
         {"param_ratio": 0.5, "target_modules": "all", "pivoted": True},
     ],

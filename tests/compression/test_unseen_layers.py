@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import CalibrationWarning, TargetError
+from tensornet.errors import CalibrationWarning
 from tensornet.nn.extension import ProvidedData
 
 HALF = tn.CompressionConfig(param_ratio=0.5)
@@ -47,7 +46,6 @@ def test_they_stay_dense_and_one_warning_names_them() -> None:
         report = tn.compress(model, HALF, calibration=stats, progress=False)
     (message,) = [str(warning.message) for warning in caught]
     assert message.startswith("Left dense, because they never ran during calibration: vision.0, vision.2.")
-    assert "require_calibrated=True" in message
     assert [type(layer) for layer in model.vision] == [nn.Linear, nn.GELU, nn.Linear]
     assert report.plan.unseen == ("vision.0", "vision.2")
     assert {layer.name for layer in report.layers} == {"text", "head"}
@@ -66,17 +64,6 @@ def test_they_count_in_budgets_of_the_whole_model() -> None:
             model, tn.CompressionConfig(max_bytes=int(0.8 * size)), calibration=stats, progress=False
         )
     assert report.model_bytes_after <= 0.8 * size
-
-
-def test_who_wants_a_refusal_gets_it() -> None:
-    stats = tn.calibrate(towers(), [BATCH])
-    strict = replace(HALF, require_calibrated=True)
-    with pytest.raises(TargetError, match=r"'vision\.0' never ran"):
-        tn.plan(towers(), strict, stats)
-    tn.plan(towers(), replace(strict, exclude_modules="vision.*"), stats)
-    tn.plan(towers(), strict, tn.calibrate(towers(), [BATCH | {"image": torch.randn(9, 8)}]))
-    with pytest.raises(ValueError, match="require_calibrated"):
-        replace(HALF, require_calibrated="yes")  # type: ignore[arg-type]
 
 
 class Experts(nn.Module):

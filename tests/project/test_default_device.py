@@ -32,7 +32,9 @@ def elsewhere() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pivoted": True}, {"topology": "mpo", "sites": 3}, {"topology": "tucker"}], ids=str
+    "options",
+    [{}, {"pivoted": True}, {"topology": "mpo", "topology_options": {"sites": 3}}, {"topology": "tucker"}],
+    ids=str,
 )
 def test_compression(options: dict[str, object]) -> None:
     config = tn.CompressionConfig(param_ratio=0.5, **options)  # type: ignore[arg-type]

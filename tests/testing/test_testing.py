@@ -233,7 +233,7 @@ def test_profiles() -> None:
     register_profiles()
     assert [settings.get_profile(name).max_examples for name in ("default", "ci", "nightly")] == [
         50,
-        25,
+        15,
         1000,
     ]
     assert settings.get_profile("ci").derandomize

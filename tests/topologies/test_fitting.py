@@ -126,7 +126,7 @@ def test_a_fit_costs_hardly_more_than_its_candidate_says() -> None:
     """A candidate has an estimated cost; near the full bond the fit may end at several times this cost."""
     matrix, weighting = problem()
     sensitivity, family = Sensitivity(weighting, weighting), topology_family("mpo")
-    config = CompressionConfig(topology="mpo", sites=2)
+    config = CompressionConfig(topology="mpo", topology_options={"sites": 2})
     *found, dense = network_candidates(matrix, sensitivity, Storage(pivoted=True), family, config)
     assert (dense.topology, dense.cost, dense.params) == (None, 0, matrix.numel())
     for each in found[::3]:

@@ -110,7 +110,7 @@ def test_the_planner_chooses_legs_and_loses_little_where_none_are_better(
     model = Two()
     inputs = torch.randn(256, 72) @ torch.randn(72, 72)
     stats = tn.calibrate(model, [inputs], loss_fn=lambda m, batch: (m(**batch) * 0.1).square().sum(-1))
-    config = tn.CompressionConfig(param_ratio=0.6, topology="mpo", sites=2)
+    config = tn.CompressionConfig(param_ratio=0.6, topology="mpo", topology_options={"sites": 2})
     plans = {"auto": tn.plan(model, config, stats)}
     with monkeypatch.context() as patch:  # factors of similar size
         patch.setattr(type(topology_family("mpo")), "search_legs", lambda self, *_, **options: options)

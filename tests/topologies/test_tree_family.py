@@ -147,8 +147,6 @@ def test_unknown_options_are_refused_with_those_of_the_family() -> None:
         tn.CompressionConfig(topology_options={"sites": 2}, param_ratio=0.5)
     with pytest.raises(TopologyError, match="mapping"):
         tn.CompressionConfig(topology="tree", topology_options="sites", param_ratio=0.5)  # type: ignore[arg-type]
-    with pytest.raises(TopologyError, match="contradicts"):
-        tn.CompressionConfig(topology="tree", topology_options={"sites": 2}, sites=3, param_ratio=0.5)
 
 
 def test_a_model_is_upcycled_with_a_shared_root(tmp_path: Path) -> None:

@@ -666,12 +666,6 @@ def _check_data(
             )
         return config
     config.check_says_how_far()
-    weighted = has_data and config.objective not in ("weight", "activation")
-    if config.damping != CompressionConfig.damping and not weighted:
-        raise OptionError(
-            "damping= changes moments of gradients, which need calibration= and the objective curvature or "
-            "auto; leave it out."
-        )
     if has_data or config.objective == "weight":
         return config
     if config.objective == "auto" and config.rel_error is not None and not config.needs_curvature:

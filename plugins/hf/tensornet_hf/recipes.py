@@ -31,6 +31,7 @@ from tensornet.compression.allocate import Candidate, CostCurve, SurveyedLayer, 
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.road import Candidates, make_plan
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
+from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
 from tensornet.linalg.svd import OF_LAYER, check_finite
@@ -316,7 +317,7 @@ def type_candidates(
     """
     for target in targets:
         importance = _importance(target, stats, names)
-        sensitivity = layer_sensitivity(target, "curvature", stats, config.damping, "nearest")
+        sensitivity = layer_sensitivity(target, "curvature", stats, MOMENT_DAMPING, "nearest")
         seen = sensitivity or Sensitivity(Weighting(), Weighting())
         count = EXPERT_ROWS if target.kinds[0].name == "part" else ROWS_OF_MATRIX
         losses = type_losses(target.matrix, (seen.weighting, seen.forecast), importance, count)
