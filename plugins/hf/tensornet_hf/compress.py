@@ -343,7 +343,9 @@ def _compress(
                 if name in stored:
                     warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
             key = json_digest([plan.to_dict(), options.max_shard_bytes, target])
-            return FileSink(files, place, work, key=key, force=options.force, check=finishing)
+            # Without its record, the result of a run that was killed at its end is written again.
+            force = options.force or options.loads_result
+            return FileSink(files, place, work, key=key, force=force, check=finishing)
 
         with worker_processes(1 if options.executor is not None else options.workers) as own:
             executor = options.executor or own

@@ -102,6 +102,25 @@ def test_a_source_that_changes_during_a_run_is_refused_at_its_end(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("step", ["_write_done", "save"])
+def test_a_result_that_is_still_to_be_changed_goes_on(tmp_path: Path, step: str) -> None:
+    """The run is interrupted after the last block, or when the changed model is saved."""
+    source = llama(tmp_path / "dense")
+
+    def stopping(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"tensornet_hf.compress.{step}", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            compress_files(source, tmp_path / "out", ROUNDED, dtype="bfloat16")
+    again = compress_files(source, tmp_path / "out", ROUNDED, dtype="bfloat16")
+    expected = compress_files(source, tmp_path / "fresh", ROUNDED, dtype="bfloat16")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert again.plan == expected.plan
+    assert not staging_folder(tmp_path / "out").exists()
+
+
 def test_a_plan_by_weights_is_made_once(tmp_path: Path) -> None:
     source = llama(tmp_path / "dense")
     interrupted_in("model.layers.1", lambda: compress_files(source, tmp_path / "out", ROUNDED))
