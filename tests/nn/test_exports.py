@@ -38,7 +38,7 @@ def mixture(capacity_factor: float | None = None) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "low rank": lambda: compressed(topology="low_rank", param_ratio=0.5),
-    "mpo": lambda: compressed(topology="mpo", sites=2, param_ratio=0.5),
+    "mpo": lambda: compressed(topology="mpo", topology_options={"sites": 2}, param_ratio=0.5),
     "int8": lambda: compressed(formats=("int8",), bits_per_weight=9),
     "int4": lambda: compressed(formats=("int4",), bits_per_weight=5.5),
     "mxfp4": lambda: compressed(formats=("mxfp4",), bits_per_weight=5),
