@@ -54,10 +54,15 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
     It is assumed to be faster for float32 models with matrices of at least 2^18 elements, if the device has
     bfloat16 arithmetic. These devices are Ampere and newer GPUs, and processors with AVX-512 BF16 or AMX.
     """
-    large = [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
+    large = large_matrices(model)
     if not large or any(p.dtype != torch.float32 for p in large):
         return None
     return torch.bfloat16 if has_bfloat16(large[0].device) else None
+
+
+def large_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """List the matrices of a model that are large enough to be faster in bfloat16."""
+    return [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tensornet._util import memory_held
 from tensornet.calibration.batches import Batch, Stop, run_model, small_batch
-from tensornet.calibration.calibrate import fast_dtype, has_bfloat16
+from tensornet.calibration.calibrate import fast_dtype, has_bfloat16, large_matrices
 from tensornet.errors import TargetError
 from tensornet.nn.extension import extensions
 from tensornet.nn.targets import Target
@@ -383,11 +383,11 @@ def block_bar(what: str, visits: int, tokens: int, *, progress: bool) -> Iterato
 def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.dtype | None:
     """Return the dtype of matrix products in a walk, or None for that of the weights.
 
-    Weights that are loaded for a walk are float32.
+    Weights that are loaded for a walk are float32. Small models are calibrated in float32 from every source.
     """
     if loaded is in_memory:
         return fast_dtype(model)
-    return torch.bfloat16 if has_bfloat16(device) else None
+    return torch.bfloat16 if has_bfloat16(device) and large_matrices(model) else None
 
 
 def blocks_to_walk(

@@ -16,11 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.calibration import label_losses
+from tensornet.calibration.walk import in_memory, walk_dtype
 from tensornet.compression.road import make_plan
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf.embedded import calibration_text, gpt2_path
 from tensornet_hf.file_sink import FileSink
+from tensornet_hf.lazy_model import open_model
 from tensornet_hf.staging import OUT, staging_folder
 from tensornet_hf.text import calibration_data
 
@@ -167,3 +169,13 @@ def test_a_refused_run_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="another model"):
         compress_files(tmp_path / "other", tmp_path / "out", plan)
     assert {x.name for x in tmp_path.iterdir()} == {"dense", "other"}
+
+
+def test_a_small_model_is_calibrated_in_the_same_precision_from_every_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tensornet.calibration.walk.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("tensornet.calibration.calibrate.has_bfloat16", lambda device: True)
+    lazy, device = open_model(gpt2_path()), torch.device("cpu")
+    assert walk_dtype(lazy.model, lazy.loaded, device) is None
+    assert walk_dtype(th.load(gpt2_path()), in_memory, device) is None
