@@ -1,4 +1,4 @@
-"""Shared helpers: argument checks, context managers, optional imports, HTML tables, cached results."""
+"""Shared helpers: argument checks, context managers, optional imports, sizes in texts, cached results."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -15,7 +15,7 @@ Reference:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,21 @@ class Candidate:
     def scaled(self, factor: float) -> "Candidate":
         """Return a copy with the predicted losses multiplied by a factor."""
         return replace(self, cost=factor * self.cost, predicted_loss=factor * self.predicted_loss)
+
+
+#: Fields of candidates that add up over layers.
+SUMMED = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
+
+
+def joined(candidates: Sequence[Candidate], **changes: Any) -> Candidate:
+    """Make one candidate of those of several layers: the first one, with the sizes and losses of all.
+
+    Args:
+        candidates: the candidate of each layer.
+        changes: other fields that differ from those of the first candidate.
+    """
+    sums = {name: sum(getattr(x, name) for x in candidates) for name in SUMMED}
+    return replace(candidates[0], **sums, **changes)
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def network_candidates(
         TopologyError: an option is unknown, or does not fit the matrix.
     """
     counts = {} if counts is None else counts
-    options, max_bond = config.family_options(family.name), config.max_bond
+    options, max_bond = config.topology_options or {}, config.max_bond
     rows, columns = matrix.shape
     number_format = storage.number_format
     if number_format.is_integer:  # bisect for the largest bond whose network is smaller than the dense matrix

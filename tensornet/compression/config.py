@@ -172,6 +172,8 @@ class CompressionConfig(LayerSelection):
             object.__setattr__(self, "max_bond", check_size("max_bond", self.max_bond, error=BudgetError))
         if not isinstance(self.pivoted, bool) and self.pivoted is not None:
             raise ValueError(f"pivoted must be True, False or None, got {self.pivoted!r}.")
+        if not isinstance(self.share_experts, bool):
+            raise ValueError(f"share_experts must be True or False, got {self.share_experts!r}.")
         self._check_budgets()
         if self.share_experts:
             self._check_sharing()
@@ -290,10 +292,6 @@ class CompressionConfig(LayerSelection):
             return tuple(dict.fromkeys(topology.family for topology in self.fixed))
         assert isinstance(self.topology, str)
         return ("low_rank", "mpo") if self.topology == AUTO else (self.topology,)
-
-    def family_options(self, name: str) -> dict[str, Any]:
-        """Return the options for a family's `build`."""
-        return dict(self.topology_options or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready dict; `from_dict` is the inverse."""

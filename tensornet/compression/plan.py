@@ -214,7 +214,6 @@ class CompressionPlan:
         layers: the plan of each layer.
         objective: how errors were weighted (see `CompressionConfig`). Unless it is `"weight"`, the
             calibration statistics are needed again to apply the plan.
-        damping: damping of the gradient moments.
         rounding: how integers are rounded (see `CompressionConfig`).
         effort: effort of the survey (see `CompressionConfig`).
         dense_loss: mean loss of a token during calibration.
@@ -242,7 +241,6 @@ class CompressionPlan:
 
     layers: tuple[LayerPlan, ...]
     objective: str = "weight"
-    damping: float = 0.0
     dense_loss: float | None = None
     calibration: str | None = None
     topology_options: Mapping[str, Any] | None = None
@@ -624,7 +622,6 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
         raise ValueError(f"unknown rounding {plan.rounding!r}, choose one of {', '.join(ROUNDINGS)}")
     if plan.effort not in EFFORTS:
         raise ValueError(f"unknown effort {plan.effort!r}, choose one of {', '.join(EFFORTS)}")
-    _check_finite("damping", plan.damping, least=0)
     if plan.dense_loss is not None:
         _check_finite("dense_loss", plan.dense_loss)
     for name in ("model_params_before", "model_bytes_before"):

@@ -154,7 +154,6 @@ def _select(
     template = CompressionPlan(
         (),
         objective=objective,
-        damping=MOMENT_DAMPING if objective != "weight" else 0.0,
         rounding=config.rounding,
         effort=config.effort,
         dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # None for NaN
@@ -261,9 +260,8 @@ def _plan_by_weight(
         refusals = []
         for family in config.families:
             try:
-                found = topology_family(family).decompose(
-                    target.matrix, budget, **config.family_options(family)
-                )
+                options = config.topology_options or {}
+                found = topology_family(family).decompose(target.matrix, budget, **options)
             except BudgetError as error:
                 refusals.append(f"{family}: {error}")
                 continue

@@ -5,14 +5,14 @@ folder, or a file. `make_plan` is the first half of the road, and can be taken a
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensornet.calibration.losses import comparable_losses, label_losses
 from tensornet.calibration.stats import CalibrationStats
@@ -24,7 +24,7 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan as plan_by_weights
 from tensornet.compression.sinks import Sink
 from tensornet.compression.survey import Survey
-from tensornet.compression.surveying import FindCandidates, dense_only, survey_or_load
+from tensornet.compression.surveying import dense_only, survey_or_load
 from tensornet.compression.tasks import compress_alone
 from tensornet.compression.write import compress_blocks
 from tensornet.errors import BudgetError, TargetError
@@ -76,18 +76,6 @@ class Planned(NamedTuple):
         return [layer.name for layer in self.plan]
 
 
-class Candidates(NamedTuple):
-    """What a plan is chosen from, if not from the candidates of single layers (`find_candidates`).
-
-    Args:
-        find: function that finds the candidates of layers (see `survey`).
-        plan: function that chooses among the candidates of a survey.
-    """
-
-    find: FindCandidates
-    plan: Callable[[Survey], CompressionPlan] = Survey.plan
-
-
 def make_plan(
     source: Source,
     config: CompressionConfig | CompressionPlan,
@@ -96,8 +84,6 @@ def make_plan(
     stats: CalibrationStats | None = None,
     survey: Survey | str | os.PathLike[str] | None = None,
     tokens: int | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
-    candidates: Candidates | None = None,
     progress: bool = False,
 ) -> Planned:
     """Survey a model and plan its compression.
@@ -108,8 +94,7 @@ def make_plan(
         data: batches, their name and the loss function; without batches, the errors of the weights decide.
         stats: statistics in place of batches.
         survey: a survey of this model; or a file, which is read if it exists and written otherwise.
-        tokens, inputs: see `survey`.
-        candidates: what the plan is chosen from, if not from the candidates of single layers.
+        tokens: see `survey`.
         progress: whether to show progress bars.
 
     Raises:
@@ -126,7 +111,6 @@ def make_plan(
     if isinstance(survey, Survey):
         found = survey if finished else survey.with_config(options)
     elif by_blocks and (not isinstance(config, CompressionPlan) or config.objective == "curvature"):
-        find = dense_only if finished else None if candidates is None else candidates.find
         found = survey_or_load(
             source.model,
             [*data.batches],
@@ -138,14 +122,13 @@ def make_plan(
             states=source.states("surveyed"),
             loaded=source.loaded,
             device=source.device,
-            inputs=inputs,
-            find=find,
+            find=dense_only if finished else None,
             progress=progress,
         )
     if isinstance(config, CompressionPlan):
         plan = config
     elif found is not None:
-        plan = found.plan() if candidates is None else candidates.plan(found)
+        plan = found.plan()
     else:
         plan = plan_by_weights(source.model, config, stats, progress=progress)
     with unfused(source.model):

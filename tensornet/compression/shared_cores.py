@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tensornet.compression.allocate import (
+    SUMMED,
     Candidate,
     SurveyedLayer,
     choose_candidates,
     curve_of,
     hull_steps,
+    joined,
     uniform,
 )
 from tensornet.compression.config import BYTE_BUDGETS, CompressionConfig
 from tensornet.errors import BudgetError, TargetError
-from tensornet.nn.storage import Storage
+from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target
 
 #: Separate networks are chosen if shared ones lower the loss, or the size, by at most this fraction.
@@ -45,7 +47,7 @@ class SharedCandidate:
 
 
 class Choice(NamedTuple):
-    """What was chosen for every layer.
+    """The choice for every layer of a plan in which stacks may share cores.
 
     Args:
         chosen: index of the candidate of each layer that shares no core; 0 for all others.
@@ -205,7 +207,7 @@ def _options(
         found.append((total, tuple(at)))
         for member, index, _ in steps:
             old, new = members[member][at[member]], members[member][index]
-            changed = {x: getattr(total, x) + getattr(new, x) - getattr(old, x) for x in _SUMMED}
+            changed = {x: getattr(total, x) + getattr(new, x) - getattr(old, x) for x in SUMMED}
             total = replace(total, **changed)
             at[member] = index
             found.append((total, tuple(at)))
@@ -220,14 +222,9 @@ def _unit(config: CompressionConfig) -> str:
     return "num_bytes" if config.formats else "params"
 
 
-#: Fields of the candidates of a stack that add up.
-_SUMMED = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
-
-
 def _together(
     members: Sequence[Sequence[Candidate]], chosen: Sequence[int], number_format: str = ""
 ) -> Candidate:
-    """Add up the chosen candidates of several weights."""
+    """Add up the chosen candidates of several weights, whose networks may differ."""
     parts = [each[k] for each, k in zip(members, chosen, strict=True)]
-    sums = {name: sum(getattr(x, name) for x in parts) for name in _SUMMED}
-    return Candidate(None, Storage(), error=0.0, number_format=number_format, **sums)
+    return joined(parts, topology=None, storage=PLAIN, error=0.0, number_format=number_format)

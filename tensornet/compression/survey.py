@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from tensornet._util import check_number, check_size, on_cpu_unless_said
 from tensornet.calibration.stats import first_difference
-from tensornet.compression.allocate import MOST_ENTRY, Candidate, SurveyedLayer, choose_candidates, uniform
+from tensornet.compression.allocate import (
+    MOST_ENTRY,
+    Candidate,
+    SurveyedLayer,
+    choose_candidates,
+    joined,
+    uniform,
+)
 from tensornet.compression.candidates import hull_of
 from tensornet.compression.config import SHARED_BUDGETS, CompressionConfig
 from tensornet.compression.plan import CompressionPlan, LayerPlan
@@ -119,17 +126,17 @@ class Survey:
             key = k if config.menu is None else MENUS[config.menu].group(layer.name, layer.stack)
             keys.setdefault(key, []).append(k)
         groups = list(keys.values())
-        joined = [_joined([self.layers[k].candidates for k in group]) for group in groups]
+        options = [_joined([self.layers[k].candidates for k in group]) for group in groups]
         found, bound_by = choose_candidates(
             self.layers,
-            [candidates for candidates, _ in joined],
+            [candidates for candidates, _ in options],
             config,
             objective,
             untargeted=self.untargeted,
             names=[", ".join(names[k] for k in group) for group in groups],
         )
         chosen = [0] * len(names)
-        for group, (_, places), index in zip(groups, joined, found, strict=True):
+        for group, (_, places), index in zip(groups, options, found, strict=True):
             for k, place in zip(group, places[index], strict=True):
                 chosen[k] = place
         return self.planned(chosen, bound_by)
@@ -425,12 +432,7 @@ def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list
         return list(group[0]), [(k,) for k in range(len(group[0]))]
     by_format = [uniform(found) for found in group]
     places = [tuple(x[name] for x in by_format) for name in by_format[0] if all(name in x for x in by_format)]
-    sums = []
-    for place in places:
-        same = [found[k] for found, k in zip(group, place, strict=True)]
-        parts = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
-        sums.append(replace(same[0], **{name: sum(getattr(x, name) for x in same) for name in parts}))
-    return sums, places
+    return [joined([found[k] for found, k in zip(group, x, strict=True)]) for x in places], places
 
 
 def untargeted_sizes(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int, int]:

@@ -44,7 +44,6 @@ from tensornet.compression.planning import unfit_formats, without_unseen
 from tensornet.compression.sensitivity import is_known
 from tensornet.compression.shared_cores import SharedCandidate, candidates_of
 from tensornet.compression.survey import Survey, untargeted_sizes
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import BudgetError
 from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.extension import shared_candidates
@@ -214,7 +213,6 @@ def survey_model(
     template = CompressionPlan(
         (),
         objective=objective,
-        damping=MOMENT_DAMPING,
         rounding=config.rounding,
         dense_loss=None if loss is None or math.isnan(loss) else loss,
         calibration=source,

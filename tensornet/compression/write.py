@@ -49,6 +49,7 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, layer_weighting, never_ran
 from tensornet.compression.surveying import FULL_UP_TO, most_tokens
 from tensornet.compression.tasks import Task, compress_tasks
+from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import TargetError
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.extension import fit_shared
@@ -303,7 +304,7 @@ def weighting_of(
         feedback = plan.rounding == "two_sided" and uses[0][1].name != "embedding"
         rows = known.get(target.name)
         if rows is not None and rows.ndim == 2 and feedback:
-            return replace(weighting, rows=damped(rows, plan.damping))
+            return replace(weighting, rows=damped(rows, MOMENT_DAMPING))
         return weighting
     tables = {name for name, kind in uses if kind.name == "embedding"}
     stats = replace(
@@ -311,7 +312,7 @@ def weighting_of(
         rows={**stats.rows, **{name: x for name, x in known.items() if name not in tables}},
         columns={**stats.columns, **{name: x for name, x in known.items() if name in tables}},
     )
-    return layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
+    return layer_weighting(target, plan.objective, stats, MOMENT_DAMPING) or Weighting()
 
 
 def moment_of(factor: Tensor, device: torch.device) -> Tensor:

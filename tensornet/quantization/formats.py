@@ -162,7 +162,7 @@ class NumberFormat:
 
     @property
     def points(self) -> Points:
-        """What the codes mean.
+        """The points that the codes of the format stand for.
 
         Raises:
             FormatError: this is a floating-point format.

@@ -29,8 +29,8 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded
 from tensornet.compression.allocate import Candidate, CostCurve, SurveyedLayer, spend_size
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.road import Candidates, make_plan
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
+from tensornet.compression.surveying import survey_or_load
 from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
@@ -609,18 +609,22 @@ def plan_recipe(
         if options.calibration:
             data = calibration_batches(model, folder, config, options, options.text)
             assert data is not None
-            find = partial(type_candidates, names=None if inputs is None else frozenset(inputs))
-            made = make_plan(
-                opened,
+            # Types are chosen for each tensor of the file, so only the survey of the road is needed.
+            made = survey_or_load(
+                model,
+                list(data.batches),
                 config,
-                data,
-                survey=options.survey,
-                tokens=options.calibration_tokens,
+                survey,
+                tokens=calibration_tokens,
+                loss_fn=data.loss_fn,
+                source=data.source,
+                states=opened.states("surveyed"),
+                loaded=opened.loaded,
+                device=opened.device,
                 inputs=inputs,
-                candidates=Candidates(find, lambda survey: survey.template),  # types are chosen by tensor
-                progress=options.progress,
-            ).survey
-            assert made is not None
+                find=partial(type_candidates, names=None if inputs is None else frozenset(inputs)),
+                progress=progress,
+            )
             layers, unit = made.layers, "loss increase in nats per token"
             importance = entries or file_importance(made.inputs, places, shapes)
             if made.template.unrouted:

@@ -1,4 +1,4 @@
-"""What experts or specialists share: one set of words for all functions that have an argument `share`.
+"""The words for the argument `share` of mixtures, banks and specialists, and the cores that each word names.
 
 Each word says which cores of the matrices `W_e` are the same for all experts `e`. In a chain, the first core
 writes the outputs, and the last core reads the inputs.

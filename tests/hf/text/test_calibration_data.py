@@ -17,6 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
@@ -29,7 +31,7 @@ from transformers import (
 import tensornet as tn
 from tensornet.calibration import cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.losses import IGNORED
-from tensornet.errors import TargetError
+from tensornet.errors import FormatError, TargetError
 from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_pairs, t5_path
@@ -243,3 +245,13 @@ def test_weights_that_are_not_stored_are_computed(tmp_path: Path) -> None:
     loaded, lazy = MarianMTModel.from_pretrained(tmp_path), open_model(tmp_path)
     assert name not in lazy.origins
     assert torch.equal(lazy.model.get_parameter(name), loaded.get_parameter(name))
+
+
+def test_a_missing_weight_is_not_drawn_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class may list a weight as not stored that only some of its models compute or tie."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_save", ["lm_head.weight"])
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match=r"lm_head\.weight.*does not store it"):
+        open_model(tmp_path)

@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OptionError as error:
-        known = options_of(next((x for x in rest if x in COMMANDS), ""))
+        known = options_of(_command_of(rest))
         _say(f"{as_options(str(error), known)} See tensornet --help, or tensornet COMMAND --help.")
         return WRONG_USAGE
     except Exception as error:  # users see one line; --debug shows the traceback
@@ -111,7 +111,6 @@ def run(arguments: Sequence[str]) -> int:
     if status == INTERRUPTED:
         folders = (staging_folder(Path(x).absolute()) for x in rest if not x.startswith("-"))
         kept = next((f"finished parts are kept in {x}" for x in folders if x.is_dir()), "")
-        kept = kept or ("finished parts are kept" if "compress" in rest and "--heal" in rest else "")
         again = f"{kept}; run the same command again to continue."
         _say(f"interrupted; {again if kept else 'nothing was written.'}")
         return INTERRUPTED
