@@ -200,6 +200,8 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.transformer.h[0].mlp.c_fc.weight.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert model.config.use_cache
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_hooks_go_when_a_batch_fails() -> None:

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 import tensornet as tn
 from tensornet import softmax_losses
-from tensornet.calibration.losses import drawn_labels, label_losses
+from tensornet.calibration.losses import drawn_labels, label_losses, seeded_draws
 from tensornet.nn.extension import ProvidedData
 
 HALF = tn.CompressionConfig(param_ratio=0.5)
@@ -91,3 +91,15 @@ def test_labels_are_drawn_by_their_probabilities(monkeypatch: pytest.MonkeyPatch
     assert drawn.shape == (8999,)
     torch.testing.assert_close(drawn.bincount(minlength=4) / 8999, shares, atol=0.02, rtol=0)
     assert not bool((drawn == 1).any())
+
+
+def test_draws_follow_the_global_seed_outside_of_a_calibration() -> None:
+    logits, places = torch.zeros(64, 40), torch.arange(64)
+    with seeded_draws():
+        inside = [drawn_labels(logits, places) for _ in range(2)]
+    outside = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        outside.append(drawn_labels(logits, places))
+    assert not torch.equal(*inside)
+    assert torch.equal(*outside)

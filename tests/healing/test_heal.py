@@ -170,6 +170,7 @@ def test_a_distance_that_is_not_finite() -> None:
     teacher, student = pair()
     with pytest.raises(NonFiniteError, match="smaller lr"):
         tn.heal(student, teacher, batches(), steps=1, distance=lambda s, t, b: s.logits.sum() * torch.inf)
+    assert all(parameter.grad is None for parameter in student.parameters())
 
 
 @pytest.mark.parametrize(

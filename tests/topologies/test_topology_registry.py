@@ -11,7 +11,7 @@ import torch
 
 import tensornet as tn
 from tensornet.errors import TopologyError
-from tensornet.topologies import topology_family
+from tensornet.topologies import registered, topology_family, topology_names
 from tensornet.topologies.low_rank import LowRankFamily
 from tensornet.topologies.registry import register_topology
 
@@ -22,6 +22,19 @@ def test_registering_a_name_twice_is_refused() -> None:
     with pytest.raises(TopologyError, match="replace=True"):
         register_topology(type(family)())
     register_topology(family, replace=True)
+
+
+def test_a_block_registers_a_family_and_puts_back_the_one_of_this_name() -> None:
+    class New(LowRankFamily):
+        name = "new"
+
+    before, names = topology_family("low_rank"), topology_names()
+    with pytest.raises(ZeroDivisionError), registered(LowRankFamily()) as mine, registered(New()) as new:
+        assert topology_family("low_rank") is mine is not before
+        assert topology_family("new") is new
+        _ = 1 / 0
+    assert topology_family("low_rank") is before
+    assert topology_names() == names
 
 
 def test_registering_something_else_is_refused() -> None:
