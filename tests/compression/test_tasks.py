@@ -12,7 +12,7 @@ from tensornet._util import _known
 from tensornet.compression import tasks as module
 from tensornet.compression.apply import compress_layer, relative_gap
 from tensornet.compression.plan import LayerPlan
-from tensornet.compression.tasks import Task, compress_tasks, results, row_parts
+from tensornet.compression.tasks import Task, compress_tasks, one_thread, results, row_parts
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.storage import Storage
 from tensornet.topologies import dense, low_rank
@@ -93,3 +93,14 @@ def test_tasks_with_the_same_inputs_share_factors() -> None:
     kept = [x is y for x, y in pairwise(seen)]
     assert kept == [True, False, False, False]
     assert _known.get() is None
+
+
+def test_a_single_thread_only_within_the_block() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

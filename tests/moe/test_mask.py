@@ -149,6 +149,18 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(granularity: tm.mask.Granul
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
+def test_masks_of_elements_do_not_depend_on_which_parameters_have_gradients() -> None:
+    def masked(first: bool) -> Tensor:
+        parameters = [nn.Parameter(torch.zeros(64)) for _ in range(2)]
+        for parameter in parameters[0 if first else 1 :]:
+            parameter.grad = torch.ones(64)
+        tm.GradientMask(parameters, p=0.5, granularity="element").apply()
+        assert parameters[1].grad is not None
+        return parameters[1].grad
+
+    assert torch.equal(masked(first=True), masked(first=False))
+
+
 def test_elements_are_masked_one_by_one() -> None:
     parameter = nn.Parameter(torch.zeros(40, 50))
     for p in (0.0, 0.3, 1.0):
