@@ -23,7 +23,7 @@ from tensornet.nn.extension import ProvidedData
 from tensornet_hf.embedded import calibration_text, gpt2_path
 from tensornet_hf.file_sink import FileSink
 from tensornet_hf.lazy_model import open_model
-from tensornet_hf.staging import OUT, staging_folder
+from tensornet_hf.staging import OUT, begin, staging_folder
 from tensornet_hf.text import calibration_data
 
 ROUNDED = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
@@ -86,6 +86,22 @@ def test_a_fresh_run_uses_nothing_of_an_interrupted_one(tmp_path: Path) -> None:
     expected = run(tmp_path / "fresh", calibration=tokens(2))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     assert report.measured == expected.measured
+
+
+def test_a_file_is_reused_only_if_all_that_it_depends_on_is_the_same(tmp_path: Path) -> None:
+    def kept(source: str, budget: int, *, resume: bool = True) -> set[str]:
+        reusable = {"survey": "text", "plan": budget}
+        begin(tmp_path, {"weights": source}, {"options": budget}, resume=resume, reusable=reusable)
+        found = {x.name for x in tmp_path.iterdir()} & reusable.keys()
+        for name in reusable:
+            (tmp_path / name).touch()
+        return found
+
+    assert kept("a", 4) == set()
+    assert kept("a", 4) == {"survey", "plan"}
+    assert kept("a", 3) == {"survey"}
+    assert kept("b", 3) == set()
+    assert kept("b", 3, resume=False) == set()
 
 
 def test_a_source_that_changes_during_a_run_is_refused_at_its_end(tmp_path: Path) -> None:
