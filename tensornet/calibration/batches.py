@@ -348,7 +348,7 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
 def small_batch(batch: Batch, model: nn.Module) -> Batch | None:
     """Return the first row of a batch, or the whole batch if the model does not run on one row.
 
-    None is returned if the model runs on neither. The batch may be meant for a loss function.
+    The result is None if the model runs on neither, since the batch contains what only a loss function reads.
     """
     for part in (first_rows(batch, 1), batch):
         with suppress(Exception):

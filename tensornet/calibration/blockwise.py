@@ -196,7 +196,7 @@ def begin_walk(
     batch = as_batch(first, model, device or device_of(model))
     of_tokens = False
     with torch.no_grad(), precision():
-        if gradients and loaded is not in_memory:  # the whole model cannot run
+        if gradients and loaded is not in_memory:  # the whole model cannot run, as its weights are not loaded
             loss_fn, of_tokens = loss_fn or label_losses, has_token_losses(model)
         elif gradients and (loss_fn is None or loss_fn in OWN_LOSSES):
             default, entropies = default_losses(model, small_batch(batch, model) or batch)

@@ -160,8 +160,8 @@ class MomentRecorder:
         expert, has read the batch more than once, or looks up rows, nor if a layer of the block did not run.
 
         Args:
-            block: name of the block that ran, whose layers are no experts of those in other blocks; empty if
-                the model ran.
+            block: name of the block that runs, in which experts are not those of other blocks; empty if the
+                whole model runs.
         """
         if block and any(x.startswith(f"{block}.") for x in self.layers.difference(self.seen)):
             return

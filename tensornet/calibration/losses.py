@@ -193,10 +193,10 @@ class BatchLoss:
 
     @cached_property
     def rule(self) -> Rule:
-        """The kind of loss.
+        """The kind of loss, chosen by the output of the model and the labels in the batch.
 
-        If only the input tokens can be labels, and the class does not tell where they are scored, the model
-        is run again with them, since it may compute a loss itself.
+        A batch without labels has its input tokens as labels. If the class of the model does not say which
+        position predicts which token, the model is run again with these labels, since it may return a loss.
         """
         labels, given = self.labels, "labels" in self.batch
         if only_hidden(self.output):

@@ -115,7 +115,9 @@ class Mixture:
 
 
 def blended(own: MomentSum | None, mean: Tensor | None, prior: float) -> Tensor:
-    """Blend the moment of one expert with the mean moment of its mixture (see above).
+    """Blend the moment of one expert with the mean moment of its mixture: `(n C_own + m C_mean) / (n + m)`.
+
+    `n` is the number of tokens of the expert.
 
     Args:
         own: sum over the tokens of the expert; None if it received no token.

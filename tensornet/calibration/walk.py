@@ -395,7 +395,7 @@ def blocks_to_walk(
 ) -> tuple[str, ...]:
     """Find the blocks of a model (see `find_blocks`); none if layers of two blocks use the same weight.
 
-    A model that does not run on the batch is one block, too; the batch may be meant for a loss function.
+    A model that does not run on the batch, which only a loss function may be able to read, is one block too.
     """
     row = small_batch(batch, model) if loaded is in_memory else batch
     if row is None:

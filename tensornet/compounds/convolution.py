@@ -46,12 +46,12 @@ class MatrixConvolution(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if groups are large enough for low rank; most depthwise convolutions do not match."""
+        """Return True if the groups of channels are large enough for low rank; depthwise ones rarely are."""
         return is_plain(module) and _can_shrink(module)
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Return a reason if `matches` is False because groups are too small, else None."""
+        """Return a reason if `matches` is False because the groups of channels are too small, else None."""
         return "groups too small for low rank" if is_plain(module) and not _can_shrink(module) else None
 
     def forward(self, input: Tensor) -> Tensor:

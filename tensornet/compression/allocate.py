@@ -68,7 +68,7 @@ SUMMED = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
 
 
 def joined(candidates: Sequence[Candidate], **changes: Any) -> Candidate:
-    """Make one candidate of those of several layers: the first one, with the sizes and losses of all.
+    """Combine the candidates of several layers: a copy of the first one with the sums of sizes and losses.
 
     Args:
         candidates: the candidate of each layer.

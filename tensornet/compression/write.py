@@ -103,8 +103,8 @@ def compress_blocks(
     earlier blocks have been written. Written layers are not yielded again, except those of a block that was
     being written.
 
-    While the items are produced, weights of finished blocks may have their compressed values. They return to
-    their own when the next block is ready, or when the generator is closed.
+    While the generator runs, the weights of `model` in finished blocks may be replaced by compressed values.
+    The original values are restored when the next block is ready, or when the generator is closed.
 
     Args:
         model: the dense model for which the plan was made.
@@ -118,7 +118,8 @@ def compress_blocks(
         loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
         measured: receives the loss increase on these tokens when the last block is finished.
         written: function that returns True if an interrupted run has written the new layer of a weight.
-        executor: executor that rounds the layers of a block at the same time; by default, this process does.
+        executor: executor that compresses the layers of a block in parallel; by default, this process
+            compresses them one after another.
         compress: function that compresses one layer, like `compress_layer`.
         progress: whether to show a progress bar.
 
@@ -273,7 +274,7 @@ def read_enough(
 
 
 def seen_before(walk: Walk, recorder: MomentRecorder) -> CalibrationStats:
-    """Run the model up to its first block on all batches, and return the statistics of the layers before."""
+    """Run the model up to its first block on all batches; return the statistics of the layers that ran."""
 
     def stop(*args: Any, **kwargs: Any) -> None:
         raise Stop

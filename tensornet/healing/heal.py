@@ -226,7 +226,7 @@ def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
 
 
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Compute the divergence, in nats, between the token distributions of both models, averaged over tokens.
+    """Compute the mean Kullback-Leibler divergence `KL(teacher || student)` of the predicted tokens, in nats.
 
     For models without logits, the distance is the mean of `output_distances`.
 

@@ -285,7 +285,9 @@ class PairedMoments(NamedTuple):
 
 
 class PairedRun:
-    """Run both models on the same batches, block by block where blocks form a chain.
+    """Compare the inputs of the same layers in a compressed and a dense model, on the same batches.
+
+    In a chain of blocks, only the blocks up to the layer run, from the hidden states of the block before.
 
     Args:
         model: the compressed model; its layers may change between two calls of `moments`.

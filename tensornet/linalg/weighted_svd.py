@@ -53,6 +53,8 @@ class Weighting:
 class WeightedSVD:
     """SVD of the whitened matrix `Lr^T W Lc`, and the factors of `W` that follow from it.
 
+    `Lr` and `Lc` are factors of the moments, `R = Lr Lr^T` and `C = Lc Lc^T`; `k` is the largest rank.
+
     Args:
         values: singular values of the whitened matrix in descending order, shape `(min(out, in),)`.
         error: weighted error at the ranks from 0 to `k`: `error[r]` is half the sum of the squares of

@@ -33,10 +33,10 @@ class PackedMatrix:
         number_format: format of the codes.
         codes: packed codes of each row, shape `(out, bytes)`.
         scales: floating-point scales, shape `(out, groups)`.
-        zeros: packed minima; None if the format has none.
+        zeros: packed minimum of each group, shape `(out, bytes)`; None if the format has no minima.
         columns: number of columns, `in`.
-        scale_bits: tensor in which the core stores the scales; once the core stores another tensor, this
-            matrix is out of date.
+        scale_bits: tensor in which a `PackedCore` stores the scales. If the core stores another tensor now,
+            its scales have changed, and this matrix must not be used any more.
     """
 
     number_format: NumberFormat

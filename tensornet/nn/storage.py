@@ -514,7 +514,10 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """Yield the name of each core, its shape before packing, and its number of rows (None if not pivoted)."""
+    """Yield the name of each core, the shape of its values, and its number of rows (None if not pivoted).
+
+    The values of an integer core are those before packing. A pivoted core has fewer values than elements.
+    """
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:

@@ -354,7 +354,7 @@ def is_observed(*layers: nn.Module) -> bool:
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """Return the matrix of a compound's layer, differentiable with respect to the layer's parameters."""
+    """Return the matrix `(out, in)` of a layer of a `Compound`, differentiable in the layer's parameters."""
     return layer.to_matrix() if isinstance(layer, NetworkModule) else layer.weight  # type: ignore[return-value]
 
 

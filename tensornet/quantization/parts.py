@@ -82,7 +82,7 @@ class Points(Protocol):
 
     @property
     def symmetric(self) -> bool:
-        """True if the values with the opposite signs are the same values."""
+        """True if the negative of every value is a value too."""
 
     def ranges(self, least: float, like: Tensor) -> Tensor:
         """Return the ranges that the search for scales tries, as ascending shares of the range of a group.
@@ -171,7 +171,7 @@ class Integers:
 
     @property
     def symmetric(self) -> bool:
-        """True if the values with the opposite signs are the same values."""
+        """True if the negative of every value is a value too."""
         return 2 * self.center == self.top
 
     def ranges(self, least: float, like: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class Levels:
 
     @property
     def symmetric(self) -> bool:
-        """True if the values with the opposite signs are the same values."""
+        """True if the negative of every value is a value too."""
         return self.numbers == tuple(-x for x in reversed(self.numbers))
 
     def ranges(self, least: float, like: Tensor) -> Tensor:
@@ -467,7 +467,7 @@ class FloatScales:
         return self.storable(scales).to(scales.dtype)
 
     def storable(self, scales: Tensor, importance: Tensor | None = None) -> Tensor:
-        """Round scales to `dtype`, or to float32 if they have no sign and a unit."""
+        """Round scales to values that can be stored; see `values` for the dtype of the result."""
         limit = torch.finfo(self.dtype).max
         if self.signed:
             return scales.clamp(-limit, limit).to(self.dtype)
@@ -482,7 +482,7 @@ class FloatScales:
         return {"scales": as_bits(scales if self.signed else scales / self.unit, self.dtype)}
 
     def values(self, tensors: Mapping[str, Tensor], groups: int) -> Tensor:
-        """Return scales in `dtype`, or in float32 if they have no sign and a unit."""
+        """Return signed scales in `dtype`, and unsigned scales, multiplied by `unit`, in float32."""
         scales = _floats(tensors["scales"], self.dtype)
         return scales if self.signed else scales.float() * self.unit
 

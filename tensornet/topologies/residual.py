@@ -205,7 +205,7 @@ class ResidualFamily(TopologyFamily):
             factors = {name: as_stored(name, x) for name, x in zip((left, right), made, strict=True)}
             return factors, values[0].to(target) @ values[1].to(target)
 
-        if BASE not in formats:  # a floating-point matrix can compensate the rounding of the factors
+        if BASE not in formats:  # a floating-point matrix can compensate for the rounding of the factors
             factors, product = rounded(stored.tensors[left], stored.tensors[right])
             return {**factors, BASE: as_stored(BASE, target - product)}
 

@@ -288,7 +288,7 @@ def _compress(
         config, options: checked options.
         target: name of the export target, or None.
         work: the staging folder, locked by this process.
-        marks: what the files of the source are like.
+        marks: size and modification time of each file of the source, by path.
         check: function that raises an error if the destination may not be written.
     """
     started = time.perf_counter()
@@ -444,7 +444,7 @@ def _plan(
 ) -> Planned:
     """Plan the compression of a model that is opened lazily.
 
-    What was found is kept in `work`: the survey or, if the plan depends on the weights alone, the plan.
+    The survey is stored in `work`; if the plan depends on the weights alone, the plan is stored instead.
     """
     reads_data, finished = bool(data.batches), isinstance(config, CompressionPlan)
     wanted = calibration_config(config) if isinstance(config, CompressionPlan) else config

@@ -131,7 +131,7 @@ class SplitDbrx(SplitExperts):
         return {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute the weighted sum of the chosen experts' outputs for a batch of `hidden_states`."""
+        """Compute the weighted sum of the chosen experts' outputs, shape `(batch, length, features)`."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         mixed = super().forward(flat, top_k_index, top_k_weights)
         return mixed.view(len(hidden_states), -1, hidden_states.shape[-1])
@@ -155,10 +155,11 @@ class SplitLlama4(SplitExperts):
         return {"gate_up_proj": True, "down_proj": True}
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """Compute the output of each expert on its copy of the tokens, `(experts * tokens, features)`.
+        """Compute the outputs of all experts; input and output have shape `(experts * tokens, features)`.
 
-        The router multiplies the copies by its weights, so tokens of other experts are zero. Their outputs
-        are zero too, and they are skipped: calibration would count them as tokens that the expert received.
+        The input contains a copy of all tokens for each expert, multiplied by the weights of the router. So
+        tokens that the router did not send to an expert are zero in its copy, and their outputs are zero.
+        They are skipped, so that calibration does not count them as tokens of this expert.
         """
         parts = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
         if hidden_states.is_meta:
@@ -191,7 +192,7 @@ class SplitJetMoe(SplitExperts):
         return {"weight": False}
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
-        """Map `(tokens, in)` to `(tokens, out)`; `expert_size` lists the number of tokens of each expert."""
+        """Map tokens `(tokens, in)`, sorted by expert, to `(tokens, out)`; `expert_size` counts them."""
         parts = inputs.split(expert_size)
         return torch.cat([self.get_submodule(f"{k}.weight")(part) for k, part in enumerate(parts)])
 

@@ -1,8 +1,9 @@
-"""The sink of all files, which are laid out first and then written tensor by tensor, in any order.
+"""Write the files of a compressed model tensor by tensor, in any order.
 
-After planning, the name, dtype and shape of every tensor of the result are known. So each file is laid out
-before the first layer is compressed, and every tensor is written at its offset as soon as it is known. A run
-that was killed or stopped by a full disk is continued by making the same `FileSink` again.
+After planning, the name, dtype and shape of every tensor of the result are known, and so is its position in
+a file. The files are described before the first layer is compressed (`Files`), and every tensor is written as
+soon as its layers are compressed (`FileSink`). A run that was killed or stopped by a full disk is continued
+by making the same `FileSink` again.
 """
 
 import json
@@ -51,11 +52,11 @@ New = Mapping[str, Sequence[nn.Module]]
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A compressed model whose new layers may not be known yet, as those who lay out its files see it.
+    """A model with compressed layers, which may still have to be computed; its files can be described.
 
     Args:
-        model: the model. New layers that are not known yet have tensors on the meta device.
-        targets: for each weight whose new layers are not known yet, the names of these layers.
+        model: the model. Layers that have not been computed yet have tensors on the meta device.
+        targets: for each weight that has not been compressed yet, the names of the layers that replace it.
         folder: folder of the tokenizer and of other small files; None if there is none.
         lazy: the dense model, if its weights are read from files; None if all weights are in memory.
         networks: how to write layers that are not a single matrix of integers (see `tensornet_hf.export`).
@@ -102,7 +103,7 @@ class PlannedModel:
 
 
 class Layout(NamedTuple):
-    """Layout of a file.
+    """Positions of the tensors in a file.
 
     Args:
         header: first bytes of the file.
@@ -118,10 +119,10 @@ class Layout(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Tensors that are made of new layers.
+    """Tensors that are made of compressed layers.
 
     Args:
-        layers: names of the weights whose new layers are needed.
+        layers: names of the weights whose compressed layers are needed.
         names: names of the tensors in the files.
         make: function that returns the bytes of these tensors, by name.
     """
@@ -133,11 +134,11 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """All files of a compressed model, before its layers are known.
+    """Description of all files of a compressed model, made before its layers are compressed.
 
     Args:
         layouts: layout of each weight file, by name.
-        made: tensors that are made of new layers.
+        made: tensors that are made of compressed layers.
         copied: bytes of all other tensors, by name.
         complete: function that writes all other files into the folder; None if there are none.
         places: function of the destination that returns the final path of each weight file, by name; None if
@@ -168,7 +169,7 @@ class Files:
 def sharded(
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]], max_shard_bytes: int
 ) -> dict[str, Layout]:
-    """Lay out the safetensors files of a folder, as `save_pretrained` does.
+    """Divide tensors into safetensors files as `save_pretrained` does, and return the layout of each file.
 
     Args:
         tensors: dtype as named in the header, shape, and length in bytes of each tensor by name.
@@ -296,11 +297,11 @@ class FileSink(Sink):
         return file, self.files.layouts[file].places[name][0]
 
     def finish(self) -> None:
-        """Write the tensors that no new layer changes and all other files, and rename the result.
+        """Write the remaining tensors and all other files, and move the result to its destination.
 
         Raises:
-            DestinationError, FormatError: see `put`.
-            ValueError: a layer was not put.
+            DestinationError: the disk is full, or the destination cannot be written.
+            ValueError: `put` did not get all planned layers.
         """
         if not self._open:
             self._reserve()

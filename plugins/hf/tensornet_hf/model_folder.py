@@ -1,4 +1,4 @@
-"""Lay out the folder of a compressed model that transformers loads with this library."""
+"""Describe the folder of a compressed model that transformers loads with this library."""
 
 import json
 from collections.abc import Iterator
@@ -99,7 +99,7 @@ def stored_form(lazy: LazyModel, name: str, x: Tensor) -> tuple[str, tuple[int, 
     origin = lazy.origins.get(name)
     if origin is None:
         return NAMES[x.dtype], tuple(x.shape), x.nbytes
-    if origin.change is None:  # torch may not have the dtype
+    if origin.change is None:  # not computed from the dtype, since torch may not have it
         return origin.dtype, tuple(x.shape), sum(part.nbytes for part in origin.parts)
     return origin.dtype, tuple(x.shape), x.numel() * MAPPED[origin.dtype].itemsize
 

@@ -97,8 +97,8 @@ class Recipe:
         sizes: bytes of these tensors, by name.
         num_bytes: bytes of the file, with `IMATRIX_METADATA` for what `llama-quantize` adds to its metadata.
         predicted: sum of the losses of all tensors.
-        unit: what `predicted` is, such as `"loss increase in nats per token"`.
-        notes: what a reader should know about the recipe.
+        unit: meaning and unit of `predicted`, such as `"loss increase in nats per token"`.
+        notes: remarks about the recipe for the user.
         importance: importance matrix of the model, by name of the tensor, if inputs were observed.
 
     Example:
@@ -349,8 +349,8 @@ def losses_by_inputs(
 ) -> Iterator[SurveyedLayer]:
     """Predict losses as the relative error of a layer's outputs, from mean squares of its inputs alone.
 
-    Without gradients nobody knows how much an error of a layer's outputs matters. Here the same relative
-    error counts alike in every layer. Of layers without known inputs, the error of the weight counts.
+    Without gradients it is unknown how much an error of a layer's outputs matters. Here the same relative
+    error counts equally in every layer. For layers without known inputs, the error of the weight is used.
 
     Args:
         targets: the weights.
@@ -526,10 +526,10 @@ def plan_recipe(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Recipe:
-    """Plan the types with which `llama-quantize` loses least at a given size; no weight is written.
+    """Plan the types with the smallest loss under `llama-quantize` at a given size; no weight is written.
 
-    With a calibration text, the loss increase of llama.cpp's own rounding is predicted for every type. With
-    an importance matrix besides, the mean squares of the inputs are taken from it, and the gradients from
+    With a calibration text, the loss increase of llama.cpp's own rounding is predicted for every type. If an
+    importance matrix is given too, the mean squares of the inputs are taken from it, and the gradients from
     the text. With an importance matrix alone, the relative errors of the layers' outputs are compared.
 
     Args:

@@ -1,4 +1,4 @@
-"""`rotate`: rotate the weights of a Llama-like model such that its outputs do not change.
+"""Rotate the weights of a Llama-like model so that its outputs do not change.
 
 Let `R` be an orthogonal matrix. Every layer that writes to the residual stream is changed to write `R^T y`
 instead of `y`, and every layer that reads the stream uses `W R` instead of `W`. Outputs do not change,

@@ -147,7 +147,7 @@ class SpecialistsModel(BaseTuner):
                     )
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; from the second one on, freeze the shared cores, so that no other changes."""
+        """Add an adapter. A second adapter freezes the shared cores, so that the first does not change."""
         super().inject_adapter(*args, **kwargs)
         if len(self.peft_config) > 1:
             Specialists(self.model).freeze()

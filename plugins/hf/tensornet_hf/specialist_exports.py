@@ -22,7 +22,10 @@ PEFT = "peft"
 
 
 def adapter_targets() -> dict[str, Callable[..., None]]:
-    """Return the function of each target that writes LoRA adapters: PEFT, and the export targets that can."""
+    """Map the name of each target for LoRA adapters to the function that writes an adapter for it.
+
+    The targets are PEFT, and all export targets that define such a function (`ExportTarget.adapter`).
+    """
     found = {name: target.adapter for name, target in EXPORT_TARGETS.items() if target.adapter is not None}
     return {PEFT: export_peft_adapter, **found}
 

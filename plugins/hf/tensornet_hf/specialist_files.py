@@ -63,9 +63,9 @@ class PretrainedSpecialists(tm.Specialists):
     def choose(self, **batch: Tensor) -> list[str | None]:
         """Choose a specialist for each text of a batch, for `use`: the one that finds the text most likely.
 
-        Compared are the losses on the first 64 tokens, in one pass with each specialist and one of the trunk
-        alone. The choice is None if the trunk alone is at least as good. To generate text, choose for the
-        prompts: `with s.use(s.choose(**inputs)): model.generate(**inputs)`.
+        The model runs once with each specialist and once without any, and the losses on the first 64 tokens
+        are compared. If the trunk alone is at least as good, the choice is None. To generate text, choose for
+        the prompts: `with s.use(s.choose(**inputs)): model.generate(**inputs)`.
 
         Args:
             batch: `input_ids` and, with padding, `attention_mask`, each `(rows, tokens)`.

@@ -91,8 +91,8 @@ def begin(
 
     Args:
         work: the staging folder, locked by this process.
-        sources: what each file that the run reads is like, by path (see `file_marks`).
-        depends_on: everything else that the result depends on, by what it is, such as options and texts;
+        sources: size and modification time of each file that the run reads, by path (see `file_marks`).
+        depends_on: everything else that the result depends on, such as options and texts, by its name;
             JSON-ready.
         resume: whether to continue an interrupted run.
         reusable: files that depend on less than the result does, and what they depend on. As long as there is

@@ -149,7 +149,7 @@ class SharedCoreExperts(ExpertBank):
                 singular values.
             share: what the experts share; see `tensornet_moe.sharing`.
             noise: standard deviation of Gaussian noise on each private core, relative to the root mean square
-                of the core. It breaks the symmetry between experts (our addition to Gao et al.).
+                of the core. It breaks the symmetry between experts, and is not in Gao et al. 2022.
             seed: seed of the noise, which is the same on every device.
             max_bond, rel_error, param_ratio: budget of the decomposition, if `topology` is a name.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
@@ -200,7 +200,7 @@ class SharedCoreExperts(ExpertBank):
         max_sweeps: int = 30,
         **options: Any,
     ) -> "SharedCoreExperts":
-        """Decompose different experts jointly into shared and private cores (our addition).
+        """Decompose different experts jointly into shared and private cores.
 
         If separate decompositions with the same total number of parameters have a smaller error, the bank
         stores these, without shared cores, and `.fit.fell_back` is True.

@@ -67,7 +67,7 @@ _GROWTH = 4
 _LEAST_DIRECTION = 1e-7
 #: Ranks at which the loss increases by rounding are predicted, as fractions of the largest rank.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
-#: Smallest number of bits of a shared core whose format differs from that of the private cores (`encodings`).
+#: A shared core has the format of the private cores, or a format of at least this many bits (`encodings`).
 _ACCURATE_BITS = 8
 #: Number of rows of a factor that are sampled to estimate the loss of rounding it.
 _SAMPLED_ROWS = 128

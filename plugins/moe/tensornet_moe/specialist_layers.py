@@ -52,9 +52,10 @@ Part = tuple[str, float | Tensor]
 _RESERVED = ("shared", "next", "trunk")
 #: A name is also the name of a file, whose length systems limit.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-#: What the open `use` blocks of this thread or task have chosen: for each layer the specialists in use and,
-#: if each row of the batch has its own specialist, its index among them, shape `(rows,)`; the index is
-#: `len(parts)` for the trunk alone.
+#: The specialists in use in this thread or task, as chosen by `Specialists.use`: a pair for each layer. The
+#: first item contains the specialists in use. The second is None unless each row of the batch has its own
+#: specialist. It then contains the indices of the rows' specialists in the first item, shape `(rows,)`; an
+#: index equal to the number of specialists stands for the trunk alone.
 _IN_USE: ContextVar[Mapping["SpecialistLinear", tuple[tuple[Part, ...], Tensor | None]]] = ContextVar(
     "specialists in use", default=MappingProxyType({})
 )

@@ -56,7 +56,7 @@ _PACKED, _MIXED = "pack-quantized", "mixed-precision"
 
 
 def lay_out_compressed_tensors(planned: PlannedModel) -> Files:
-    """Lay out a folder that transformers loads with `compressed-tensors`; see `tensornet_hf.export`.
+    """Describe the files of a folder that transformers can load with the package `compressed-tensors`.
 
     A layer is packed if all of these conditions are true:
 
@@ -68,8 +68,8 @@ def lay_out_compressed_tensors(planned: PlannedModel) -> Files:
     up) have the same number format.
 
     Raises:
-        TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or only some experts can be
-            packed, or in several number formats.
+        TargetError: no layer can be packed, or `networks="refuse"` forbids a layer; or only some of the
+            experts can be packed, or not all of them have the same number format.
     """
     dtypes = {
         name: layer.dtype for name, layer in planned.model.named_modules() if isinstance(layer, NetworkModule)

@@ -209,7 +209,7 @@ def list_stacks(model: nn.Module) -> dict[str, tuple[list[str], Compound, Stacke
 def stack_rows(
     model: PreTrainedModel, stack: str, compound: Compound, place: StackedMatrices
 ) -> dict[str, Tensor]:
-    """Find out as which linear layers a checkpoint of this architecture stores a stack of matrices.
+    """Find the linear layers into which checkpoints of this architecture divide a stack of matrices.
 
     Args:
         model: model of the architecture.
@@ -268,11 +268,11 @@ def _pack_stack(
 
 
 class Tensors(NamedTuple):
-    """The tensors of a packed model, in the form in which they are laid out.
+    """The tensors of a packed model, as a description of its files needs them.
 
     Args:
         facts: dtype as named in the header of a safetensors file, shape, and length in bytes, by name.
-        made: tensors that are made of new layers.
+        made: tensors that are made of compressed layers.
         copied: bytes of all others, by name.
     """
 
@@ -293,11 +293,11 @@ def lay_out_packed(
     complete: Callable[[PackedModel, Path], object] = lambda model, folder: None,
     write_adapter: Callable[[PackedModel, Path], object] = lambda model, folder: None,
 ) -> Files:
-    """Lay out a folder of packed layers, the common part of all targets that are folders.
+    """Describe the files of a folder with packed layers, for any target whose result is a folder.
 
     Args:
-        planned: the model. Layers that cannot be packed, or whose packed size depends on values that are not
-            known yet, are written dense.
+        planned: the model. Layers that cannot be packed, or whose packed size is unknown before they are
+            compressed, are written dense.
         pack_matrix, kinds, packs_tied: see `packed_model`.
         check: function that raises TargetError if the runtime cannot load these layers.
         arrange: function that renames or joins tensors.
@@ -406,7 +406,7 @@ def _facts(x: Tensor) -> tuple[str, tuple[int, ...], int]:
 def _part_of(
     stock: PreTrainedModel, origin: Origin, name: str, shape: tuple[int, ...], key: str
 ) -> Iterator[bytes]:
-    """Yield the bytes of one of the tensors as which checkpoints store a parameter."""
+    """Yield the bytes of one of the tensors into which checkpoints divide a parameter."""
     whole = origin.read().reshape(shape)
     yield from tensor_bytes(revert_weight_conversion(stock, {name: whole})[key])()
 

@@ -1,8 +1,7 @@
 """Export to GGUF, the file format of llama.cpp, with exactly the same weights.
 
-Everything but the bytes of the tensors is known before the first tensor is there: the header, the type of
-each tensor and its place in the file (`GGUFLayout`). Each tensor is then encoded as soon as its weights are
-known, and written at its place.
+The header, and the type and position of each tensor in the file, are known before any layer is compressed
+(`GGUFLayout`). Each tensor is then encoded as soon as its weights are known, and written at its position.
 
 The converter of llama.cpp (see `gguf_converter`) moves the rows and columns of a weight. A layout knows where
 each row of a tensor comes from, so integers are moved in the same way and stored in the smallest type that
@@ -209,7 +208,12 @@ def find_places(
 
 
 def empty_layout(writer: Any, tensors: Mapping[str, ConvertedTensor], kinds: Mapping[str, str]) -> GGUFLayout:
-    """Lay out a file without its weights, to know its size. Tensors that `kinds` leaves out are float32."""
+    """Describe a file without weights, to know its size.
+
+    Args:
+        writer, tensors: results of `find_places`.
+        kinds: GGUF types of tensors, by name; all other tensors have type F32.
+    """
     made = [FileTensor(x, kinds.get(x, "F32"), y.shape, (), lambda _: iter(())) for x, y in tensors.items()]
     return GGUFLayout(writer, made)
 
@@ -615,10 +619,11 @@ _MODEL, _ADAPTER = "model.gguf", "adapter.gguf"
 
 @torch.no_grad()
 def lay_out_gguf(planned: PlannedModel) -> Files:
-    """Lay out the GGUF file of a model, and that of its LoRA adapter; see `tensornet_hf.export`.
+    """Describe the GGUF file of a planned model, and that of its LoRA adapter; see `tensornet_hf.export`.
 
-    If new layers are not known yet, integers get the type that stores their number formats. Otherwise they
-    get the smallest type that stores their values, which only matters for formats that have no type.
+    Before the layers are compressed, the GGUF type of a tensor follows from the number formats of its layers.
+    Afterwards it is the smallest type that stores the values exactly. The two differ only for number formats
+    that no GGUF type stores.
 
     Raises:
         TargetError: the converter does not support this model or tokenizer, or `networks="refuse"` forbids
@@ -673,12 +678,12 @@ def lay_out_gguf(planned: PlannedModel) -> Files:
 def _by_layers(
     tensors: Iterable[FileTensor], owners: Mapping[str, str], known: Weights
 ) -> tuple[list[Made], dict[str, Chunks]]:
-    """Divide tensors into those that need new layers and all others.
+    """Divide tensors into those that are made of compressed layers and all others.
 
     Args:
         tensors: tensors of a file.
-        owners: the weight to which each new layer belongs, by name of the layer.
-        known: new weights of layers that are known already.
+        owners: the name of the weight that each compressed layer replaces, by name of the layer.
+        known: new weights of the layers that are compressed already.
     """
     made: list[Made] = []
     copied: dict[str, Chunks] = {}
@@ -702,7 +707,7 @@ def _data(tensor: FileTensor, weights: Weights) -> Iterator[Any]:
 
 
 def _adapter_layout(gguf: ModuleType, arch: str, factors: Sequence[FileTensor]) -> GGUFLayout:
-    """Lay out the file of a LoRA adapter."""
+    """Describe the file of a LoRA adapter."""
     lora = gguf.GGUFWriter(path=None, arch=arch)
     lora.add_type(gguf.GGUFType.ADAPTER)
     lora.add_string(gguf.Keys.Adapter.TYPE, "lora")

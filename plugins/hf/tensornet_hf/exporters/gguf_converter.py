@@ -291,7 +291,7 @@ def _write_header(folder: Path, stored: Mapping[str, Any], value: Callable[[str]
         tensor = stored[name]
         place = [end, end + math.prod(tensor.shape) * tensor.dtype.itemsize]
         entries[name] = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        end = place[1] if name in small else place[1] + 1  # so that no two tensors begin at one position
+        end = place[1] if name in small else place[1] + 1  # no two tensors may begin at the same position
     text = json.dumps(entries).encode()
     start = len(text).to_bytes(8, "little") + text
     (folder / "model.safetensors").write_bytes(start + b"".join(small.values()))
@@ -395,8 +395,8 @@ def _converter(conversion: ModuleType, folder: Path, config: Any, name: str, *, 
     if not vocabulary:
         converter.set_vocab = converter._set_vocab_none  # private: no public method omits the vocabulary
         return converter
-    # The converter identifies the rule by which a tokenizer splits text by a hash of the tokenizer's output.
-    # So it refuses newly trained tokenizers. For some of these, tokenizer.json determines the rule.
+    # Tokenizers split text by different rules. The converter recognizes a rule by a hash of the tokenizer's
+    # output, so it refuses newly trained tokenizers. For some of these, tokenizer.json determines the rule.
     recognized = converter.get_vocab_base_pre
 
     def splitting(tokenizer: Any) -> str:
@@ -412,7 +412,7 @@ def _converter(conversion: ModuleType, folder: Path, config: Any, name: str, *, 
 
 
 def _splitting(file: Path) -> str | None:
-    """Return llama.cpp's name of the rule by which a tokenizer splits text, or None if it is uncertain.
+    """Return llama.cpp's name for the rule by which a tokenizer splits text, or None if it is uncertain.
 
     The rule is certain for the regular expression of GPT-2, and for WordPiece, for which llama.cpp has a
     single rule.

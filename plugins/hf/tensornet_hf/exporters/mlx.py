@@ -94,12 +94,12 @@ def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def lay_out_mlx(planned: PlannedModel) -> Files:
-    """Lay out a folder that `mlx-lm` can load; see `tensornet_hf.export`.
+    """Describe the files of a folder that `mlx-lm` can load; see `tensornet_hf.export`.
 
     A linear layer or an embedding is packed if it is stored as a single matrix of integers of 2, 3, 4, 5, 6
     or 8 bits, and its number of inputs is a multiple of the group size of 32, 64 or 128. Scales and biases
-    have the dtype of the model if it holds their values exactly. Otherwise they are float32, and MLX computes
-    in float32 from this layer on.
+    have the dtype of the model if it represents their values exactly. Otherwise they are float32, and MLX
+    computes in float32 from this layer on.
 
     Raises:
         TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or mlx-lm cannot load this

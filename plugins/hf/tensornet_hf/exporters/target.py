@@ -1,7 +1,7 @@
 """Export targets: other runtimes, each with its number formats and the layout of its files.
 
 `compress_folder` compresses into the files of a target block by block, and `export` writes a model in memory.
-Both lay out the same files, and write them by the same sink.
+Both describe the files by the same function (`ExportTarget.lay_out`), and write them by a `FileSink`.
 """
 
 import os
@@ -38,10 +38,10 @@ from tensornet_hf.staging import reading_or_writing
 
 
 class ExportTarget(NamedTuple):
-    """Export target: what plans must know about a format, and how its files are laid out.
+    """Export target: what plans must know about a format, and a function that describes its files.
 
     Args:
-        lay_out: function that lays out the files of a planned model, before its layers are compressed.
+        lay_out: function that describes the files of a planned model, before its layers are compressed.
         constraints: function of a dense model and its folder that returns what a plan must know: the bytes
             that the files need in addition to the weights, and the names of layers that the target stores
             dense.
