@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertTokenizerFast,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -31,13 +30,23 @@ pytestmark = [
     pytest.mark.slow,  # needs the extra `gguf`
 ]
 
+#: A Gemma 3 is written with a tokenizer.
+CONFIGS = {
+    **MODELS,
+    "gemma3_text": {
+        **HEADS,
+        "vocab_size": 1024,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention"] * 2,
+    },
+}
 #: What transformers itself reads of these.
 READ_BACK = ("llama", "qwen2", "gemma2", "phi3", "gpt2")
 
 
 def model_of(name: str, **more: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**MODELS[name], **more})
+    config = AutoConfig.for_model(name, **{**CONFIGS[name], **more})
     kinds = MODEL_MAPPING if name == "bert" else MODEL_FOR_CAUSAL_LM_MAPPING
     return kinds[type(config)](config).eval()
 
@@ -78,6 +87,90 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     ours = found.last_hidden_state[0] if name == "bert" else found.logits[0]
     theirs = logits(tmp_path / "model.gguf", ids)  # products with activations of 8 bits
     assert float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)) > 0.998
+
+
+S, F = "sliding_attention", "full_attention"
+WINDOWS: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": 8}
+
+
+def rope(kind: str = "default", theta: float = 500.0, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gemma2", {**WINDOWS, "layer_types": [S, S, F, S]}),
+        ("gemma3_text", {**WINDOWS, "layer_types": [F, S, S, F]}),
+        ("gemma", rope()),
+        ("gemma2", rope()),
+        ("gpt_neox", rope(partial_rotary_factor=0.25)),
+        ("phi", rope(partial_rotary_factor=0.5)),
+        ("stablelm", rope(partial_rotary_factor=0.25)),
+    ],
+)
+def test_llama_cpp_computes_what_the_configuration_says(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    from tests.hf.export.llama_cpp import logits
+
+    model = model_of(name, **options)
+    th.export(model, tmp_path / "model.gguf", source=th.embedded.gpt2_path() if "gemma3" in name else None)
+    ids = torch.randint(5, WORDS, (40,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = model(ids[None]).logits[0]
+    theirs = logits(tmp_path / "model.gguf", ids)
+    assert float((ours - theirs).norm() / ours.norm()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "word"),
+    [
+        ("gemma3_text", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar"),
+        ("gemma2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar"),
+        ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 32}, "scalar = 16"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("gemma2", rope("linear", factor=4.0), "linear"),
+        ("qwen2", rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                       original_max_position_embeddings=16), "llama3"),
+        ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.7),
+         "attention_factor"),
+        ("llama", rope("longrope", factor=4.0, original_max_position_embeddings=16, short_factor=[1.5] * 8,
+                       long_factor=[3.0] * 8), "longrope"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    name: str, options: dict[str, Any], word: str, tmp_path: Path
+) -> None:
+    model = model_of(name, **options)
+    source = th.embedded.gpt2_path() if name == "gemma3_text" else None
+    with pytest.raises(TargetError, match=word):
+        th.export(model, tmp_path / "model.gguf", source=source)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_for_another_computation_is_refused(tmp_path: Path) -> None:
+    """Nothing is planned or compressed first."""
+    model_of("gemma2", query_pre_attn_scalar=64).save_pretrained(tmp_path / "model")
+    tokenizer(tmp_path / "words")
+    for file in (tmp_path / "words").iterdir():
+        file.rename(tmp_path / "model" / file.name)
+    config = tn.CompressionConfig(bits_per_weight=5, objective="weight", formats="gguf")
+    with pytest.raises(TargetError, match="query_pre_attn_scalar"):
+        th.plan_folder(tmp_path / "model", config, th.CompressOptions(export="gguf"))
+
+
+@pytest.mark.parametrize(("name", "warned"), [("mistral", True), ("gemma2", False)])
+def test_a_window_that_llama_cpp_does_not_apply_is_reported(name: str, warned: bool, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        th.export(model_of(name, sliding_window=8), tmp_path / "model.gguf")
+    assert any("sliding" in str(x.message) for x in caught) == warned
 
 
 @pytest.mark.parametrize("name", READ_BACK)
@@ -218,7 +311,7 @@ def test_mixtures_of_this_library_are_refused_or_converted_first(target: str, tm
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     """The converter reads the tokenizer of Gemma 3 even if the file gets no vocabulary."""
     with pytest.raises(TargetError, match="source=") as caught:
-        th.export(Gemma3ForCausalLM(Gemma3TextConfig(**HEADS)), tmp_path / "model.gguf")
+        th.export(model_of("gemma3_text"), tmp_path / "model.gguf")
     assert "tokenizer" in str(caught.value)
     assert "Update" not in str(caught.value)
 

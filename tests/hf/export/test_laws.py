@@ -49,7 +49,7 @@ class Gemma:
         torch.manual_seed(0)
         sizes = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-        # llama.cpp does not read these two: it computes what the published models have.
+        # llama.cpp only computes the scalar of the published models.
         fixed = {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention"] * 2}
         return self.kind(self.kind.config_class(**sizes, **heads, **fixed)).eval()
 

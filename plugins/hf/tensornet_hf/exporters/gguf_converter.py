@@ -12,12 +12,13 @@ import json
 import logging
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from numpy.typing import NDArray
@@ -75,10 +76,12 @@ def convert(
         A `gguf.GGUFWriter` that has the metadata, and the tensors of the file by name.
 
     Raises:
-        TargetError: the converter does not support this model or tokenizer.
+        TargetError: the converter does not support this model or tokenizer, or llama.cpp would compute
+            something else.
         MissingDependencyError: the converter is not installed.
     """
     gguf, conversion = packages()
+    _check_fixed_entries(stock)
     with tempfile.TemporaryDirectory() as work, _refusals(type(stock).__name__):
         folder = Path(work) / "weights"  # a name that says nothing about the model; it may get into metadata
         folder.mkdir()
@@ -110,6 +113,8 @@ def convert(
     writer = converter.gguf_writer
     if not any(".vocab_size" in name for name in writer.kv_data[0]):
         writer.add_vocab_size(stock.config.vocab_size)  # else readers assume that of a known model
+    _add_missing_keys(stock, writer)
+    _check_positions(stock, writer)
 
     def computed(graph: Any, read: Callable[[str], Tensor]) -> Tensor:
         done: dict[int, Any] = {}
@@ -139,6 +144,120 @@ def packages() -> tuple[ModuleType, ModuleType]:
         import_optional(x, extra="gguf", user="Writing GGUF files") for x in ("gguf", "conversion")
     )
     return gguf, conversion
+
+
+# --- entries of the configuration that llama.cpp or its converter does not read ----------------------------
+
+
+#: Activations that llama.cpp computes alike, by the tanh approximation.
+_GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
+_GATED = {"hidden_act": ("silu", "swish")}
+#: What llama.cpp computes for every model of a type: the supported values of entries that are not in a file.
+_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "bloom": {"apply_residual_connection_post_layernorm": (False,)},
+    "gemma": {
+        "hidden_act": _GELU, "use_bidirectional_attention": (False, None), "tie_word_embeddings": (True,),
+    },
+    "gemma2": {"hidden_activation": _GELU, "tie_word_embeddings": (True,)},
+    "gemma3_text": {"hidden_activation": _GELU, "use_bidirectional_attention": (False, None)},
+    "gpt2": {
+        "activation_function": _GELU, "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+    },
+    "gpt_neox": {"hidden_act": _GELU, "attention_bias": (True,)},
+    "llama": _GATED,
+    "mistral": _GATED,
+    "mixtral": _GATED,
+    "nemotron": {"hidden_act": ("relu2",)},
+    "phi": {"hidden_act": _GELU, "tie_word_embeddings": (False,)},
+    "phi3": _GATED,
+    "qwen2": _GATED,
+    "qwen2_moe": {**_GATED, "norm_topk_prob": (False,)},
+    "qwen3": {**_GATED, "attention_bias": (False,)},
+    "qwen3_moe": {**_GATED, "attention_bias": (False,), "norm_topk_prob": (True,)},
+    "stablelm": _GATED,
+    "starcoder2": {"hidden_act": _GELU, "use_bias": (True,)},
+}  # fmt: skip
+#: In these types, llama.cpp takes each n-th layer for one of full attention, unless the file says otherwise.
+_PERIODS = {"gemma2": 2, "gemma3_text": 6}
+#: Numbers of layers by which llama.cpp recognizes a model of 27B, whose queries are scaled otherwise.
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+
+
+def _check_fixed_entries(stock: PreTrainedModel) -> None:
+    """Raise TargetError if llama.cpp would compute something else than the model."""
+    config = stock.config.get_text_config()
+    fixed = dict(_FIXED.get(config.model_type, {}))
+    if config.model_type in _LAYERS_OF_27B:
+        large = config.num_hidden_layers == _LAYERS_OF_27B[config.model_type]
+        scalar = config.hidden_size // config.num_attention_heads if large else config.head_dim
+        fixed["query_pre_attn_scalar"] = (scalar,)
+    if config.model_type == "gpt2":
+        fixed["n_inner"] = (4 * config.n_embd, None)
+    for entry, supported in fixed.items():
+        if (value := getattr(config, entry, supported[0])) not in supported:
+            _refuse(stock, f"with {entry} = {supported[0]!r}, but this model has {value!r}")
+
+
+def _add_missing_keys(stock: PreTrainedModel, writer: Any) -> None:
+    """Write keys that llama.cpp reads, but that the converter leaves out for some architectures."""
+    config, keys = stock.config.get_text_config(), writer.kv_data[0]
+    theta = _positions(config)[0].get("rope_theta")
+    if theta is not None and f"{writer.arch}.rope.freq_base" not in keys:
+        writer.add_rope_freq_base(theta)
+    if (period := _PERIODS.get(config.model_type)) is not None:
+        sliding = [kind == "sliding_attention" for kind in config.layer_types]
+        if sliding != [bool((k + 1) % period) for k in range(len(sliding))]:
+            writer.add_sliding_window_pattern(sliding)
+
+
+def _check_positions(stock: PreTrainedModel, writer: Any) -> None:
+    """Compare rotary position embeddings and sliding windows of a model with what a file says about them.
+
+    Raises:
+        TargetError: llama.cpp would compute other rotary position embeddings.
+    """
+    config, keys, arch = stock.config.get_text_config(), writer.kv_data[0], writer.arch
+    rope, local = _positions(config)
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        entry = keys.get(f"{arch}.rope.scaling.type")
+        written = entry is not None and entry.value == kind
+    else:
+        tensors = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
+        written = kind not in tensors or tensors[kind] in writer.tensors[0]
+    if not written:
+        _refuse(stock, f"without rotary position embeddings of the type {kind!r}, which this model has")
+    if (other := local.get("rope_type", "default")) != "default":
+        _refuse(stock, f"with default positions in layers of sliding_attention, but this model has {other!r}")
+    if kind == "yarn" and f"{arch}.rope.scaling.yarn_log_multiplier" not in keys:
+        standard = 0.1 * math.log(rope["factor"]) + 1
+        if not math.isclose(rope.get("attention_factor") or standard, standard, rel_tol=1e-6):
+            _refuse(stock, f"with attention_factor = {standard:.6g}, but this model has another one")
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            _refuse(stock, "without mscale and mscale_all_dim, which this model has")
+    window, layers = getattr(config, "sliding_window", None) or 0, getattr(config, "layer_types", None)
+    slides = layers is None or "sliding_attention" in layers
+    # llama.cpp ignores the key of Phi-3.
+    applied = f"{arch}.attention.sliding_window" in keys and config.model_type != "phi3"
+    if slides and not applied and 0 < window < getattr(config, "max_position_embeddings", 0):
+        warnings.warn(
+            f"llama.cpp does not apply the sliding window of {type(stock).__name__}. After {window} tokens "
+            f"it computes other logits than this model; limit its context to them (-c {window}).",
+            stacklevel=2,
+        )
+
+
+def _positions(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of rotary position embeddings, and those of sliding layers if they are others."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope), rope.get("sliding_attention", {})
+
+
+def _refuse(stock: PreTrainedModel, what: str) -> NoReturn:
+    raise TargetError(
+        f"llama.cpp computes every {type(stock).__name__} {what}. Export to mlx or compressed-tensors."
+    )
 
 
 # --- the model without weights --------------------------------------------------------------------
