@@ -157,7 +157,7 @@ class ResumableFile:
         header: first bytes of the file.
         parts: offset and length of each part in bytes, by name; offsets count from the start of the file.
         nbytes: length of the file in bytes; None ends the file with its last part.
-        key: text that identifies all that the content depends on, such as options and versions.
+        key: text that identifies everything that the content depends on, such as options and versions.
         what: subject of error messages, such as `"The model"`.
 
     Raises:
@@ -433,7 +433,7 @@ def _remains(target: Path) -> list[Path]:
 def _is_running(process: int) -> bool:
     """Return True if a process with this id may be running on this machine."""
     if os.name == "nt":
-        return True  # signal 0 would end the process
+        return True  # on Windows, `os.kill(process, 0)` would end the process
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -592,7 +592,9 @@ def write_tensors(
 def safetensors_layout(
     tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] = PYTORCH
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Lay out a safetensors file whose tensors are not known yet, exactly as safetensors would write it.
+    """Compute the header and the positions of tensors in a safetensors file, before their values are known.
+
+    The file has exactly the layout that safetensors would write.
 
     Args:
         tensors: dtype as named in the header (such as `"BF16"`), shape and length in bytes of each tensor, by

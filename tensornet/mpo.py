@@ -671,8 +671,8 @@ class MPO:
     def to_quimb(self) -> Any:
         """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.interop`.
 
-        quimb knows no padding. The result has the shape of the leg sizes, and its padding is zero, so that
-        norms and traces agree. Bonds can be larger than those of a padded operator.
+        quimb does not support padding. The padding becomes a part of the result and is zero, so that norms
+        and traces agree. Bonds can be larger than those of a padded operator.
         """
         return interop.to_quimb(self._exported)
 
@@ -699,7 +699,7 @@ class MPO:
 
     @property
     def _exported(self) -> tuple[Tensor, ...]:
-        """Return the cores for a library that knows no padding: it is zero, without redundant bonds."""
+        """Return cores for a library without padding: the padding is zero, and no bond is redundant."""
         if self.shape == (math.prod(self.out_dims), math.prod(self.in_dims)):
             return self.cores
         eps = torch.finfo(algebra.result_dtype(self.dtype)).eps

@@ -158,7 +158,7 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
     The mask is matched to the tensor by sizes: `(rows, tokens, ...)`, `(rows * tokens, ...)`, `(tokens, rows,
     ...)` or `(rows, heads, tokens)`, in this order. Tensors of other sizes get no mask, so that their padding
-    counts as tokens. An example are the tokens that a router selected for an expert.
+    counts as tokens. So do, for example, the tokens that a router selected for an expert.
 
     Args:
         batch: arguments of the model.
@@ -240,7 +240,7 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
 
     Returns:
         The reshaped input. None if the shape of `x` does not show which tokens belong to a row, as in an
-        expert behind a router.
+        expert after a router.
     """
     layout = token_layout(x.shape[:-1], rows, tokens)
     if layout == "tokens first":

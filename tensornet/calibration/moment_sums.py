@@ -125,7 +125,7 @@ def blended(own: MomentSum | None, mean: Tensor | None, prior: float) -> Tensor:
         prior: number `m` of tokens that the mean counts as.
 
     Returns:
-        The moment, shape `(features, features)` or `(features,)`; `mean` itself if it is all that is known.
+        The moment, shape `(features, features)` or `(features,)`; `mean` itself if `own` has no tokens.
     """
     if own is None or not own.count:
         assert mean is not None

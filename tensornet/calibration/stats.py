@@ -39,9 +39,9 @@ class CalibrationStats:
             or image add up. It is the mean square of the sum of these changes, divided by its value for
             independent tokens. It is estimated from 32 tokens of each of 16 texts (see
             `tensornet.calibration.coherence`). A missing entry means 1.
-        counts: number of tokens that each layer received, by module name; layers behind a router receive
+        counts: number of tokens that each layer received, by module name; layers after a router receive
             fewer than `tokens`. The moments of experts are blended with the mean of their mixture (see
-            `tensornet.calibration.moment_sums`), which is all that an expert with count 0 has.
+            `tensornet.calibration.moment_sums`); those of an expert with count 0 are equal to this mean.
         scored: number of tokens that have a loss.
         fingerprint: four elements of each weight, by module name, to recognize the model.
         factors: moments of gradients by module name as `V V^T + diag(d)`, shape `(features, rank + 1)`: the

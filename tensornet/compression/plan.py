@@ -227,7 +227,7 @@ class CompressionPlan:
             number of inputs, the names of these layers.
         model_params_before, model_bytes_before: number of stored values of the whole model, and their bytes,
             if the plan was made for a folder.
-        coverage: counts of the parameters that the plan covers and of those that it skips, likewise.
+        coverage: counts of the parameters that the plan covers and of those that it skips, in the same case.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))

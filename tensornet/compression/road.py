@@ -1,7 +1,7 @@
-"""The road of every compression, from a source to a sink: survey, plan, compress block by block, write.
+"""The steps of every compression, from a source to a sink: survey, plan, compress block by block, write.
 
 A source is a dense model, in memory or opened lazily. A sink takes finished layers: the model itself, a
-folder, or a file. `make_plan` is the first half of the road, and can be taken alone.
+folder, or a file. `make_plan` does the first two steps, and can be called alone.
 """
 
 import os

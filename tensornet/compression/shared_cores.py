@@ -178,7 +178,7 @@ def allocate(
 
 
 def _measure(layers: Sequence[SurveyedLayer], made: Choice, config: CompressionConfig) -> float:
-    """Compute what the best choice has least of: the loss, or the size if only the loss is limited."""
+    """Compute the number by which choices are compared: the loss, or the size if only the loss is limited."""
     sharing = {name for x in made.shared for name in x.names}
     alone = [
         layer.candidates[index]

@@ -21,8 +21,8 @@ class Sink(ABC):
     """Takes the new layers of a planned model.
 
     A sink is made for one plan, before any layer is compressed, so that it can refuse what it cannot store.
-    `put` is called once for each block, and `finish` at the end. Nothing that others see changes before
-    `finish`: if a run fails, the model or the destination is as it was.
+    `put` is called once for each block, and `finish` at the end. The model or the destination changes only in
+    `finish`, so a run that fails leaves it unchanged.
 
     Attributes:
         errors: relative Frobenius error of each layer, by name of its weight; complete after `finish`.
@@ -46,7 +46,7 @@ class Sink(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Complete the result, which then takes its place."""
+        """Complete the result, and only then change the model or write to the destination."""
 
 
 class ReplacedLayers(Sink):

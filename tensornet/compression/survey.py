@@ -55,7 +55,7 @@ class Survey:
     Args:
         config: the configuration.
         layers: the weights to compress and their candidates, in model order.
-        template: a plan without layers, which contains all that is known from calibration.
+        template: a plan without layers, which contains the other results of calibration.
         untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
             other bytes of the model's file; they count in budgets of the whole model.
         key: everything else that the predicted losses depend on, such as the text, by name.
@@ -191,7 +191,7 @@ class Survey:
         return replace(self, config=replace(config, rounding=config.rounding or self.config.rounding))
 
     def check_model(self, model: nn.Module) -> None:
-        """Check that the survey was made for a model, which includes all that is not surveyed.
+        """Check that the survey was made for this model; weights that are not surveyed are checked too.
 
         Budgets of the whole model count the bytes of all parameters, and a measured loss increase is compared
         with losses of the dense model, so a model that differs anywhere needs a survey of its own.
@@ -220,7 +220,7 @@ class Survey:
         sizes = untargeted_sizes(model, [known[layer.name] for layer in self.layers])
         if sizes != self.untargeted:
             raise refuse(
-                f"all that is not surveyed has {sizes[0]:,} parameters and {sizes[1]:,} bytes, not "
+                f"the weights that are not surveyed have {sizes[0]:,} parameters and {sizes[1]:,} bytes, not "
                 f"{self.untargeted[0]:,} and {self.untargeted[1]:,}"
             )
 
@@ -436,7 +436,12 @@ def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list
 
 
 def untargeted_sizes(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int, int]:
-    """Compute the sizes of what is not targeted (see `Survey`)."""
+    """Count what a plan does not compress.
+
+    Returns:
+        Number of elements and number of bytes of all parameters that are not targets, and all other bytes of
+        the model's file.
+    """
     params, size = model_size(model)
     return (
         params - sum(x.matrix.numel() for x in targets),

@@ -207,7 +207,7 @@ def survey_model(
                 heads |= tied_heads(known, stats) if config.survey_kind != "fast" else {}
                 seen |= seen_inputs(known, stats)
                 loss = stats.loss
-                del stats  # the moments of a block need more memory than all else
+                del stats  # the moments of a block need more memory than anything else
                 visited()
     kept, unseen = without_unseen(targets, [x for x in targets if x.name not in surveyed])
     template = CompressionPlan(

@@ -217,7 +217,7 @@ def compress_blocks(
                 ahead.enter_context(rounded_weights(first, made, restored=loaded is in_memory))
                 yield "", made
             tied = [x for x in first if len(x.names) > 1]
-            made = {x.name: made[x.name] for x in tied}  # all else is in its place, or in the sink
+            made = {x.name: made[x.name] for x in tied}  # other new layers are not needed any more
             for name, stats in inputs_by_block(
                 walk,
                 recorder,
@@ -230,7 +230,7 @@ def compress_blocks(
                 block.close()  # and those after the previous block
                 here = [x for x in targets if x not in tables and block_of(x.name, blocks) == name]
                 new = compressed(here, stats)
-                del stats  # the moments need more memory than all else
+                del stats  # the moments need more memory than anything else
                 at_end = [] if name else tied
                 block.enter_context(
                     rounded_weights([*here, *at_end], {**new, **made}, restored=loaded is in_memory)
@@ -334,7 +334,7 @@ def _is_network(layer: LayerPlan) -> bool:
 
 
 def _is_table(target: Target) -> bool:
-    """Return True if an embedding uses a weight, possibly beside a tied head."""
+    """Return True if an embedding uses a weight, possibly together with a tied head."""
     return any(kind.name == "embedding" for kind in target.kinds)
 
 

@@ -1,6 +1,6 @@
 """Healing by refitting: fit each compressed layer in closed form to its inputs in the compressed model.
 
-A layer was compressed for its inputs `x` in the dense model. Behind other compressed layers it gets inputs
+A layer was compressed for its inputs `x` in the dense model. After other compressed layers it gets inputs
 `x'` instead. Let `E` be the mean over the tokens of the batches, and `C` the input moment from calibration.
 Then
 
@@ -61,7 +61,7 @@ class RefineReport:
 
     Args:
         before, after: relative squared error of the outputs of each layer, before and after it was refitted,
-            by name. At both measurements, the layers in front of it were already refitted.
+            by name. At both measurements, all earlier layers were already refitted.
         left: reason for each layer that was not refitted, by name.
         distances: distance from the dense model's outputs (`output_distance`) before and after refitting, on
             batches that were not used for fitting, or on the only batch.
@@ -126,7 +126,7 @@ def refine(
         ValueError: an option is out of range.
 
     Reference:
-        Wang et al. 2024, "SVD-LLM" (fits each layer to its inputs behind compressed layers); Li et al. 2025,
+        Wang et al. 2024, "SVD-LLM" (fits each layer to its inputs after compressed layers); Li et al. 2025,
         "GPTAQ" (fits to the dense model's outputs, for quantization).
 
     Example:

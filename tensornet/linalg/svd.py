@@ -177,7 +177,7 @@ def check_rel_error(
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return the relative error `16 eps` below which singular values cannot be told from zero.
+    """Return the relative error `16 eps` below which singular values cannot be distinguished from zero.
 
     `eps` is that of the dtype of the result. Without `rel_error`, decompositions do not store such values.
     """

@@ -90,7 +90,7 @@ def split_block(
         ordered: True if the columns of `left` must be singular vectors in descending order; otherwise they
             may be any basis.
         zero: if `allowed` is None, energy of the smallest singular values that are discarded in addition,
-            shape `(*batch)`: what cannot be told from zero. None keeps a rank of `cap`.
+            shape `(*batch)`, since they cannot be distinguished from zero. None keeps a rank of `cap`.
     """
     rows, columns = block.shape[-2:]
     if not ordered and allowed is None:

@@ -347,7 +347,7 @@ def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
     pivots = lower.diagonal(dim1=-2, dim2=-1).square()
     if positive and bool((pivots > _LEAST_PIVOT * moments.diagonal(dim1=-2, dim2=-1)).all()):
         return lower, True
-    # In place, since moments may be as large as all else. A symmetric matrix has the memory of its transpose,
+    # In place, since moments may need most of the memory. A symmetric matrix has the memory of its transpose,
     # whose columns are contiguous, as LAPACK needs them.
     del lower
     lower = moments.double().mT

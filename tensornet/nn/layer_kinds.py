@@ -4,7 +4,7 @@ A layer kind describes modules with one matrix `W` that is applied as `x W^T`, o
 For modules with several matrices see `tensornet.nn.unfuse`.
 
 The kinds in this file match modules by their exact type. Subclasses are skipped on purpose, since their
-`forward` may compute something else. The exception are embeddings that multiply their rows by a constant, as
+`forward` may compute something else. Exceptions are embeddings that multiply their rows by a constant, as
 those of Gemma and BART do: the code of their `forward` is read, not the names of their classes.
 """
 

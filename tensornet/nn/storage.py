@@ -1,14 +1,14 @@
 """How the cores of a layer are stored: as plain tensors, pivoted, or in a number format.
 
 **Pivoted.** The cores of an operator are not unique: a matrix `G` and its inverse can be inserted at any bond
-between two cores. At a bond of size `d`, `d^2` elements are redundant. `G` is chosen such that `d` rows of a
+between two cores. At a bond of size `d`, `d^2` elements are redundant. `G` is chosen so that `d` rows of a
 core, viewed as a matrix `(other indices, bond)`, become the identity, which need not be stored. The operator
 does not change. The family chooses the bonds (`TopologyFamily.gauge_bonds`). A low-rank matrix of rank `r`
 then takes `r (out + in - r)` elements instead of `r (out + in)`.
 
 **Number formats.** Each core has a number format: the model's own dtype, bfloat16, or integers of 2 to 8 bits
 with a scale for each group of neighbouring inputs (`tensornet.quantization`). The family rounds cores to
-integers such that the loss increases little (`TopologyFamily.round_cores`).
+integers so that the loss increases little (`TopologyFamily.round_cores`).
 
 A core in the model's dtype that is not pivoted is the parameter `core_<name>` of its layer. Any other core is
 a submodule of this name, a `PackedCore`.
@@ -753,7 +753,7 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor
 
 
 def _choose_rows(basis: Tensor) -> tuple[Tensor, int]:
-    """Order the rows of a basis `(rows, rank)` such that the first `rank` rows are well-conditioned.
+    """Order the rows of a basis `(rows, rank)` so that the first `rank` rows are well-conditioned.
 
     Returns:
         The order of the rows, and the rank.

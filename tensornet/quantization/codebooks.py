@@ -154,7 +154,7 @@ class Codebook:
         return self.choose(x.reshape(1, -1, RUN)).view(x.shape)
 
     def searched(self, x: Tensor) -> Tensor:
-        """Round the columns of `x` approximately: the cost of comparing points would prevail."""
+        """Round the columns of `x` approximately, since comparing points would take most of the time."""
         return self.choose(x.T.reshape(1, -1, RUN), compare=False).view(x.shape[::-1]).T
 
     def to_codes(self, found: Tensor) -> Tensor:
@@ -170,11 +170,11 @@ class Codebook:
         return self._free.trained_values(codes)
 
     def choose(self, target: Tensor, factor: Tensor | None = None, compare: bool = True) -> Tensor:
-        """Choose the points and signs of runs `t` such that the cost `|(t - q) F|^2` is small.
+        """Choose the points and signs of runs `t` so that the cost `|(t - q) F|^2` is small.
 
         Weights keep their signs, except for one weight of each run in which the number of negative weights
         must be changed. Of all points, those that are nearest to the cell of the target are compared. The
-        weight that changes its sign is chosen for the first of them.
+        weight that changes its sign is chosen for the nearest of them.
 
         Args:
             target: runs as multiples of their scale, shape `(stack, n, RUN)`.
@@ -217,10 +217,10 @@ class Codebook:
     def _closest(
         self, target: Tensor, factor: Tensor | None, odd: Tensor | bool | None
     ) -> tuple[Tensor, Tensor]:
-        """Choose a point and signs for each vector, and return the levels and their cost; see `nearest`.
+        """Choose a point and signs for each vector, and return the levels and their cost; see `choose`.
 
         Args:
-            target, factor: as for `nearest`, but for single vectors.
+            target, factor: as for `choose`, but for single vectors.
             odd: whether the number of negative weights must be odd, or even, shape `(n, 1)` or one for all;
                 None without a restriction.
         """

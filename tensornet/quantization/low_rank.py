@@ -1,8 +1,8 @@
 """Round the factors of a low-rank product `A B`, each with its own moments.
 
 An error `F` of `B` is an error `A F` of the product, so the moments for `F` are `A^T R A` and `C`. The
-moments for an error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted to compensate part of
-the rounding error. `A` may be pivoted: then some of its rows form an identity matrix, and only the other
+moments for an error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted, which reduces the
+rounding error. `A` may be pivoted: then some of its rows form an identity matrix, and only the other
 rows, called free, are fitted and rounded.
 """
 
@@ -57,7 +57,7 @@ def round_product(
 ) -> RoundedProduct:
     """Round one or both factors of a product `A B` to integers.
 
-    A factor is refitted to compensate part of the rounding error of the other factor.
+    A factor is refitted to compensate for part of the rounding error of the other factor.
 
     Args:
         left: factor `A`, shape `(out, rank)`.
@@ -139,7 +139,7 @@ def round_factor(
 
 @dataclass(frozen=True)
 class _FactorRounding:
-    """The problem of rounding two factors such that their product approximates the matrix `wanted`.
+    """The problem of rounding two factors so that their product approximates the matrix `wanted`.
 
     If the left factor is pivoted, `order` is the position of each of its rows, as in `round_product`.
     """

@@ -57,7 +57,7 @@ class Moment:
     def order(self) -> Tensor:
         """Order of rounding: indices by descending diagonal, shape `(stack or 1, n)`.
 
-        The last element compensates the errors of all others, so it should be the least sensitive one. Runs
+        The last element compensates for the errors of all others, so it should be the least sensitive. Runs
         are sorted by the sum of their diagonal.
         """
         sums = self.diagonal.unflatten(1, (-1, self.run)).sum(2)

@@ -1,8 +1,8 @@
 """Parts of number formats: what the codes mean, and how scales are stored.
 
-A number format of integers combines one class that answers the questions of `Points` with one that answers
-those of `Scales`. All other code asks a part, and not which class it is. `codebooks.Codebook` answers the
-questions of `Points` too.
+A number format of integers combines an object with the methods of `Points` and one with the methods of
+`Scales`. All other code calls only these methods, and never checks the class. `codebooks.Codebook` has the
+methods of `Points` too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ WIDEST = 1.1
 #: hardly lower the error. With many bits, each of them is a new chance that large elements are close to the
 #: grid.
 _TRIED = {2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
-#: Number of the smallest multiples of the smallest step that are inaccurate, by number of bits of the scales.
+#: How many of the smallest multiples of the smallest step are inaccurate, by number of bits of the multiples.
 _INACCURATE = {4: 8, 6: 4, 8: 16}
 #: Integer dtype in which the bits of each floating-point dtype are stored, since `module.to(dtype)` does not
 #: convert integers.

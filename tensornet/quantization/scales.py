@@ -40,7 +40,7 @@ _SMALL_GROUP = 16
 def search_scales(
     weight: Tensor, number_format: NumberFormat, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Find a scale, and a minimum if the format has minima, for each group such that its error is small.
+    """Find a scale, and a minimum if the format has minima, for each group so that its error is small.
 
     Args:
         weight: matrices, shape `(..., out, in)`.

@@ -542,7 +542,7 @@ def check_name_does_not_matter(
 def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
     """Check that integer codes are the nearest grid points for given scales, and that packing preserves them.
 
-    Formats with a codebook must at least give back values that they can store.
+    Formats with a codebook only need to preserve values that they can store.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -852,7 +852,7 @@ class LayerKindLaws:
         >>> TestTables().test_compressed()  # pytest runs every law
     """
 
-    #: Largest difference of outputs, relative to the largest output. A layer is computed from its cores.
+    #: Largest allowed difference between the outputs of two layers, relative to the largest output.
     tolerance: ClassVar[float] = 1e-5
 
     def layer(self) -> nn.Module:

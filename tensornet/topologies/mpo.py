@@ -129,8 +129,8 @@ class MPOFamily(FactoredFamily):
         """Choose between balanced leg sizes and those of `unbalanced_dims`, unless dims are given.
 
         The matrix is first transformed to coordinates in which the moment of every leg is the identity. Then
-        its widest bond is truncated so that the network has each of two numbers of parameters. The leg sizes
-        with the smallest product of the two discarded fractions are chosen.
+        the widest bond is truncated for two different numbers of parameters. The leg sizes with the smallest
+        product of the two discarded fractions are chosen.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options

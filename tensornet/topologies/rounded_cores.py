@@ -4,7 +4,7 @@ The matrix of a network is linear in each core, so the loss increase is quadrati
 curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`. Here `J` is the derivative of the matrix
 with respect to the core, and `L_R` and `L_C` are roots of the moments. `Z` is random with independent
 elements. A few such gradients, viewed as matrices, give estimates of the row and column moments of the core.
-After each core is rounded, the remaining cores are refitted to compensate a part of its rounding error.
+After each core is rounded, the remaining cores are refitted to reduce the effect of its rounding error.
 """
 
 import math

@@ -202,17 +202,17 @@ def tensor_bytes(tensor: Tensor, dtype: str | None = None) -> Chunks:
 
 
 class FileSink(Sink):
-    """Weight files, into which the tensors of the result are written.
+    """Sink that writes the tensors of the result into weight files.
 
     Args:
         files: the files.
         destination: the new file or folder.
         work: staging folder, locked by this process. The files are in its subfolder `out` until all of them
             are complete.
-        key: text that identifies all that the content depends on.
+        key: text that identifies everything that the content depends on.
         force: replace an existing destination.
-        check: function that is called when all is written, before the files get their names. It raises an
-            error if the result may not take its place.
+        check: function that is called when all files are complete, before they are moved to the destination.
+            It raises an error if the destination may not be written.
 
     Raises:
         DestinationError: the disk has no room for the files.

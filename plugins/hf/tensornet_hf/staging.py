@@ -8,7 +8,7 @@ says everything that the files in this folder depend on. If it differs, none of 
     .NAME.partial/surveyed/      hidden states of a survey, which cannot be continued
     .NAME.partial/states/        hidden states before the block that is being written
     .NAME.partial/out/           unfinished files of the result
-    .NAME.partial/...            all else that the run has made so far
+    .NAME.partial/...            other files that the run has made so far
 """
 
 import hashlib

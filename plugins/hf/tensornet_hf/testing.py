@@ -39,7 +39,7 @@ _SIZES: dict[str, Any] = {
 
 
 class ExportLaws:
-    """Laws that an export target must obey; set `target` to its registered name, and define `weights`."""
+    """Laws that an export target must satisfy; set `target` to its registered name, and define `weights`."""
 
     target: str
     #: Name of the destination, with a suffix if the target writes a file.

@@ -300,7 +300,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     if routing.kept is not None:
         chosen = chosen & routing.kept.T.reshape(-1, 1)
     queue, choices = chosen.cumsum(0), k * tokens
-    if routing.mask is not None:  # padding queues behind all real tokens
+    if routing.mask is not None:  # padding comes after all real tokens
         real = routing.mask.repeat(k)[:, None]
         tokens_first = (chosen & real).cumsum(0)
         queue = torch.where(real, tokens_first, tokens_first[-1:] + (chosen & ~real).cumsum(0))

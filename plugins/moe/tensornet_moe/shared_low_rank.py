@@ -599,7 +599,7 @@ def _rounding(
 ) -> Tensor:
     """Predict the loss increase by rounding a core, shape `(formats, weightings)`.
 
-    The core is rounded such that the loss under the first weighting is small.
+    The core is rounded so that the loss under the first weighting is small.
     """
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)

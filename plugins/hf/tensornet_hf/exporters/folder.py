@@ -74,8 +74,8 @@ class PackedModel(NamedTuple):
         dense: reasons why the other compressed layers are written dense, by layer name.
         low_ranks: low-rank matrices that are added to packed layers, by name.
         parts: names of the tensors of every packed layer or stack, by name.
-        stacks: for each packed stack, the names of its matrices, and the rows of the layers as which it is
-            stored (see `stack_rows`).
+        stacks: for each packed stack, the names of its matrices, and the rows of each layer into which it is
+            divided (see `stack_rows`).
     """
 
     stock: PreTrainedModel
@@ -195,8 +195,8 @@ def list_stacks(model: nn.Module) -> dict[str, tuple[list[str], Compound, Stacke
         model: an unfused model, or one in which matrices of these parameters were replaced.
 
     Returns:
-        For each parameter by name: the names of its matrices, the module that replaces its module, and the
-        location of the matrices.
+        For each parameter by name: the names of its matrices, the `Compound` in place of the module that had
+        the parameter, and the location of the matrices in the parameter.
     """
     return {
         f"{owner}.{stack.parameter}": ([f"{owner}.{name}" for name in stack.names], compound, stack)

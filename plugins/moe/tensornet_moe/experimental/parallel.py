@@ -43,7 +43,7 @@ class ParallelExperts(nn.Module):
     def __init__(self, local: ExpertFFN, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.local = local
-        self._group = (group,)  # neither a group nor this module can be copied
+        self._group = (group,)  # process groups cannot be copied, so neither can this module
         self.num_experts = local.num_experts * dist.get_world_size(group)
         self.in_features, self.out_features = local.in_features, local.out_features
 
