@@ -1,6 +1,7 @@
 """Specialists as a method of PEFT: the calls of PEFT, on one shared set of cores."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -81,6 +82,25 @@ def test_a_second_adapter_trains_alone(adapted: peft.PeftModel) -> None:
     first = peft.get_peft_model(trunk(), SpecialistsConfig(r=4))
     assert any(".shared_cores." in name and p.requires_grad for name, p in first.named_parameters())
     assert not any(".base_layer." in name and p.requires_grad for name, p in first.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
+    ],
+)
+def test_each_row_is_generated_with_its_adapter(adapted: peft.PeftModel, options: dict[str, Any]) -> None:
+    names = ["law", "code"]
+    fixed = {"max_new_tokens": 3, "pad_token_id": 0, **options}
+    together = adapted.generate(input_ids=IDS[:2], adapter_names=names, **fixed)
+    alone = []
+    for row, name in zip(IDS, names, strict=False):
+        adapted.set_adapter(name)
+        alone.append(adapted.generate(input_ids=row[None], **fixed))
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_adapters_are_saved_and_loaded_by_peft(adapted: peft.PeftModel, tmp_path: Path) -> None:

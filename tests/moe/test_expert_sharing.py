@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.compression import Survey, survey_from_stats
+from tensornet.compression.allocate import Candidate, SurveyedLayer
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.compression.shared_cores import SharedCandidate, allocate, choose_shared
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.linear import linear_from_stored
-from tensornet.nn.storage import PackedCore, Storage
+from tensornet.nn.storage import PLAIN, PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.low_rank import round_factor
 from tensornet_moe.shared_low_rank import (
@@ -310,6 +311,19 @@ def test_a_budget_of_the_loss_buys_a_smaller_model() -> None:
     size, loss = totals({"loss_increase": 0.02}, None, 0, "both")
     assert loss <= 0.02
     assert size < 0.95 * totals({"loss_increase": 0.02}, None, 0, "separate")[0]
+
+
+def test_within_a_budget_of_the_loss_the_smaller_model_wins_not_the_better_one() -> None:
+    topology = tn.topologies.low_rank(out_features=4, in_features=4, rank=1)
+
+    def candidate(size: int, loss: float) -> Candidate:
+        return Candidate(topology, PLAIN, size, size, loss, error=0.1, cost=loss)
+
+    alone = (candidate(10, 0.01),)
+    layers = [SurveyedLayer((name,), (4, 4), torch.float32, alone) for name in "ab"]
+    shared = SharedCandidate(("a", "b"), topology.core_names[0], candidate(12, 0.08))
+    for allowed, expected in ((0.1, [shared]), (0.05, [])):
+        assert choose_shared(layers, [shared], config(loss_increase=allowed), (0, 0, 0)).shared == expected
 
 
 # --- the compressed model ------------------------------------------------------------------------

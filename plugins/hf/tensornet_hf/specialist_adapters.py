@@ -186,7 +186,8 @@ class SpecialistsModel(BaseTuner):
         if names is None:
             yield
             return
-        repeats = (kwargs.get("num_beams") or 1) * (kwargs.get("num_return_sequences") or 1)
+        # As often as `generate` repeats each row: the returned sequences are some of the beams.
+        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
         rows = [None if name == TRUNK else name for name in names for _ in range(repeats)]
         with Specialists(self.model).use(rows):
             yield
