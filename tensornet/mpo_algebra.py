@@ -37,7 +37,7 @@ _EVEN = 1 / 5
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Add two chains with equal dims; their bond sizes add up."""
-    # If the cores of one chain differ much in size, one chain would underflow beside the other.
+    # Without this, a chain whose cores differ much in size could underflow when both chains are joined.
     left, right = (_evened(cores) for cores in _same_dtype(left, right))
     last = len(left) - 1
     if last == 0:

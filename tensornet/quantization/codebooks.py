@@ -31,7 +31,7 @@ from tensornet.quantization.parts import WIDEST, Levels
 
 #: Number of weights whose indices and signs are packed together.
 RUN = 8
-#: Number of points that are compared for each element of a vector (see `Codebook.nearest`).
+#: Number of points that are compared for each element of a vector (see `Codebook.choose`).
 _COMPARED = 2
 #: Smallest range, and number of ranges, in the search for scales.
 _NARROWEST, _TRIED = 0.76, 5

@@ -65,8 +65,8 @@ _SCALE_BITS = (6, 8)
 _MINIMA = {("int2", 16): 4, ("int4", 32): 6, ("int5", 32): 6}
 #: Factor by which groups are larger if 16-bit scales replace others, so that bytes stay about the same.
 _WIDER = {"": 1, "float16": 1, "float8": 2, "s4": 4, "s6": 2, "s8": 2}
-#: Names of the formats of floating-point numbers of 4 bits, and twice the values of E2M1, which are their
-#: levels. Therefore, scales count half.
+#: Names of the formats of floating-point numbers of 4 bits, and their levels: twice the values of E2M1, which
+#: are integers. Stored scales are therefore multiplied by 1/2.
 FP4 = ("mxfp4", "nvfp4")
 FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
 _PATTERN = re.compile(
@@ -482,7 +482,7 @@ FORMATS: dict[str, NumberFormat] = {
             Levels(FP4_LEVELS),
             FloatScales(torch.float8_e4m3fn, unit=0.5, signed=False),
             16,
-            span=64,  # the number of weights in a block of files
+            span=64,  # the number of weights in a block of GGUF files
             wide="int4",
         ),
         codebook_format("iq3_s", CODEBOOKS["iq3_s"], 32, 1.0),

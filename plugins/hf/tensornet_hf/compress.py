@@ -75,7 +75,7 @@ from tensornet_hf.text import calibration_data, mix_texts, read_text
 
 #: Files in a staging folder: the survey, the plan of a run without data, and the checkpoint of healing.
 SURVEY, PLAN, HEALING = "survey.safetensors", "plan.json", "healing.safetensors"
-#: The compressed model as a folder, if it is still to be changed or measured, and what its run knows.
+#: The compressed model as a folder, if it is still to be changed or measured, and its plan and measured loss.
 COMPRESSED, DONE = "compressed", "done.json"
 #: Name that stands for the package's calibration text, as in `--calibration default`.
 DEFAULT = "default"
@@ -265,7 +265,7 @@ def compress_folder(
     read_source(folder, options.weights)  # an invalid folder raises before anything is locked
     marks = file_marks(folder, options.weights)
     with reading_or_writing(folder, path), staging(path) as work:
-        check()  # another run may have written it
+        check()  # another run may have written the destination since the first check
         done = _compress(folder, path, config, options, target, work, marks, check)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
     return replace(done, source=str(source), destination=str(destination))
@@ -472,7 +472,7 @@ def _plan(
 
 
 def _write_done(path: Path, plan: CompressionPlan, measured: LossIncrease | None) -> None:
-    """Write what a finished run knows, for a run that was interrupted after it."""
+    """Write the plan and the measured loss increase, for a run that is interrupted in a later step."""
     found = {"plan": plan.to_dict(), "measured": None if measured is None else asdict(measured)}
     write_file(path, [json.dumps(found).encode()])
 
@@ -716,7 +716,7 @@ def calibration_batches(
         return None
     tokens = max(WRITE_TOKENS[config.survey_kind], options.calibration_tokens or 0)
     data = calibration_data(model, folder, text, tokens=tokens, rows=ENOUGH_LOSSES)
-    # Without labels no loss is measured, which needs no moments.
+    # Without labels no loss can be measured, so batches are needed only if the plan depends on data.
     batches = data.batches if data.labelled or config.reads_data else ()
     said = f"{data.tokens:,} tokens of {options.source}"
     enough = read_enough(batches, model, config.survey_kind, options.calibration_tokens) if batches else []

@@ -609,7 +609,7 @@ def plan_recipe(
         if options.calibration:
             data = calibration_batches(model, folder, config, options, options.text)
             assert data is not None
-            # Types are chosen for each tensor of the file, so only the survey of the road is needed.
+            # Types are chosen for each tensor of the file, so a survey is needed, but no plan for layers.
             made = survey_or_load(
                 model,
                 list(data.batches),

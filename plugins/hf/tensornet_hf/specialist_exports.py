@@ -17,7 +17,7 @@ from tensornet_hf.feed_forwards import find_feed_forwards
 from tensornet_hf.upcycling import UpcycleReport, upcycle
 from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
 
-#: Target of adapters that is no target of whole models.
+#: Target for LoRA adapters only; whole models cannot be exported to it.
 PEFT = "peft"
 
 

@@ -43,8 +43,8 @@ RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 _FIRST_RATE = 5e-3
 #: A trial takes this part of the steps, but at least a few steps of each domain.
 _TRIAL, _LEAST_TRIAL = 0.125, 8
-#: Short trials favor high rates, at which longer training may diverge. So a higher rate must add this part to
-#: what was gained over the trunk.
+#: Short trials favor high rates, at which longer training may diverge. So a higher rate is chosen only if it
+#: increases the gain over the trunk by this fraction.
 _CLEARLY = 0.1
 
 

@@ -1,7 +1,7 @@
 """Staging folders: unfinished results, which an interrupted run can continue.
 
-A run writes to `.NAME.partial` beside its destination, and renames the result when it is complete. One record
-says everything that the files in this folder depend on. If it differs, none of them is used.
+A run writes to `.NAME.partial` next to its destination, and renames the result when it is complete. A record
+contains everything that the files in this folder depend on. If it differs, none of them is used.
 
     .NAME.partial/lock           locked while a run writes to this folder
     .NAME.partial/run.json       the record

@@ -16,10 +16,10 @@ predicted together.
 
 Cores of the patterns `in` and `out` may be stored in number formats. The shared core is then rounded
 once, with moments pooled over the matrices: an error `E` of the shared `B` in `W_e = A_e B` increases the
-loss by `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted again, which compensates
-part of this rounding error, and rounded with their own moments. The loss increase by rounding is predicted at
-a few ranks, without rounding anything, and interpolated to the other ranks. All cores of the pattern `base`
-keep the dtype of the model.
+loss by `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted again, which reduces the
+effect of this rounding error, and rounded with their own moments. The loss increase due to rounding is
+predicted at a few ranks, without rounding anything, and interpolated to the other ranks. All cores of the
+pattern `base` keep the dtype of the model.
 
 Reference:
     Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression" (the base). Shared factors under
@@ -65,7 +65,7 @@ PATTERNS = {"in": "1", "out": "0", "base": BASE}
 _GROWTH = 4
 #: Singular values below this fraction of the largest are treated as zero, which limits the ranks.
 _LEAST_DIRECTION = 1e-7
-#: Ranks at which the loss increases by rounding are predicted, as fractions of the largest rank.
+#: Ranks at which loss increases due to rounding are predicted, as fractions of the largest rank.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
 #: A shared core has the format of the private cores, or a format of at least this many bits (`encodings`).
 _ACCURATE_BITS = 8
@@ -551,7 +551,10 @@ def _rounding_of_factors(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """Predict the loss increase by rounding both factors, for each storage; shapes as in `_fit_losses`."""
+    """Predict the loss increase due to rounding both factors, for each storage.
+
+    For the shapes of arguments and result see `_fit_losses`.
+    """
     core = PATTERNS[pattern]
     kinds = [[x.weighting for x in sensitivities], [x.forecast for x in sensitivities]]
     tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})
@@ -597,7 +600,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the loss increase by rounding a core, shape `(formats, weightings)`.
+    """Predict the loss increase due to rounding a core, shape `(formats, weightings)`.
 
     The core is rounded so that the loss under the first weighting is small.
     """

@@ -642,7 +642,7 @@ def lay_out_gguf(planned: PlannedModel) -> Files:
         name: split.integers[name].number_format if name in split.integers else NumberFormat()
         for name in modules
     }
-    # Matrices beside compressed ones, such as those of experts, are no parameters of the dense model.
+    # If some matrices of a stack are compressed, the others are not parameters of the dense model either.
     parts = {name: x.matrix for name, x in model.named_modules() if isinstance(x, PartMatrix)}
     weights: dict[str, NetworkModule | IntegerMatrix | Tensor] | None = None
     if not planned.targets:

@@ -149,7 +149,7 @@ def packages() -> tuple[ModuleType, ModuleType]:
 # --- entries of the configuration that llama.cpp or its converter does not read ----------------------------
 
 
-#: Activations that llama.cpp computes alike, by the tanh approximation.
+#: Activations that llama.cpp computes in the same way, by the tanh approximation.
 _GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")
 _GATED = {"hidden_act": ("silu", "swish")}
 #: What llama.cpp computes for every model of a type: the supported values of entries that are not in a file.
