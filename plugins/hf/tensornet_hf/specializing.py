@@ -165,7 +165,7 @@ def specialize(
 
     The specialists are trained together: each batch has one domain, and the domains take turns. In a new
     folder, the shared cores are trained with them, and then frozen. In a folder that already contains
-    specialists, only the new ones are trained, so that all others stay equal bit for bit.
+    specialists, only the new ones are trained, so that all others stay bit-identical.
 
     The last tenth of each text is held out: training ends early if the mean loss of the domains no longer
     falls, and the best state is kept. If the trunk alone is better for a domain, the change of its specialist
