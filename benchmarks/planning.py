@@ -32,7 +32,6 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.compression import survey_from_stats
 from tensornet.compression.sensitivity import layer_sensitivity
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.nn.targets import find_targets
 from tensornet.quantization import NumberFormat, round_weight
 
@@ -69,7 +68,7 @@ def measure_planning(shape: str, budgets: Sequence[float], repeats: int) -> dict
     calls |= {f"round {bits}": lambda bits=bits: rounded(bits) for bits in budgets}
     times = paired_medians(calls, repeats, clock=time.thread_time)
     (target,) = (x for x in find_targets(model, config) if not x.skip)
-    sensitivity = layer_sensitivity(target, "curvature", stats, MOMENT_DAMPING)
+    sensitivity = layer_sensitivity(target, "curvature", stats)
     assert sensitivity is not None
     losses = {}
     for bits, plan in plans.items():

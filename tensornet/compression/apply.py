@@ -15,7 +15,6 @@ from tensornet.calibration.stats import CalibrationStats, first_difference
 from tensornet.compression.candidates import relative_gap
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import layer_weighting
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.weighted_svd import Weighting
@@ -113,7 +112,7 @@ def apply_plan(
         fresh = [targets[x.name] for x in work if (x.name, x.topology, x.storage) not in known]
 
         def weighting_of(target: Target) -> Weighting:
-            return layer_weighting(target, plan.objective, stats, MOMENT_DAMPING) or Weighting()
+            return layer_weighting(target, plan.objective, stats) or Weighting()
 
         for names in plan.stacks:
             if any((x, plan[x].topology, plan[x].storage) not in known for x in names):

@@ -23,7 +23,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, lower_hull
 from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.damping import COLUMN_DAMPING, DENSE_COLUMN_DAMPING, DENSE_ROW_DAMPING, MOMENT_DAMPING
+from tensornet.damping import COLUMN_DAMPING, DENSE_COLUMN_DAMPING, DENSE_ROW_DAMPING
 from tensornet.errors import BudgetError, FormatError
 from tensornet.linalg.svd import energy
 from tensornet.linalg.weighted_svd import Weighting
@@ -96,7 +96,7 @@ def find_candidates(
         return id(target if moment is None else moment)
 
     def of_target(target: Target) -> list[Candidate]:
-        seen = layer_sensitivity(target, objective, stats, MOMENT_DAMPING, config.rounding)
+        seen = layer_sensitivity(target, objective, stats, config.rounding)
         if config.fixed:
             return [_given(target, seen, config)]
         if seen is None:

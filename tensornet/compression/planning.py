@@ -22,7 +22,6 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.compression.shared_cores import SharedCandidate, candidates_of
 from tensornet.compression.survey import Survey, untargeted_sizes
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import BudgetError, CalibrationWarning, FormatError
 from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
 from tensornet.nn.extension import shared_candidates
@@ -277,7 +276,7 @@ def _plan_by_weight(
             return stays
         loss = None
         if stats is not None and stats.has_gradients and is_known(target, stats):
-            forecast = forecast_weighting(target, stats, MOMENT_DAMPING)
+            forecast = forecast_weighting(target, stats)
             gap = target.matrix - best.network.to_matrix()
             loss = 0.0 if forecast is None else forecast.cost(gap)
         made = replace(stays, topology=topology, bound_by=best.bound_by, error=best.error, loss_increase=loss)

@@ -12,10 +12,16 @@ from torch import Tensor
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import CompressionConfig
-from tensornet.damping import FIT_DAMPING, FORECAST_ROW_DAMPING, LEAST_DAMPING
+from tensornet.damping import FIT_DAMPING, FORECAST_ROW_DAMPING, MOMENT_DAMPING
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.svd import working_dtype
-from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, nearest_kronecker
+from tensornet.linalg.weighted_svd import (
+    Weighting,
+    check_weighting,
+    damped,
+    nearest_kronecker,
+    restore_trace,
+)
 from tensornet.nn.targets import Target
 from tensornet.quantization import Rounding
 
@@ -44,7 +50,6 @@ def layer_sensitivity(
     target: Target,
     objective: str,
     stats: CalibrationStats | None,
-    damping: float,
     rounding: Rounding = "two_sided",
 ) -> Sensitivity | None:
     """Make the `Sensitivity` of the loss to errors in one matrix.
@@ -53,7 +58,6 @@ def layer_sensitivity(
         target: the weight.
         objective: `"weight"`, `"activation"` or `"curvature"`.
         stats: calibration statistics.
-        damping: fraction of the mean diagonal that is added to gradient moments for `Sensitivity.weighting`.
         rounding: how integers are rounded (see `CompressionConfig`).
 
     Returns:
@@ -62,12 +66,12 @@ def layer_sensitivity(
     Raises:
         TargetError: see `layer_weighting`.
     """
-    weighting = layer_weighting(target, objective, stats, damping)
+    weighting = layer_weighting(target, objective, stats)
     if weighting is None:
         return None
-    if objective != "curvature":
+    if objective != "curvature" or stats is None:
         return Sensitivity(weighting, weighting, rounding)
-    forecast = forecast_weighting(target, stats, damping)
+    forecast = forecast_weighting(target, stats)
     assert forecast is not None
     known, same = weighting.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
@@ -75,7 +79,7 @@ def layer_sensitivity(
     return Sensitivity(weighting, forecast, rounding)
 
 
-def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:
+def forecast_weighting(target: Target, stats: CalibrationStats) -> Weighting | None:
     """Build the error weighting with which the loss increase of one weight matrix is predicted.
 
     The gradient moment is damped strongly (`FORECAST_ROW_DAMPING`), but its trace is preserved: half of the
@@ -87,17 +91,15 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
     Raises:
         TargetError: see `layer_weighting`.
     """
-    amount = max(damping, FORECAST_ROW_DAMPING)
-    found = layer_weighting(target, "curvature", stats, amount)
+    found = curvature_weighting(target, stats, FORECAST_ROW_DAMPING)
+    _check_shapes(target, found)
     if found is None:
         return None
     assert found.rows is not None  # `resolve_objective` has checked that gradients were calibrated
-    return replace(found, rows=found.rows / (1 + amount))
+    return replace(found, rows=restore_trace(found.rows, FORECAST_ROW_DAMPING))
 
 
-def layer_weighting(
-    target: Target, objective: str, stats: CalibrationStats | None, damping: float
-) -> Weighting | None:
+def layer_weighting(target: Target, objective: str, stats: CalibrationStats | None) -> Weighting | None:
     """Build the error weighting of one weight matrix for an objective of `CompressionConfig`.
 
     Returns:
@@ -108,10 +110,18 @@ def layer_weighting(
     """
     if objective == "weight" or stats is None:
         return Weighting()
-    curvature = objective == "curvature"
-    found = curvature_weighting(target, stats, damping) if curvature else input_weighting(target, stats)
-    if not curvature and found is not None and found.columns is not None:
-        found = replace(found, columns=damped(found.columns, FIT_DAMPING))
+    if objective == "curvature":
+        found = curvature_weighting(target, stats, MOMENT_DAMPING)
+    else:
+        found = input_weighting(target, stats)
+        if found.columns is not None:
+            found = replace(found, columns=damped(found.columns, FIT_DAMPING))
+    _check_shapes(target, found)
+    return found
+
+
+def _check_shapes(target: Target, found: Weighting | None) -> None:
+    """Raise TargetError if the weighting of a weight has another shape than the weight."""
     try:
         check_weighting(target.matrix, found or Weighting())
     except ShapeError as error:
@@ -119,7 +129,6 @@ def layer_weighting(
             f"The statistics do not belong to this model: layer {target.name!r} has another shape in them. "
             f"{error} Calibrate this model."
         ) from error
-    return found
 
 
 def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
@@ -161,7 +170,6 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
         TargetError: no layer that uses this weight ran during calibration.
     """
     terms = []
-    damping = max(damping, LEAST_DAMPING)
     for name, kind in zip(target.names, target.kinds, strict=True):
         if name not in stats.rows and name not in stats.columns:
             continue

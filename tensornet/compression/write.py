@@ -313,7 +313,7 @@ def weighting_of(
         rows={**stats.rows, **{name: x for name, x in known.items() if name not in tables}},
         columns={**stats.columns, **{name: x for name, x in known.items() if name in tables}},
     )
-    return layer_weighting(target, plan.objective, stats, MOMENT_DAMPING) or Weighting()
+    return layer_weighting(target, plan.objective, stats) or Weighting()
 
 
 def moment_of(factor: Tensor, device: torch.device) -> Tensor:

@@ -86,6 +86,11 @@ def damped(moment: Tensor, amount: float) -> Tensor:
     return shifted
 
 
+def restore_trace(moment: Tensor, amount: float) -> Tensor:
+    """Scale a moment to the trace that it had before it was `damped` by an amount."""
+    return moment / (1 + amount)
+
+
 def root(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Factorize a moment `M = L L^T`, by Cholesky or, if `M` is singular, by eigenvectors.
 

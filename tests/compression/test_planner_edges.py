@@ -17,7 +17,6 @@ from tensornet.compression.allocate import lower_hull
 from tensornet.compression.candidates import network_candidates
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import layer_sensitivity
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import TargetError
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import find_targets
@@ -77,7 +76,7 @@ def test_every_family_spends_what_it_may(topology: str, objective: str) -> None:
         assert least < layer.params_after <= most
         return
     (target,) = [x for x in find_targets(model, config) if not x.skip]
-    seen = layer_sensitivity(target, objective, stats, MOMENT_DAMPING)
+    seen = layer_sensitivity(target, objective, stats)
     assert seen is not None
     found = network_candidates(target.matrix, seen, Storage(pivoted=True), topology_family(topology), config)
     assert least < max(x.params for x in found if x.params <= most)

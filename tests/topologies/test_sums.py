@@ -244,7 +244,7 @@ def test_plans_choose_it_where_it_costs_less() -> None:
         assert tn.CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         made = model()
         tn.apply_plan(made, plan, statistics())
-        sensitivity = layer_sensitivity(all_targets(model())[0], "curvature", statistics(), 0.1)
+        sensitivity = layer_sensitivity(all_targets(model())[0], "curvature", statistics())
         assert sensitivity is not None
         rise = sensitivity.forecast.cost(spiked().double() - made[0].to_matrix().detach().double())
         assert 0.4 * layer.loss_increase < rise < 1.2 * layer.loss_increase

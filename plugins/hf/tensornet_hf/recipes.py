@@ -31,7 +31,6 @@ from tensornet.compression.allocate import Candidate, CostCurve, SurveyedLayer, 
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
 from tensornet.compression.surveying import survey_or_load
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet.io import write_file
 from tensornet.linalg.svd import OF_LAYER, check_finite
@@ -317,7 +316,7 @@ def type_candidates(
     """
     for target in targets:
         importance = _importance(target, stats, names)
-        sensitivity = layer_sensitivity(target, "curvature", stats, MOMENT_DAMPING, "nearest")
+        sensitivity = layer_sensitivity(target, "curvature", stats, "nearest")
         seen = sensitivity or Sensitivity(Weighting(), Weighting())
         count = EXPERT_ROWS if target.kinds[0].name == "part" else ROWS_OF_MATRIX
         losses = type_losses(target.matrix, (seen.weighting, seen.forecast), importance, count)

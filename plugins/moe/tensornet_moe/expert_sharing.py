@@ -15,7 +15,6 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import LayerPlan
 from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.compression.shared_cores import SharedCandidate
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.extension import ModelExtension, register_extension
 from tensornet.nn.linear import linear_from_stored
@@ -38,7 +37,7 @@ class ExpertSharing(ModelExtension):
         for group in stacks_of(targets):
             names = tuple(target.name for target in group)
             found[names] = []
-            known = [layer_sensitivity(target, "curvature", stats, MOMENT_DAMPING) for target in group]
+            known = [layer_sensitivity(target, "curvature", stats) for target in group]
             weights = [sensitivity for sensitivity in known if sensitivity is not None]
             if len(weights) < len(group):
                 continue

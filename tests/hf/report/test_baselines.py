@@ -8,7 +8,6 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.compression.sensitivity import forecast_weighting
-from tensornet.damping import MOMENT_DAMPING
 from tensornet.nn.targets import all_targets
 from tensornet.quantization import round_weight
 from tensornet_hf.report import GPTQ, NEAREST, SVD, baseline_configs, svd_itemsize
@@ -42,7 +41,7 @@ def test_predicts_what_it_makes_at_the_bytes_of_the_plan(made: Made, method: str
     assert 0.7 * plan.bytes_after < size <= 1.01 * plan.bytes_after
     loss = 0.0
     for target in all_targets(model):
-        weighting = forecast_weighting(target, stats, MOMENT_DAMPING)
+        weighting = forecast_weighting(target, stats)
         assert weighting is not None
         loss += weighting.cost(target.matrix.double() - dense(changed, target.name))
     exact = 1e-3 if method == SVD else 0.3
