@@ -38,6 +38,8 @@ TOLERANCE = 1e-3
 _WHOLE = 256
 #: Number of random starts, and number of sweeps after which only the best start is continued.
 _STARTS, _TRIAL_SWEEPS = 3, 5
+#: Largest number of sweeps over all cores from the best start.
+_MAX_SWEEPS = 200
 #: Conjugate gradient steps for each core after a random start; for small bonds, the first step is exact.
 _STEPS = 2
 #: Eigenvalues of a Gram matrix below this fraction of the largest count as zero.
@@ -112,25 +114,20 @@ def fit_network(
 
 
 @torch.no_grad()
-def fit_from_random(
-    matrix: Tensor, topology: Topology, *, max_sweeps: int = 200, tolerance: float = 1e-5, seed: int = 0
-) -> Fit:
+def fit_from_random(matrix: Tensor, topology: Topology) -> Fit:
     """Fit a network of any topology to a matrix by alternating least squares from several random starts.
 
-    After a few sweeps, only the best start is continued, until it converges.
+    After a few sweeps, only the best start is continued, until a sweep lowers the error by less than `1e-5`.
 
     Args:
         matrix: the matrix, shape `(out, in)`. Its elements must be finite and of moderate size.
         topology: topology of the network, for a matrix of this shape.
-        max_sweeps: largest number of sweeps over all cores.
-        tolerance: fitting stops after a sweep that lowers the error by less than this fraction.
-        seed: seed of the random starts.
 
     Returns:
         The fit, in double precision.
     """
     target = matrix.detach().to(working_dtype(matrix.dtype))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def fit(network: TensorNetwork, sweeps: int, settled: float) -> Fit:
         return fit_network(target, network, Weighting(), sweeps=sweeps, steps=_STEPS, tolerance=settled)
@@ -140,7 +137,7 @@ def fit_from_random(
         cores = random_cores(topology, generator=generator, dtype=torch.float64)
         trials.append(fit(TensorNetwork(topology, [core.to(target) for core in cores]), _TRIAL_SWEEPS, 0.0))
     best = min(trials, key=lambda trial: trial.cost)
-    rest = fit(best.network, max_sweeps - best.sweeps, 2 * tolerance)  # twice, for the squared error
+    rest = fit(best.network, _MAX_SWEEPS - best.sweeps, 2e-5)  # of the squared error
     return replace(rest, start=best.start, sweeps=best.sweeps + rest.sweeps)
 
 

@@ -256,20 +256,20 @@ class Walk:
             run_model(self.model, self.batches[number])
         return found[0]
 
-    def differentiates_arguments(self, number: int) -> bool:
-        """Return True if, on one batch, blocks get differentiable arguments besides the hidden state."""
+    def differentiates_arguments(self) -> bool:
+        """Return True if blocks get differentiable arguments besides the hidden state on the first batch."""
         found: list[bool] = []
 
         def step(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            call = Call(args, kwargs, self.calls[number][index].slot).with_hidden(None)
+            call = Call(args, kwargs, self.calls[0][index].slot).with_hidden(None)
             leaves = tree_leaves((call.args, dict(call.kwargs)))
             found.append(any(isinstance(x, Tensor) and x.requires_grad for x in leaves))
             if index == len(self.names) - 1:
                 raise Stop
-            return self._first[number]
+            return self._first[0]
 
         with torch.enable_grad(), replaced_blocks(self.model, self.names, step), suppress(Stop):
-            run_model(self.model, self.batches[number])
+            run_model(self.model, self.batches[0])
         return any(found)
 
     @contextmanager
@@ -353,7 +353,7 @@ def find_blocks(model: nn.Module, batch: Batch, loaded: Loaded = in_memory) -> t
     # Values that are not finite are equal here; the walk then names the layer that receives them.
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
     same = torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
-    return names if same and not walk.differentiates_arguments(0) else ()
+    return names if same and not walk.differentiates_arguments() else ()
 
 
 @contextmanager

@@ -465,7 +465,7 @@ def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Trunc
     values, vectors = torch.linalg.eigh(work @ work.mH)
     energies = values.flip(-1).clamp_min(0)
     rank = keep_rank(energies, cap, allowed)
-    found = _project(work, vectors.flip(-1)[..., :rank], "gram")
+    found = _project(work, vectors.flip(-1)[..., :rank])
     # Eigenvalues S^2 of a Gram matrix are accurate to eps * S_max^2. So a singular vector is orthogonal to
     # the others up to eps * (S_max / S)^2, which must be at most 1e-6 in single and 1e-10 in double
     # precision.
@@ -502,7 +502,7 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
     return None if missed else found
 
 
-def _project(work: Tensor, U: Tensor, method: str) -> TruncatedStack:
+def _project(work: Tensor, U: Tensor) -> TruncatedStack:
     """Compute the sorted SVD of matrices from their left singular vectors `U`."""
     projected = U.mH @ work  # shape: (*batch, rank, n); its rows are orthogonal up to rounding
     S, order = torch.linalg.vector_norm(projected, dim=-1).sort(dim=-1, descending=True, stable=True)
@@ -515,7 +515,7 @@ def _project(work: Tensor, U: Tensor, method: str) -> TruncatedStack:
     discarded = total - S.square().sum(-1)
     if bool((discarded < 1e-6 * total).any()):  # the difference of large numbers is inaccurate
         discarded = energy(work - U @ projected)
-    return TruncatedStack(U, S, Vh, discarded, method)
+    return TruncatedStack(U, S, Vh, discarded, "gram")
 
 
 def _flip(factors: TruncatedStack) -> TruncatedStack:

@@ -121,7 +121,7 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 @remembered
 @torch.no_grad()
-def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) -> WeightedSVD:
+def weighted_svd(matrix: Tensor, weighting: Weighting) -> WeightedSVD:
     """Compute the SVD of the whitened matrix, which gives the best approximations of all ranks.
 
     Only the moment of the shorter side of the matrix is factorized. For `out <= in`, the left singular
@@ -131,7 +131,6 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
     Args:
         matrix: the matrix `W`, shape `(out, in)`.
         weighting: sensitivity of the loss to errors; the moment of the shorter side should have full rank.
-        factors: whether to compute the factors; otherwise both are empty.
 
     Raises:
         NonFiniteError: the matrix or a moment contains NaN or infinity.
@@ -142,14 +141,12 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
     work = matrix.detach().to(working_dtype(matrix.dtype))
     rows, columns = (None if x is None else x.to(work) for x in (weighting.rows, weighting.columns))
     if work.shape[0] > work.shape[1]:
-        flipped = _short_side(work.T, columns, rows, factors)
+        flipped = _short_side(work.T, columns, rows)
         left, right = flipped.right.T, flipped.left.T
     else:
-        flipped = _short_side(work, rows, columns, factors)
+        flipped = _short_side(work, rows, columns)
         left, right = flipped.left, flipped.right
-    if factors:
-        left, right = fix_signs(left, right)
-    return WeightedSVD(flipped.values, flipped.error, left, right)
+    return WeightedSVD(flipped.values, flipped.error, *fix_signs(left, right))
 
 
 def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
@@ -265,16 +262,13 @@ def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
             )
 
 
-def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
+def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None) -> WeightedSVD:
     """Compute `weighted_svd` for `work: (m, n)` with `m <= n`, row moment `near` and column moment `far`."""
     lower, inverse = (None, None) if near is None else root(near)
     half = work if lower is None else times(transposed(lower), work)  # shape: (r, n), Lr^T W
     values, vectors = torch.linalg.eigh(half @ times(far, half.T))
     energies = values.flip(0).clamp_min(0)
     tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-    empty = work.new_zeros(0, 0)
-    if not factors:
-        return WeightedSVD(energies.sqrt(), tail / 2, empty, empty)
     basis = vectors.flip(1)
     left = basis if inverse is None else times(transposed(inverse), basis)
     return WeightedSVD(energies.sqrt(), tail / 2, left, basis.T @ half)

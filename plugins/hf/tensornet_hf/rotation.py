@@ -127,12 +127,11 @@ def rotated_folder(folder: Path, weights: str | Path | None, work: Path) -> Path
 
 
 @torch.no_grad()
-def rotate_lazily(lazy: LazyModel, seed: int = 0) -> LazyModel:
+def rotate_lazily(lazy: LazyModel) -> LazyModel:
     """Open a model as it is after `rotate`: weights are rotated whenever they are read from the files.
 
     Args:
         lazy: the dense model, which is changed and must not be used afterwards.
-        seed: see `rotate`.
 
     Raises:
         TargetError: the model has another structure, or rotation changes its logits.
@@ -141,7 +140,7 @@ def rotate_lazily(lazy: LazyModel, seed: int = 0) -> LazyModel:
     layers = _layers(model)
     with lazy.loaded(layers[name] for name in layers if _is_norm(layers[name])):
         gains = _gains(layers)
-    changes = _changes(model, layers, gains, seed)
+    changes = _changes(model, layers, gains, seed=0)
     before = _logits_by_block(lazy)
     stored = dict(model.named_parameters(remove_duplicate=False))
     origins, source = dict(lazy.origins), lazy.source
