@@ -52,9 +52,10 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
     Logits change only by rounding, and outliers of the weights are spread over rows and columns. Whether this
     helps depends on the model and the method: on SmolLM2, rotation did not lower the loss of calibrated
-    plans; with rounding to nearest at 3 bits, it raised the loss (docs/guides/language_models.md). Gains of
-    norms are folded into the layers that follow. If the output head is tied to the embedding, it becomes a
-    separate weight, so model and file grow by `vocab_size * hidden_size` weights.
+    plans; with rounding to nearest at 3 bits, it increased the loss (docs/guides/language_models.md).
+
+    Gains of norms are folded into the layers that follow. If the output head is tied to the embedding, it
+    becomes a separate weight, so model and file grow by `vocab_size * hidden_size` weights.
 
     The model must have the structure of Llama, Mistral, Qwen 2 or Qwen 3: blocks with RMS norms before
     attention and MLP, with or without biases. Products are computed in float64 on the CPU. The model is

@@ -80,7 +80,9 @@ def _for_network(number_format: NumberFormat) -> bool:
 
 
 class BankExtension(ModelExtension):
-    """Extension that rounds cores of banks if `tensornet.compress` gets one format or `bits_per_weight`.
+    """Extension that rounds the cores of expert banks when `tensornet.compress` compresses a model.
+
+    Banks are rounded if the configuration lists a single number format, or if it has `bits_per_weight`.
 
     User-defined banks keep their dtype. In `LowRankDeltaExperts`, only the base is rounded, not the deltas.
     """

@@ -413,7 +413,7 @@ def shared_candidates(
     The rounding error of a shared core is the same in all experts, so it adds up over the experts of a token.
     The moments of single experts do not contain this effect: with equal combine weights the loss increase is
     `per_token` times what they predict. In a trained mixture (8 experts, 2 per token), errors of shared cores
-    raised the loss 1.4 to 2.6 times as much as errors of private cores with the same predicted loss.
+    increased the loss 1.4 to 2.6 times as much as errors of private cores with the same predicted loss.
 
     Args:
         pattern: a key of `PATTERNS`.

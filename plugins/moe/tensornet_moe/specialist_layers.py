@@ -734,7 +734,7 @@ class Specialists:
             if function is not None and getattr(function, "func", None) is not _checkpoint_in_use:
                 setattr(module, name, partial(_checkpoint_in_use, function))
         chosen: dict[SpecialistLinear, tuple[tuple[Part, ...], Tensor | None]] = {}
-        indices: dict[tuple[Any, ...], Tensor] = {}  # of rows, by the specialists and the device of a layer
+        indices: dict[tuple[Any, ...], Tensor] = {}  # indices of rows, by specialists and device
         for layer in self.layers.values():
             known = tuple(name for name in weights if name in layer.specialists)
             key = (layer.weight.device, *known)

@@ -268,7 +268,7 @@ def _pack_stack(
 
 
 class Tensors(NamedTuple):
-    """The tensors of a packed model, as a description of its files needs them.
+    """The tensors of a packed model, and where their bytes come from.
 
     Args:
         facts: dtype as named in the header of a safetensors file, shape, and length in bytes, by name.
