@@ -28,7 +28,7 @@ from tensornet.compression.allocate import (
     uniform,
 )
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.plan import scheme_name
+from tensornet.compression.plan import LayerPlan, scheme_name
 from tensornet.compression.report import model_size
 from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat
@@ -240,3 +240,12 @@ def test_budgets_that_nothing_keeps() -> None:
         replace(prepared, layers=int8).plan(bits_per_weight=4)
     with pytest.raises(tn.errors.BudgetError, match="max_bytes=100"):
         prepared.plan(max_bytes=100)
+
+
+@pytest.mark.parametrize(("number_format", "rank"), [("int4", 4), ("float", 32)])
+def test_the_plain_svd_beside_integers_has_as_many_bytes(number_format: str, rank: int) -> None:
+    topology = tn.topologies.dense(out_features=64, in_features=64)
+    storage = Storage(number_format=NumberFormat.parse(number_format))
+    layer = LayerPlan("0", (64, 64), topology, "max_bytes", None, None, storage).with_baseline([1.0] * 64)
+    assert layer.bytes_after // (4 * (64 + 64)) == rank
+    assert layer.baseline_error == pytest.approx((1 - rank / 64) ** 0.5)

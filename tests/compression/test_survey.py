@@ -27,7 +27,7 @@ from tensornet.calibration.calibrate import MomentRecorder, observed
 from tensornet.calibration.losses import default_losses
 from tensornet.compression import Survey, survey_from_stats
 from tensornet.compression.candidates import find_candidates
-from tensornet.compression.survey import content_digest
+from tensornet.compression.survey import content_digest, untargeted_sizes
 from tensornet.compression.write import moment_of
 from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError
 from tensornet.nn.targets import list_weights
@@ -535,3 +535,14 @@ def test_an_embedding_may_be_the_first_block() -> None:
     survey = tn.survey(model, [ids], CONFIG, loss_fn=loss_fn)
     assert [x.name for x in survey.layers] == ["0", "1", "2"]
     assert all(min(x.predicted_loss for x in layer.candidates) >= 0 for layer in survey.layers)
+
+
+def test_what_is_not_targeted_is_at_least_the_rest_of_the_file() -> None:
+    """Budgets of the whole model count buffers and the header, too."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(1000))
+    with unfused(model):
+        targets = [x for x in list_weights(model) if x.name == "0"]
+    params, parameter_bytes, others = untargeted_sizes(model, targets)
+    file = len(safetensors.torch.save(model.state_dict()))
+    assert (params, parameter_bytes) == (8 + 2 * 1000, 4 * (8 + 2 * 1000))
+    assert file - 4 * 64 <= parameter_bytes + others <= file + 1000

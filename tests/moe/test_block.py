@@ -298,6 +298,8 @@ def test_a_used_mixture_can_be_copied_and_pickled() -> None:
 def test_a_description_makes_an_empty_twin(router: str) -> None:
     moe = make_moe(router, gated=True, always=True, dropout=0.1, z_coef=0.5)
     twin = build_module(moe.spec(), device="meta", dtype=torch.float64)
+    facts = [{name: (x.dtype, x.shape) for name, x in each.state_dict().items()} for each in (twin, moe)]
+    assert facts[0] == facts[1]
     twin.to_empty(device="cpu").load_state_dict(moe.state_dict())
     assert twin.spec() == moe.spec()
     x = torch.randn(9, FEATURES, dtype=torch.float64)
