@@ -148,6 +148,20 @@ def test_a_step_moves_each_bias_towards_an_even_load(balance: str, checkpointed:
         tm.update_biases(model)
 
 
+def test_the_load_of_one_pool_moves_no_bias_of_another() -> None:
+    pools = [tm.ExpertPool(network(), balance="pool", label=f"pool{k}") for k in range(2)]
+    layers = []
+    for favourite, pool in enumerate(pools):
+        router = tm.SwitchRouter(FEATURES, E, bias_rate=0.01)
+        nn.init.zeros_(router.weight)
+        router.bias_steps[favourite] = 1  # type: ignore[index]
+        layers.append(tm.SharedCoreMoE(router, pool, balance_coef=0))
+        layers[-1](torch.randn(8, FEATURES))
+    tm.update_biases(nn.ModuleList([*pools, *layers]))
+    for favourite, layer in enumerate(layers):
+        assert layer.router.bias_steps.tolist() == [int(k != favourite) for k in range(E)]
+
+
 def test_biases_make_the_load_even() -> None:
     torch.manual_seed(0)
     model = Model(bias_rate=0.005).to(torch.bfloat16)  # steps are exact in half precision
