@@ -495,7 +495,9 @@ class MPO:
                 result = square if result is None else result @ square
             power //= 2
             square = square @ square if power else square
-        return self._identity_like() if result is None else result
+        if result is None:
+            return self._like(algebra.identity_chain(self.out_dims, self.in_dims, like=self.cores[0]))
+        return result
 
     def hadamard(self, other: "MPO") -> "MPO":
         """Multiply two operators element by element; their bond sizes multiply.
@@ -713,10 +715,6 @@ class MPO:
         same = self._like(cores, error=self.error)
         same._log_distance, same.truncation_error = self._log_distance, self.truncation_error
         return same
-
-    def _identity_like(self) -> "MPO":
-        cores = algebra.identity_chain(self.out_dims, self.in_dims, like=self.cores[0])
-        return self._like(cores)
 
     def _log_norm(self) -> float:
         return float(self.log_norm().detach())

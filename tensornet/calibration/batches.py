@@ -66,7 +66,8 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
         if len(given) == 2:
             batch["labels"] = given[1]
     elif isinstance(given, Tensor):
-        name = _first_argument(model)
+        names, _ = _arguments(model)
+        name = names[0] if names else _FIRST
         if name == _FIRST and given.ndim < 2:
             raise TargetError(
                 f"A tensor of token indices must have shape (rows, tokens), got {tuple(given.shape)}; pass a "
@@ -135,11 +136,6 @@ def _arguments(model: nn.Module) -> tuple[list[str], bool]:
         [name for name, parameter in kinds.items() if parameter.kind in by_name],
         any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in kinds.values()),
     )
-
-
-def _first_argument(model: nn.Module) -> str:
-    names, _ = _arguments(model)
-    return names[0] if names else _FIRST
 
 
 def _described(given: Any) -> str:

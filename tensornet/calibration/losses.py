@@ -209,9 +209,10 @@ class BatchLoss:
             if field(self.output, "loss") is not None:
                 return "own"
             inputs = self.batch.get("input_ids", torch.empty(0))
-            if given and not (inputs.shape == labels.shape and _equal_where_scored(inputs, labels)):
-                return "cross entropy"
-            return "none" if given else "outputs"
+            if not given:
+                return "outputs"
+            same = inputs.shape == labels.shape and bool(((inputs == labels) | (labels == IGNORED)).all())
+            return "none" if same else "cross entropy"
         if isinstance(self.output, Tensor):
             fits = labels is not None and labels.is_floating_point() and labels.shape == self.output.shape
             return "squared error" if fits else "none" if given else "outputs"
@@ -278,10 +279,6 @@ class BatchLoss:
             "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
             "tensornet.compress(model, config, calibration=stats)."
         )
-
-
-def _equal_where_scored(inputs: Tensor, labels: Tensor) -> bool:
-    return bool(((inputs == labels) | (labels == IGNORED)).all())
 
 
 @torch.no_grad()

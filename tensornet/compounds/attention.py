@@ -21,7 +21,7 @@ class MatrixAttention(Compound):
 
     def __init__(self, stock: nn.MultiheadAttention, shared: Shared) -> None:
         width = stock.embed_dim
-        if stock._qkv_same_embed_dim:
+        if stock.in_proj_weight is not None:
             stacks = [StackedMatrices("in_proj_weight", _INPUTS, width)]
         else:
             widths = zip(_INPUTS, (width, stock.kdim, stock.vdim), strict=True)
@@ -79,7 +79,9 @@ class MatrixAttention(Compound):
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         # shape of `mixed`: (batch, heads, length, head_dim)
-        y = self.get_submodule("out_proj")(self._as_given(mixed.transpose(1, 2).flatten(2), query))
+        y = mixed.transpose(1, 2).flatten(2)
+        y = y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
+        y = self.get_submodule("out_proj")(y)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights[0] if query.ndim == 2 else weights
@@ -94,9 +96,6 @@ class MatrixAttention(Compound):
             y = y[None] if x.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
             found.append(y.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2))
         return found
-
-    def _as_given(self, y: Tensor, query: Tensor) -> Tensor:
-        return y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
 
     def _mask(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Combine the attention mask and the padding mask into one that broadcasts to the attention scores.

@@ -41,7 +41,7 @@ class MatrixConvolution(Compound):
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
         # As in F.pad, the last dimension comes first. The padding at the two ends of a dimension may differ
-        # (`padding="same"`).
+        # (`padding="same"`); then only this private attribute has the widths.
         self.pads = tuple(stock._reversed_padding_repeated_twice)
 
     @classmethod

@@ -1,6 +1,6 @@
 """Replace `nn.RNN`, `nn.LSTM` and `nn.GRU` by a module with one linear layer for each matrix."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class MatrixRecurrence(Compound):
     def matches(cls, module: nn.Module) -> bool:
         """Return True if all weights are parameters of the module itself."""
         assert isinstance(module, nn.RNNBase)
+        # The list of names is private; the public `all_weights` only has the tensors.
         return own_parameters(module).keys() == set(module._flat_weights_names)
 
     def forward(
@@ -115,7 +116,8 @@ class MatrixRecurrence(Compound):
         return states if order is None else tuple(state.index_select(1, order) for state in states)
 
     def _fused(self, x: Tensor, sizes: Tensor | None, states: State) -> tuple[Tensor, State]:
-        flat = [t for suffix in self._suffixes() for t in self._weights(suffix)]
+        suffixes = (suffix for layer in range(self.num_layers) for suffix in self._suffixes_of(layer))
+        flat = [t for suffix in suffixes for t in self._weights(suffix)]
         flat = in_one_chunk(flat) if x.is_cuda else flat
         hx = states if self.mode == "LSTM" else states[0]
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
@@ -125,12 +127,6 @@ class MatrixRecurrence(Compound):
         else:
             y, *after = run(x, sizes, hx, flat, *options)
         return y, tuple(after)
-
-    def _suffixes(self) -> Iterator[str]:
-        for layer in range(self.num_layers):
-            yield f"l{layer}"
-            if self.bidirectional:
-                yield f"l{layer}_reverse"
 
     def _weights(self, suffix: str) -> list[Tensor]:
         """Collect the weights and biases of one layer and direction, in the order of the fused operation."""

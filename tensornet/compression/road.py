@@ -33,11 +33,6 @@ from tensornet.nn.targets import Target, list_weights
 from tensornet.nn.unfuse import unfused
 
 
-def _forgotten(name: str) -> Any:
-    """Keep hidden states in memory."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Source:
     """A dense model to compress.
@@ -53,7 +48,7 @@ class Source:
     model: nn.Module
     loaded: Loaded = in_memory
     device: torch.device | None = None
-    states: Callable[[str], Any] = _forgotten
+    states: Callable[[str], Any] = lambda _: {}
 
 
 class Planned(NamedTuple):

@@ -159,7 +159,9 @@ def compress_blocks(
         states = {} if states is None else states
         walk = Walk(model, blocks, given, states, loaded)
         count = sum(map(tokens_of, given))
-        tables = [x for x in targets if blocks and _is_table(x) and not block_of(x.name, blocks)]
+        # A tied head may use the same weight as an embedding.
+        embeddings = [x for x in targets if any(kind.name == "embedding" for kind in x.kinds)]
+        tables = [x for x in embeddings if blocks and not block_of(x.name, blocks)]
         start = states.complete(len(given)) if isinstance(states, Resumable) and plan.reads_data else 0
         before = [x.name for x in targets if x in tables or block_of(x.name, blocks) in blocks[:start]]
         if start and not all(map(written, before)):
@@ -331,11 +333,6 @@ def moment_of(factor: Tensor, device: torch.device) -> Tensor:
 def _is_network(layer: LayerPlan) -> bool:
     """Return True if a layer becomes a network, not a dense matrix in a number format."""
     return layer.topology is not None and layer.topology.family != "dense"
-
-
-def _is_table(target: Target) -> bool:
-    """Return True if an embedding uses a weight, possibly together with a tied head."""
-    return any(kind.name == "embedding" for kind in target.kinds)
 
 
 @contextmanager

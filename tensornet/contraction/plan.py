@@ -685,6 +685,7 @@ def _may_write(cores: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
         return False
     recording = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+    # The level of forward-mode derivatives is private; public is only the context manager `dual_level`.
     return not recording and forward_ad._current_level < 0
 
 

@@ -199,6 +199,7 @@ def _(scales: Tensor, rows: int, half: int) -> Tensor:
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Compute `x W^T` for `x: (tokens, in)`, from a `KernelMatrix` whose `products` is 1."""
     group = x.shape[1] // scales.shape[0]
+    # The operation is private, but torch has no public product of floats with 4-bit weights.
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, codes, group, scales)
     return y
 

@@ -107,6 +107,7 @@ class PackedMatrix:
         codes, scales = self.codes.view(torch.int8), self.scales.reshape(-1)
         if not torch.compiler.is_compiling():
             x, codes = aligned(x), aligned(codes)
+        # The operation is private, but torch has no public product of floats with int8 weights.
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, codes, scales)
         return y
 

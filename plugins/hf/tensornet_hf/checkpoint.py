@@ -429,7 +429,8 @@ def compile_generation(model: PreTrainedModel) -> None:
         )
 
     # torch shares compiled code between equal backends. Each model needs a backend function of its own, since
-    # the guards that would distinguish models are disabled below.
+    # the guards that would distinguish models are disabled below. torch finds a backend by its name only in
+    # the private package `torch._dynamo`.
     def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         return lookup_backend("inductor")(graph, inputs)
 

@@ -164,7 +164,9 @@ class LazyModel:
                     views[id(layer.matrix)] = self._known[id(parameter)][1], number, stack
         names = {id(module): name for name, module in self.model.named_modules()}
         modules = list(modules)
-        converted = {id(x) for m in modules if not _multiplies(m) for x in m.parameters(recurse=False)}
+        multiply = (nn.Embedding.forward, nn.Linear.forward)  # these only look up rows, or only multiply
+        others = [m for m in modules if type(m).forward not in multiply]
+        converted = {id(x) for m in others for x in m.parameters(recurse=False)}
         before: list[tuple[nn.Module, str, Any]] = []
         held: dict[int, Tensor] = {}
         try:
@@ -225,11 +227,6 @@ class LazyModel:
             return origin.read().reshape(tensor.shape)
         matrix = origin.read(number, len(stack.names)).reshape(-1, stack.columns)
         return matrix.T if stack.transposed else matrix
-
-
-def _multiplies(module: nn.Module) -> bool:
-    """Return True if a module only looks up rows of its weight, or only multiplies by it."""
-    return type(module).forward in (nn.Embedding.forward, nn.Linear.forward)
 
 
 def _looked_up(forward: Callable[..., Tensor], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
@@ -295,6 +292,7 @@ def open_lazily(source: Checkpoint) -> LazyModel:
             renamed[name] = key
 
     there = {id(tensor) for name, tensor in state.items() if name in renamed or name in stacked}
+    # This attribute is private, but only it names the weights that files of some architectures leave out.
     ignored = [re.compile(x) for x in model._keys_to_ignore_on_save or ()]
     absent = [name for name, x in model.named_parameters() if id(x) not in there]
     computed = {name for name in absent if any(x.search(name) for x in ignored)}
@@ -477,14 +475,10 @@ def _put_in_place(model: PreTrainedModel, found: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in found and id(parameter) not in made:
             made[id(parameter)] = nn.Parameter(found[name], requires_grad=False)
-    for name, tensor in _named_tensors(model):
+    buffers = list(model.named_buffers(remove_duplicate=False))
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *buffers]:
         new = made.get(id(tensor), found.get(name)) if isinstance(tensor, nn.Parameter) else found.get(name)
         if new is not None:
             new._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, new)
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from list(model.named_parameters(remove_duplicate=False))
-    yield from list(model.named_buffers(remove_duplicate=False))

@@ -264,7 +264,8 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"count": compact_count, "size": compact_bytes, "loss": _short_loss}
+    environment.filters |= {"count": compact_count, "size": compact_bytes}
+    environment.filters["loss"] = lambda x: "–" if x is None else f"{x:.2g}"
     environment.filters["increase"] = lambda x: "0.0000" if abs(x) < _NOTHING else f"{x:+.4f}"
     text = (files("tensornet_hf") / "data" / "report.html.j2").read_text(encoding="utf-8")
     pictures = draw_report(page.report.plan, page.models[1:], page.losses, _COLORS)
@@ -280,10 +281,6 @@ def render(page: Page) -> str:
         pictures={name: Markup(svg) for name, svg in pictures.items()},
         with_svd=any(layer.baseline_error is not None for layer in page.report.plan),
     )
-
-
-def _short_loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
 
 
 def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:

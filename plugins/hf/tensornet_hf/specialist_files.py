@@ -143,7 +143,7 @@ class PretrainedSpecialists(tm.Specialists):
                     "with force=True; Specialists.movement says how much they moved."
                 )
         path = (
-            trunk or (old and old.trunk) or getattr(getattr(self.model, "config", None), "_name_or_path", "")
+            trunk or (old and old.trunk) or getattr(getattr(self.model, "config", None), "name_or_path", "")
         )
         if path and Path(path).expanduser().is_dir():
             path = str(Path(path).expanduser().resolve())

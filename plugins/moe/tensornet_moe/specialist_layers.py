@@ -513,6 +513,7 @@ def attach(
     made: dict[str, SpecialistLinear] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
+        # Private, but the public `named_children` leaves out the second name of a child.
         for key, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, key))
     for name, (topology, shared, owner) in forms.items():

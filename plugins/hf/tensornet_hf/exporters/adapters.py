@@ -44,7 +44,7 @@ def export_peft_adapter(
     """
     dtypes: dict[str, Any] = {name: model.get_submodule(name).weight.dtype for name in low_ranks}
     tensors, config = peft_adapter(low_ranks, dtypes)
-    origin = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    origin = getattr(getattr(model, "config", None), "name_or_path", None) or None
     transposed = bool(_transposed(model, low_ranks))
     config |= {"base_model_name_or_path": origin, "fan_in_fan_out": transposed}
     _write(destination, "adapter_model.safetensors", tensors, config, force=force)

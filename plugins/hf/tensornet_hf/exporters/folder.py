@@ -225,6 +225,7 @@ def stack_rows(
     if len(shape) == 2 and not isinstance(compound.stock, nn.Linear):
         return {}
     # A compressed model that was loaded has no conversions (see `get_state_dict_and_metadata`).
+    # The attribute is private, but `revert_weight_conversion` reads nothing else.
     model = copy.copy(model)
     model._weight_conversions = getattr(model, "_weight_conversions", None) or None  # type: ignore[assignment]
     numbers = torch.arange(math.prod(shape[:-1])).view(*shape[:-1], 1)
