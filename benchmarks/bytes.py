@@ -56,9 +56,9 @@ PEERS = ("torchao", "hqq", "gptq", "autoround")
 OURS: dict[str, dict[str, Any]] = {
     "plan": {},
     "thorough-plan": {"effort": "thorough"},
-    "two-sided": {"formats": ("int{}:g32:float8",), "rounding": "two_sided"},
-    "one-sided": {"formats": ("int{}:g64",), "rounding": "one_sided"},
-    "nearest": {"formats": ("int{}:g64",), "objective": "weight", "rounding": "nearest"},
+    "two-sided": {"formats": ("int{}:g32:float8",)},
+    "one-sided": {"formats": ("int{}:g64",), "method": "gptq"},
+    "nearest": {"formats": ("int{}:g64",), "method": "nearest"},
 }
 PLANS = ("plan", "thorough-plan")
 #: Methods measured with every seed of the calibration windows. The others use no text, or take too long.

@@ -53,19 +53,15 @@ class Method:
 
 
 METHODS = {
-    "svd": Method("truncated SVD of the weights", {"objective": "weight", "topology": "low_rank"}),
+    "svd": Method("truncated SVD of the weights", {"method": "svd", "topology": "low_rank"}),
     "mpo": Method(
         "MPO of the weights, 3 sites",
-        {"objective": "weight", "topology": "mpo", "topology_options": {"sites": 3}},
+        {"method": "svd", "topology": "mpo", "topology_options": {"sites": 3}},
     ),
-    "svd_llm": Method("SVD whitened by inputs (SVD-LLM)", {"objective": "activation", "pivoted": False}),
-    "ours": Method("low rank by curvature (ours)", {"objective": "curvature"}),
-    "ours_two_texts": Method(
-        "low rank by curvature of two texts (ours)", {"objective": "curvature"}, ("calibration", "kernel")
-    ),
-    "mpo2": Method(
-        "MPO, 2 sites, ours", {"objective": "curvature", "topology": "mpo", "topology_options": {"sites": 2}}
-    ),
+    "svd_llm": Method("SVD whitened by inputs (SVD-LLM)", {"method": "gptq"}),
+    "ours": Method("low rank by curvature (ours)", {}),
+    "ours_two_texts": Method("low rank by curvature of two texts (ours)", {}, ("calibration", "kernel")),
+    "mpo2": Method("MPO, 2 sites, ours", {"topology": "mpo", "topology_options": {"sites": 2}}),
 }
 
 
@@ -215,7 +211,7 @@ class Bench:
         config = tn.CompressionConfig(
             target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
         )
-        if config.objective == "weight":  # each layer is planned alone, so there is no survey
+        if config.method == "svd":  # each layer is planned alone, so there is no survey
             return tn.plan(model, config)
         key = (job.method, job.layers)
         whole = self.surveys.get((job.method, "all"))

@@ -39,7 +39,7 @@ from harness import RECORDS, peak_mib, record
 #: Workers are forked from a process that has imported all modules; the time of imports is not of interest.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tensornet_hf"])
-HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+HALF = tn.CompressionConfig(param_ratio=0.5, method="svd")
 
 
 @dataclass(frozen=True)

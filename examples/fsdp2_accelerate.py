@@ -36,7 +36,7 @@ def main():
     # Without calibration every process computes the same cores. To calibrate, compress the model once with
     # `tensornet compress` and load the result here.
     model = AutoModelForCausalLM.from_pretrained(source)
-    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
 
     tokens = torch.tensor(AutoTokenizer.from_pretrained(source)(text, verbose=False).input_ids)
     data = tokens[: len(tokens) // WINDOW * WINDOW].reshape(-1, WINDOW)
@@ -60,7 +60,7 @@ def main():
     state = accelerator.get_state_dict(model)  # the first process gets all tensors
     if accelerator.is_main_process:
         whole = AutoModelForCausalLM.from_pretrained(source)
-        tn.compress(whole, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+        tn.compress(whole, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
         whole.load_state_dict(state)
         th.save(whole, output, source=source)
         print(f"saved {type(th.load(output)).__name__} in {output}")

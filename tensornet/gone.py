@@ -18,7 +18,12 @@ GONE = {
     "prices": "use survey=",
     "byte_ratio": "use max_bytes= for the whole file, or bits_per_weight= for the targeted layers",
     "damping": "it is the constant tensornet.damping.MOMENT_DAMPING",
+    "max_bond": 'use topology_options={"max_bond": 64}',
+    "objective": "use method='nearest' for formats or method='svd' for networks without data, or 'gptq'",
+    "pivoted": "networks that are planned with calibration data are pivoted",
+    "rel_error": 'use topology_options={"rel_error": 0.1}',
     "require_calibrated": "turn the CalibrationWarning about layers that never ran into an error",
+    "rounding": "use method='gptq' or method='nearest'",
     "sites": 'use topology_options={"sites": 4}',
     "whole_model": "max_bytes= counts the whole file, and bits_per_weight= the targeted layers",
 }

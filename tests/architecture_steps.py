@@ -217,7 +217,7 @@ def sixty(trial: Trial) -> None:
 def file_to_file(trial: Trial) -> None:
     """`compress_folder` writes the same model as compressing in memory."""
     trial.dense.save_pretrained(trial.folder / "dense")
-    config = replace(SIXTY, objective="weight")
+    config = replace(SIXTY, method="svd")
     compress_files(trial.folder / "dense", trial.folder / "small", config)
     model, small = th.load(trial.folder / "small"), th.load(trial.folder / "dense")
     tn.compress(small, config, progress=False)

@@ -26,7 +26,7 @@ def model_of(form: str) -> nn.Sequential:
     """Two compressed layers, the same in every process."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.GELU(), nn.Linear(FEATURES, CLASSES))
-    config = tn.CompressionConfig(target_modules="all", formats=("int4",), objective="weight")
+    config = tn.CompressionConfig(target_modules="all", formats=("int4",), method="nearest")
     plan = tn.plan(model, config)
     for layer in plan:
         rows, columns = layer.shape

@@ -17,12 +17,8 @@ def compress_files(
     source: str | Path, destination: str | Path, config: Any, **options: Any
 ) -> tn.CompressionReport:
     """Without data, the errors of the weights are minimized, as `tn.compress` does."""
-    if (
-        isinstance(config, tn.CompressionConfig)
-        and config.objective == "auto"
-        and "calibration" not in options
-    ):
-        config = replace(config, objective="weight")
+    if isinstance(config, tn.CompressionConfig) and config.method == "auto" and "calibration" not in options:
+        config = replace(config, method="nearest" if config.formats else "svd")
     return th.compress_folder(source, destination, config, th.CompressOptions(**options))
 
 

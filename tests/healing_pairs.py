@@ -21,7 +21,7 @@ TRAINING: dict[str, Any] = {
     "use_cpu": True,
     "save_strategy": "no",
 }
-CONFIG = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank", pivoted=True)
+CONFIG = tn.CompressionConfig(param_ratio=0.5, method="svd", topology="low_rank")
 
 
 def batches(count: int = 4) -> list[Tensor]:

@@ -262,7 +262,7 @@ class BatchLoss:
                 f"{name} returns a tensor of shape {tuple(self.output.shape)}, and the batch has "
                 f"{what}, so no loss can be computed. Pass pairs (inputs, labels), where labels are class "
                 "indices, one for each row of logits, or floating-point numbers in the shape of the output; "
-                "or choose objective='activation', which needs no loss; or call tensornet.calibrate with a "
+                "or choose method='gptq', which needs no loss; or call tensornet.calibrate with a "
                 "loss_fn, a function (model, batch) -> losses of shape (tokens,), and pass "
                 "calibration=statistics."
             )

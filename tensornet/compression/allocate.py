@@ -466,8 +466,7 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
             text = (
                 f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, such as layers whose "
                 "rows fit no given number format (name others, or exclude the layers), or whose gradients "
-                "are zero in calibration (exclude the layers, or choose objective='activation', which needs "
-                "none)."
+                "are zero in calibration (exclude the layers)."
             )
             order = sorted(range(len(names)), key=lambda k: least[k], reverse=True)
             shown = ", ".join(f"{names[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])

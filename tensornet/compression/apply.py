@@ -85,7 +85,7 @@ def apply_plan(
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
-        >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=4, topology="low_rank"))
+        >>> plan = tn.plan(model, tn.CompressionConfig(topology_options={"max_bond": 4}))
         >>> errors = tn.apply_plan(model, plan)
         >>> model[0].topology.bond_dims, sorted(errors)
         ({'b0': 1, 'b1': 4, 'b2': 1}, ['0'])
@@ -238,7 +238,7 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
-        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> _ = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
         >>> type(model[0]).__name__, type(tn.decompress(model)[0]).__name__
         ('MPOLinear', 'Linear')
     """

@@ -125,7 +125,7 @@ def _of_layer(
         BudgetError: no candidate is left.
     """
     matrix = target.matrix
-    pivoted = objective != "weight" if config.pivoted is None else config.pivoted
+    pivoted = objective != "weight"
     # With calibration data, chains are not planned, since low rank is better. Nor are residual networks:
     # their losses are known only after rounding, so planning would take six times as long, for 1 % less loss.
     chains = ("mpo",) if config.topology == AUTO else ()
@@ -161,7 +161,7 @@ def _given(target: Target, sensitivity: Sensitivity | None, config: CompressionC
     matrix, seen = target.matrix, sensitivity or Sensitivity(Weighting(), Weighting())
     shape = (matrix.shape[0], matrix.shape[1])
     topology = topology_of_shape(config.fixed, shape, f"Layer {target.name!r}")
-    storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
+    storage = Storage().for_topology(topology)
     made = topology_family(topology.family).fit(matrix, topology, seen.weighting)
     losses = _losses(matrix, made.network.to_matrix(), seen)
     sizes = storage.num_bytes(topology, matrix.dtype), storage.num_params(topology)
@@ -231,7 +231,7 @@ def network_candidates(
         TopologyError: an option is unknown, or does not fit the matrix.
     """
     counts = {} if counts is None else counts
-    options, max_bond = config.topology_options or {}, config.max_bond
+    options, max_bond = config.family_options, config.max_bond
     rows, columns = matrix.shape
     number_format = storage.number_format
     if number_format.is_integer:  # bisect for the largest bond whose network is smaller than the dense matrix

@@ -161,16 +161,16 @@ def gather(
     if missing and needed and (provided := provided_data(model)) is not None:
         data = provided
         warning = f"using {data.source}. Text from the intended use gives a better model. {advice}."
-    elif missing and needed and isinstance(config, CompressionConfig) and config.objective == "auto":
+    elif missing and needed and isinstance(config, CompressionConfig) and config.method == "auto":
         if config.one_format_keeps:
             warning = (
                 f"all layers of {name} get one number format, int8 unless formats= names others, rounded to "
-                f"nearest. {advice} for fewer bits with less loss, or objective='weight' to confirm."
+                f"nearest. {advice} for fewer bits with less loss, or method='nearest' to confirm."
             )
         elif not config.needs_curvature:
             warning = (
                 f"{name} is compressed by the error of its weights alone, which increases the loss much more "
-                f"than necessary. {advice}, or objective='weight' to confirm."
+                f"than necessary. {advice}, or method='svd' to confirm."
             )
     if warning:
         warnings.warn(f"No calibration data: {warning}", CalibrationWarning, stacklevel=3)

@@ -21,9 +21,19 @@ from tensornet.topologies.base import check_options
 from tensornet.topologies.registry import fixed_topologies
 from tensornet.topology import Topology
 
-Objective = Literal["auto", "weight", "activation", "curvature"]
-OBJECTIVES = ("auto", "weight", "activation", "curvature")
-ROUNDINGS = get_args(Rounding)
+Method = Literal["auto", "gptq", "nearest", "svd"]
+METHODS = get_args(Method)
+#: How each method rounds integers.
+ROUNDING_OF: dict[str, Rounding] = {
+    "auto": "two_sided",
+    "gptq": "one_sided",
+    "nearest": "nearest",
+    "svd": "nearest",
+}
+#: Methods that need no calibration data.
+WITHOUT_DATA = ("nearest", "svd")
+#: Limits on each network, which are given among the options of its topology.
+NETWORK_LIMITS = ("max_bond", "rel_error")
 Effort = Literal["fast", "thorough"]
 EFFORTS = get_args(Effort)
 AUTO = "auto"
@@ -78,17 +88,17 @@ class CompressionConfig(LayerSelection):
             With calibration data `"auto"` means low rank, which is better than chains on pretrained layers.
             A `Topology` is allowed too, or a list of topologies for matrices of different shapes. Every
             targeted layer then gets the topology of its shape, and budgets are not allowed.
-        topology_options: option of the topology family, such as sites=4. In Python, a dictionary of options
-            of the family's `build`, such as `{"out_dims": (8, 96)}`. An option that does not fit a layer
-            raises an error when this layer is planned. Leg sizes that are not given are chosen by the
-            predicted loss, if there is calibration data.
-        max_bond: largest bond of every network.
-        rel_error: largest relative error of each weight (Frobenius norm).
-        param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. With the curvature
-            objective, the limit is for all layers together; with other objectives, for each layer.
+        topology_options: option of the topology, such as max_bond=64 or sites=4. In Python, a dictionary. It
+            may contain two limits for every network: `max_bond`, the largest bond, and `rel_error`, the
+            largest relative error of the weight (Frobenius norm). Other options are those of the family's
+            `build`, such as `{"out_dims": (8, 96)}`. An option that does not fit a layer raises an error when
+            this layer is planned. Leg sizes that are not given are chosen by the predicted loss, if there is
+            calibration data.
+        param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. If the loss increase
+            is predicted, the limit is for all layers together; if not, for each layer.
         bits_per_weight: mean bits per weight of the targeted layers, scales included, such as 4.25. All
-            budgets of bytes need calibrated gradients; without calibration data, all layers become int8 if
-            this fits the budget.
+            budgets of bytes need calibration data; without them, all layers become int8 if this fits the
+            budget.
         max_bytes: largest size of the weight file in bytes, such as 60MB. Embeddings, biases, buffers and the
             header of the file are counted; embeddings and heads are compressed too unless `target_modules`
             is given.
@@ -106,11 +116,16 @@ class CompressionConfig(LayerSelection):
             `("gguf", "int4:g32:float16", "float")`. The formats `"mxfp4"` and `"nvfp4"` of the menus `"gguf"`
             and `"compressed-tensors"` are planned only if they are named so.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
-            the curvature objective. Without another budget, the smallest model within this limit is planned.
-        objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
-            the predicted loss increase; auto takes the last of these for which the calibration data suffice.
-            `"activation"` needs calibrated inputs. `"curvature"` needs calibrated gradients, and divides
-            budgets among all layers.
+            calibration data. Without another budget, the smallest model within this limit is planned.
+        method: auto minimizes the predicted loss increase; gptq, nearest and svd are usual baselines.
+            `"auto"` divides budgets among the layers, and rounds integers with error feedback along inputs
+            and outputs. Without calibrated gradients it minimizes the errors of the layers' outputs, and
+            without calibration data those of the weights. `"gptq"` minimizes the errors of the outputs, which
+            needs no loss: integers are rounded with error feedback along the inputs (Frantar et al.,
+            arXiv:2210.17323), and networks fitted to the outputs. `"nearest"` rounds to the nearest number.
+            `"svd"` decomposes weights alone, as by the truncated SVD with `topology="low_rank"`. The last two
+            need no calibration data. With a budget for all layers together, formats are chosen by the
+            predicted loss increase in `"gptq"` and, if there is calibration data, in `"nearest"`.
         share_experts: let the experts of each layer share cores where this lowers the predicted loss
             increase. The experts of a mixture share a projection of their inputs, a basis of their outputs
             or a base matrix, which is stored once. Needs calibration data, a budget, and a mixture that
@@ -119,23 +134,17 @@ class CompressionConfig(LayerSelection):
             one by one, and round each block on the inputs that it will really get. thorough reads eight times
             as many tokens to predict losses and twice as many to round, collects full moments of the
             gradients, and also plans low-rank parts. Plans without number formats do not depend on it.
-        rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as in GPTQ),
-            or along inputs and outputs. Two configurations are usual baselines.
-            Round to nearest is `(objective="weight", formats=("int4",), rounding="nearest")`. The truncated
-            SVD is `(objective="weight", topology="low_rank", param_ratio=0.5)`.
-        pivoted: whether to store networks without the elements that are redundant because of their gauge
-            freedom. See `tensornet.nn.storage`. None means True with calibration data.
 
     Raises:
-        BudgetError: a limit is not a number, out of range, or in conflict with the objective.
+        BudgetError: a limit is not a number, out of range, or in conflict with the method.
         TargetError: a pattern is not a string.
         TopologyError: the topology is unknown, or the family does not have one of the options.
-        ValueError: the objective or rounding is unknown, or the value of another option is invalid.
+        ValueError: the method or effort is unknown, or the value of another option is invalid.
 
     Example:
         >>> tn.CompressionConfig(bits_per_weight=4.25).formats[:2]
         ('float', 'int8')
-        >>> tn.CompressionConfig(target_modules="*.mlp.*", param_ratio=0.5, max_bond=64).max_bond
+        >>> tn.CompressionConfig(target_modules="*.mlp.*", topology_options={"max_bond": 64}).max_bond
         64
     """
 
@@ -143,35 +152,27 @@ class CompressionConfig(LayerSelection):
     exclude_modules: str | Sequence[str] | None = option(None, "layers", "patterns", name="exclude")
     topology: str | TopologyFamily | Topology | Sequence[Topology] = option(AUTO, "advanced", "text")
     topology_options: Mapping[str, Any] | None = option(None, "advanced", "pairs", name="topology_option")
-    max_bond: int | None = option(None, "advanced", "integer")
-    rel_error: float | None = option(None, "advanced", "number")
     param_ratio: float | None = option(None, "budget", "share")
     bits_per_weight: float | None = option(None, "budget", "number", name="bits")
     max_bytes: int | None = option(None, "budget", "size")
     formats: str | Sequence[str] | None = option(None, "advanced", "names")
     loss_increase: float | None = option(None, "budget", "number")
-    objective: Objective = option("auto", "advanced", choices=OBJECTIVES)
+    method: Method = option("auto", "advanced", choices=METHODS)
     share_experts: bool = option(False, "layers", "flag")
     effort: Effort = option("fast", "budget", choices=EFFORTS)
-    rounding: Rounding = option("two_sided", "advanced", choices=ROUNDINGS)
-    pivoted: bool | None = option(None, "advanced", "flag")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "topology_options", _checked_options(self))
         object.__setattr__(self, "formats", _checked_formats(self))
         whole = self.menu is not None and MENUS[self.menu].whole_model
         if self.target_modules is None and (whole or self.max_bytes is not None):
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
-        object.__setattr__(self, "topology_options", _checked_options(self))
-        named = (("objective", OBJECTIVES), ("rounding", ROUNDINGS), ("effort", EFFORTS))
+        named = (("method", METHODS), ("effort", EFFORTS))
         for name, choices in named:
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
-        if self.max_bond is not None:  # NumPy integers become Python integers
-            object.__setattr__(self, "max_bond", check_size("max_bond", self.max_bond, error=BudgetError))
-        if not isinstance(self.pivoted, bool) and self.pivoted is not None:
-            raise ValueError(f"pivoted must be True, False or None, got {self.pivoted!r}.")
         if not isinstance(self.share_experts, bool):
             raise ValueError(f"share_experts must be True or False, got {self.share_experts!r}.")
         self._check_budgets()
@@ -184,14 +185,13 @@ class CompressionConfig(LayerSelection):
             "max_bond": self.max_bond is not None,
             "rel_error": self.rel_error is not None,
             "topology": bool(self.fixed),
-            "objective": self.objective not in ("auto", "curvature"),
+            "method": self.method != "auto",
         }
         if conflicts := [name for name, is_set in apart.items() if is_set]:
             raise BudgetError(
                 "share_experts chooses shared cores only by their size and predicted loss: drop "
                 f"{', '.join(conflicts)}, or leave out share_experts."
             )
-        object.__setattr__(self, "objective", "curvature")
         object.__setattr__(self, "effort", "thorough")
 
     def _check_budgets(self) -> None:
@@ -200,7 +200,7 @@ class CompressionConfig(LayerSelection):
         Raises:
             BudgetError: a budget is out of range, or contradicts another option.
         """
-        _ = self.budget  # checks max_bond, rel_error and param_ratio
+        _ = self.budget  # checks the limits on each layer
         for name in SHARED_BUDGETS:
             if (value := getattr(self, name)) is None:
                 continue
@@ -213,12 +213,18 @@ class CompressionConfig(LayerSelection):
                 f"param_ratio is a fraction of the parameters to keep, at most 1; got {self.param_ratio!r}. "
                 "50 % is param_ratio=0.5."
             )
-        without = self.objective == "weight" and self.one_format_keeps
-        if self.needs_curvature and self.objective not in ("auto", "curvature") and not without:
+        if self.method == "svd" and self.formats:
             raise BudgetError(
-                f"{', '.join(SHARED_BUDGETS)} are divided among all layers by the effect of errors in "
-                f"each layer on the loss: use objective='curvature' with calibration data, not "
-                f"{self.objective!r}."
+                "method='svd' stores networks, not number formats: leave out "
+                f"{', '.join(x for x in ('formats', *SHARED_BUDGETS) if getattr(self, x))}, or use "
+                "method='nearest'."
+            )
+        if self.method == "svd" and self.needs_curvature:
+            raise BudgetError("loss_increase needs the predicted loss: use method='auto', not 'svd'.")
+        if self.method == "nearest" and not self.formats:
+            raise BudgetError(
+                "method='nearest' rounds to number formats: give formats=('int4',) or bits_per_weight=, or "
+                "use method='svd' for networks."
             )
 
     def check_says_how_far(self) -> None:
@@ -234,9 +240,43 @@ class CompressionConfig(LayerSelection):
         if not (budgets or self.formats or self.topology != AUTO):
             raise BudgetError(
                 "No option says how far to compress. Give a budget: bits_per_weight=4.25, max_bytes=, "
-                "param_ratio=0.5, max_bond=, rel_error= or loss_increase=. Or give "
-                "topology= to store every layer as such a network without loss."
+                "param_ratio=0.5 or loss_increase=. Or limit each network by "
+                'topology_options={"max_bond": 64} or {"rel_error": 0.1}, or give topology= to store every '
+                "layer as such a network without loss."
             )
+
+    @property
+    def max_bond(self) -> int | None:
+        """Largest bond of every network, one of the `topology_options`."""
+        return (self.topology_options or {}).get("max_bond")
+
+    @property
+    def rel_error(self) -> float | None:
+        """Largest relative error of each weight, one of the `topology_options`."""
+        return (self.topology_options or {}).get("rel_error")
+
+    @property
+    def family_options(self) -> dict[str, Any]:
+        """The `topology_options` that are options of the family, not limits."""
+        return {k: v for k, v in (self.topology_options or {}).items() if k not in NETWORK_LIMITS}
+
+    @property
+    def objective(self) -> str:
+        """How errors are weighted: `"weight"`, `"activation"`, `"curvature"`, or `"auto"`.
+
+        `"weight"` is the Frobenius norm, `"activation"` the error of the layer's outputs, `"curvature"` the
+        predicted loss increase, and `"auto"` the last of these for which the calibration data suffice.
+        """
+        if self.share_experts:
+            return "curvature"
+        if self.method == "auto" or (self.needs_curvature and self.method != "svd"):
+            return "auto"
+        return "activation" if self.method == "gptq" else "weight"
+
+    @property
+    def rounding(self) -> Rounding:
+        """How integers are rounded (see `tensornet.quantization.round_weight`)."""
+        return ROUNDING_OF[self.method]
 
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
@@ -264,13 +304,13 @@ class CompressionConfig(LayerSelection):
 
     @property
     def reads_data(self) -> bool:
-        """True if a plan depends on calibration data, if there are any."""
+        """True if a plan uses calibration data when there are any."""
         limited = self.needs_curvature or self.formats or not self.budget.unlimited
         return self.objective != "weight" and bool(limited or self.fixed)
 
     @property
     def needs_curvature(self) -> bool:
-        """True if a budget for all layers together is set; such budgets need the curvature objective."""
+        """True if a budget for all layers together is set; such budgets need the predicted loss."""
         return any(getattr(self, name) is not None for name in SHARED_BUDGETS)
 
     @property
@@ -331,7 +371,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
             "topology must be the name of a family, a registered family, a Topology or a list of topologies, "
             f"got {given!r:.200}."
         )
-    choosing = ("topology_options", "max_bond", "rel_error", "param_ratio", "formats")
+    choosing = ("topology_options", "param_ratio", "formats")
     if clashing := [name for name in (*choosing, *SHARED_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
             f"A topology fixes all dims and bonds: leave out {', '.join(clashing)}, or give the name of a "
@@ -352,7 +392,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
     """
     formats = config.formats
     if formats is None:
-        limits = ("param_ratio", "max_bond", "rel_error", *SHARED_BUDGETS)
+        limits = ("param_ratio", *NETWORK_LIMITS, *SHARED_BUDGETS)
         given = [name for name in limits if getattr(config, name) is not None]
         alone = given == ["loss_increase"] and config.topology == AUTO
         if not alone and not set(given) & set(BYTE_BUDGETS):
@@ -390,6 +430,7 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
         The options; None if there are none.
 
     Raises:
+        BudgetError: a limit is out of range.
         TopologyError: the options are not a mapping, no family is given, or the family lacks one of the
             options.
     """
@@ -398,14 +439,20 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
         return None
     if not isinstance(options, Mapping):
         raise TopologyError(f'topology_options must be a mapping such as {{"sites": 4}}, got {options!r}.')
-    if config.topology == AUTO:
+    kept = dict(options)
+    if kept.get("max_bond") is not None:  # NumPy integers become Python integers
+        kept["max_bond"] = check_size("max_bond", kept["max_bond"], error=BudgetError)
+    named = {key: value for key, value in options.items() if key not in NETWORK_LIMITS}
+    if named and config.topology == AUTO:
         raise TopologyError(
-            f"topology_options {sorted(options)} need the name of a family, as in "
-            f'CompressionConfig(topology="mpo", ...); registered are {", ".join(topology_names())}.'
+            f"topology_options {sorted(named)} need the name of a family, as in "
+            f'CompressionConfig(topology="mpo", ...); registered are {", ".join(topology_names())}. '
+            f"Without it, the options are {' and '.join(NETWORK_LIMITS)}."
         )
-    family = topology_family(config.families[0])
-    check_options(family.name, options, family.options)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    if named:
+        family = topology_family(config.families[0])
+        check_options(family.name, named, family.options)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
 def check_config(config: Any) -> None:

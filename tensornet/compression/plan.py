@@ -12,7 +12,7 @@ import torch
 
 from tensornet._util import check_number, check_size, compact_bytes
 from tensornet.compression.allocate import CostCurve, frontier
-from tensornet.compression.config import EFFORTS, OBJECTIVES, ROUNDINGS, Effort
+from tensornet.compression.config import EFFORTS, Effort
 from tensornet.compression.coverage import Coverage
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
@@ -20,12 +20,15 @@ from tensornet.nn.storage import PLAIN, Storage
 from tensornet.nn.targets import shortened
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.menus import MENUS, bytes_for
+from tensornet.quantization.rounding import ROUNDINGS
 from tensornet.topologies import dense
 from tensornet.topology import Topology
 
 #: Predicted losses and errors may be negative by rounding.
 _ROUNDING = 1e-6
 PLAN_VERSION = 1
+#: How errors can be weighted (see `CompressionConfig.objective`).
+OBJECTIVES = ("weight", "activation", "curvature")
 #: What a plan says if nearly every layer has its smallest number format.
 NO_CHOICE = (
     "nearly every layer has its smallest number format, so little was left to choose; effort='thorough' "
@@ -64,7 +67,8 @@ class LayerPlan:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
-        >>> layer = tn.plan(model, tn.CompressionConfig(max_bond=4, topology="low_rank"))["0"]
+        >>> config = tn.CompressionConfig(topology="low_rank", topology_options={"max_bond": 4})
+        >>> layer = tn.plan(model, config)["0"]
         >>> layer.shape, layer.topology.family, layer.params_after, layer.bound_by
         ((64, 32), 'low_rank', 384, 'max_bond')
     """
@@ -231,7 +235,9 @@ class CompressionPlan:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
-        >>> plan = tn.plan(model, tn.CompressionConfig(target_modules="all", max_bond=4, topology="low_rank"))
+        >>> limit = {"max_bond": 4}
+        >>> config = tn.CompressionConfig(target_modules="all", topology="low_rank", topology_options=limit)
+        >>> plan = tn.plan(model, config)
         >>> [(layer.name, layer.params_before, layer.params_after) for layer in plan]
         [('0', 2048, 384), ('2', 2048, 384)]
         >>> plan = plan.replace_layer("2", None)  # keep this layer dense
@@ -417,7 +423,7 @@ class CompressionPlan:
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-            >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8))
+            >>> plan = tn.plan(model, tn.CompressionConfig(topology_options={"max_bond": 8}))
             >>> plan.replace_layer("0", None, "int4").bits_per_weight
             4.25
         """

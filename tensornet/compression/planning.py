@@ -168,7 +168,7 @@ def _select(
 
 def planned_alone(config: CompressionConfig, objective: str) -> bool:
     """Return True if networks are chosen for each layer separately, by the errors of the weights."""
-    return objective == "weight" and not (config.formats or config.pivoted or config.fixed)
+    return objective == "weight" and not (config.formats or config.fixed)
 
 
 def unfit_formats(targets: Sequence[Target], config: CompressionConfig) -> dict[str, tuple[str, ...]]:
@@ -187,7 +187,7 @@ def unfit_formats(targets: Sequence[Target], config: CompressionConfig) -> dict[
             raise FormatError(
                 f"No layer can be stored in {', '.join(x.name for x in formats)}: {first.name!r} is in "
                 f"{first.matrix.dtype}, and complex weights have no number formats. Plan networks "
-                "instead, with param_ratio or rel_error and without formats."
+                "instead, with param_ratio and without formats."
             )
         raise FormatError(
             f"No layer can be stored in {', '.join(x.name for x in formats)}: the number of inputs must be a "
@@ -215,8 +215,8 @@ def without_unseen(
     if names:
         warnings.warn(
             f"Left dense, because they never ran during calibration: {summary(unseen)}. Calibrate with data "
-            "for which they run, or compress them by the error of their weights alone (objective='weight' "
-            "with target_modules that name them).",
+            "for which they run, or compress them by the error of their weights alone (target_modules "
+            "that name them, with method='nearest' or 'svd').",
             CalibrationWarning,
             stacklevel=2,
         )
@@ -259,8 +259,7 @@ def _plan_by_weight(
         refusals = []
         for family in config.families:
             try:
-                options = config.topology_options or {}
-                found = topology_family(family).decompose(target.matrix, budget, **options)
+                found = topology_family(family).decompose(target.matrix, budget, **config.family_options)
             except BudgetError as error:
                 refusals.append(f"{family}: {error}")
                 continue

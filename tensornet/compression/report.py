@@ -111,7 +111,7 @@ class CompressionReport:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
-        >>> config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(param_ratio=0.5, method="svd")
         >>> report = tn.compress(model, config, progress=False)
         >>> report.param_ratio <= 0.5, len(report.layers)
         (True, 2)

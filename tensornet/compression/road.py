@@ -18,7 +18,7 @@ from tensornet.calibration.losses import comparable_losses, label_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded, in_memory
 from tensornet.compression.apply import compress_layer
-from tensornet.compression.config import CompressionConfig
+from tensornet.compression.config import CompressionConfig, Method
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan as plan_by_weights
@@ -212,13 +212,9 @@ def calibration_config(plan: CompressionPlan) -> CompressionConfig:
     """
     names: Any = [layer.name for layer in plan]
     networks = plan.survey_kind == "networks"
-    scheme: dict[str, Any] = {"max_bond": 1} if networks else {"formats": ("float",)}
-    return CompressionConfig(
-        target_modules=names,
-        objective=plan.objective,  # type: ignore[arg-type]
-        effort=plan.effort,
-        **scheme,
-    )
+    scheme: dict[str, Any] = {"topology_options": {"max_bond": 1}} if networks else {"formats": ("float",)}
+    method: Method = "gptq" if plan.objective == "activation" else "auto"
+    return CompressionConfig(target_modules=names, method=method, effort=plan.effort, **scheme)
 
 
 def _surveyed_config(survey: Path, plan: CompressionPlan) -> CompressionConfig:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.config import CompressionConfig
+from tensornet.compression.config import SHARED_BUDGETS, CompressionConfig
 from tensornet.damping import FIT_DAMPING, FORECAST_ROW_DAMPING, MOMENT_DAMPING
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.svd import working_dtype
@@ -218,15 +218,19 @@ def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None)
     """
     known = "weight" if stats is None else "curvature" if stats.has_gradients else "activation"
     order = ("weight", "activation", "curvature")
-    if known == "weight" and config.objective in ("auto", "weight") and config.one_format_keeps:
+    if known == "weight" and config.method in ("auto", "nearest") and config.one_format_keeps:
         return known
     wanted = "curvature" if config.needs_curvature else config.objective
-    if wanted == "auto":
+    # How integers are rounded depends on the method alone, so gradients only add predicted losses.
+    if wanted == "auto" or (config.formats and order.index(wanted) < order.index(known)):
         return known
     if order.index(wanted) > order.index(known):
         missing = "gradients" if wanted == "curvature" else "inputs"
+        whole = [x for x in (*SHARED_BUDGETS, "share_experts") if getattr(config, x)]
+        needs = whole[0] if whole else f"method={config.method!r}"
         raise TargetError(
-            f"objective={wanted!r} needs calibrated {missing}: pass calibration=batches to compress, or "
-            "statistics from tensornet.calibrate to plan; objective='weight' needs none."
+            f"{needs} needs calibrated {missing}: pass calibration=batches to compress, or statistics from "
+            "tensornet.calibrate to plan. method='nearest' with formats, and method='svd' for networks, need "
+            "none."
         )
     return wanted

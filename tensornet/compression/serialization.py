@@ -40,7 +40,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
-        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> _ = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
         >>> tn.save_model(model, "model.safetensors")
     """
     state = model.state_dict(keep_vars=True)
@@ -85,7 +85,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
-        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> _ = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
         >>> tn.save_model(model, "model.safetensors")
         >>> loaded = tn.load_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), "model.safetensors")
         >>> torch.equal(loaded(torch.ones(16)), model(torch.ones(16)))

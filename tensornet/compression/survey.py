@@ -115,7 +115,10 @@ class Survey:
         objective = self.template.objective
         alone = self.config.formats is not None and config.one_format_keeps
         if config.needs_curvature and objective != "curvature" and not alone:
-            raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
+            raise BudgetError(
+                f"{', '.join(budget)} needs predicted losses, but method={self.config.method!r} was surveyed "
+                "without them. Survey the model with method='auto'."
+            )
         if self.shared:
             choice = choose_shared(self.layers, self.shared, config, self.untargeted)
             return self.planned(choice.chosen, choice.bound_by, choice.shared)
@@ -181,14 +184,13 @@ class Survey:
         Raises:
             BudgetError: the survey depends on an option that differs; the message names it.
         """
-        budgets = (*BUDGETS, "rounding")
         for x in fields(config):
-            if x.name not in budgets and getattr(config, x.name) != getattr(self.config, x.name):
+            if x.name not in BUDGETS and getattr(config, x.name) != getattr(self.config, x.name):
                 raise BudgetError(
                     f"The survey was made with {x.name}={getattr(self.config, x.name)!r}, not "
                     f"{getattr(config, x.name)!r}. Use the same option, or survey the model again."
                 )
-        return replace(self, config=replace(config, rounding=config.rounding or self.config.rounding))
+        return replace(self, config=config)
 
     def check_model(self, model: nn.Module) -> None:
         """Check that the survey was made for this model; weights that are not surveyed are checked too.

@@ -99,7 +99,8 @@ def survey_model(
     tries networks in number formats. Then the moments are dropped, so a survey needs the memory of one block,
     besides hidden states and a factor of low rank of each `R`.
 
-    With the objective `"activation"` the model only runs forward, and errors of outputs are predicted.
+    If `config.objective` is `"activation"`, the model only runs forward, and errors of outputs are
+    predicted.
 
     Args:
         model: any module. If its blocks do not form a single chain, it is surveyed as one block.

@@ -123,7 +123,7 @@ def heal(
         >>> import copy
         >>> teacher = torch.nn.Sequential(torch.nn.Linear(16, 16))
         >>> model = copy.deepcopy(teacher)
-        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> _ = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
         >>> report = tn.heal(model, teacher, [torch.randn(64, 16)], steps=30, lr=1e-2)
         >>> report.losses[-1] < report.losses[0]
         True

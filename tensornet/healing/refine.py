@@ -136,7 +136,7 @@ def refine(
         ...     torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16)
         ... )
         >>> model = copy.deepcopy(teacher)
-        >>> _ = tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        >>> _ = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
         >>> report = refine(model, teacher, [torch.randn(64, 16) for _ in range(8)])
         >>> sorted(report.after)
         ['0', '2']

@@ -48,7 +48,7 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float | None = None) 
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
-        >>> config = tn.CompressionConfig(formats=("int4",), objective="weight")
+        >>> config = tn.CompressionConfig(formats=("int4",), method="nearest")
         >>> _ = tn.compress(model, config, progress=False)
         >>> tn.nn.prepare_for_inference(model)(torch.ones(1, 64).bfloat16()).shape
         torch.Size([1, 64])

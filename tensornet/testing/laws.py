@@ -27,7 +27,7 @@ from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.compress import compress
-from tensornet.compression.config import CompressionConfig
+from tensornet.compression.config import CompressionConfig, Method
 from tensornet.compression.plan import LayerPlan
 from tensornet.compression.planning import plan
 from tensornet.compression.serialization import load_model, save_model
@@ -467,12 +467,8 @@ def check_canonical(operator: MPO, center: int) -> None:
 
 # --- families ------------------------------------------------------------------------------------
 
-#: Configurations with which plans are made and compared. One of them stores cores without redundant elements.
-_CONFIGS: tuple[dict[str, Any], ...] = (
-    {"objective": "weight"},
-    {"objective": "curvature", "pivoted": True},
-    {"objective": "activation"},
-)
+#: Methods with which plans are made and compared: by the loss, by the outputs, and by the weights.
+_METHODS: tuple[Method, ...] = ("auto", "gptq", "svd")
 
 
 def check_name_does_not_matter(
@@ -504,16 +500,16 @@ def check_name_does_not_matter(
     scaled = [x * torch.logspace(0, 1, x.shape[1], device="cpu") for x in samples]
     rows, columns = ({"0": x.T @ x / len(x)} for x in scaled)
     stats = CalibrationStats(rows, columns, tokens=100, loss=1.0, source="random numbers")
-    for chosen in _CONFIGS:
+    for method in _METHODS:
         found: list[tuple[LayerPlan, dict[str, Tensor]] | None] = []
         for member in (family, child):
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             layer.weight.data.copy_(weight)
             model = nn.Sequential(layer)
-            known = None if chosen["objective"] == "weight" else stats
+            known = None if method == "svd" else stats
             with registered(member):
                 config = CompressionConfig(
-                    topology=member.name, topology_options=options, param_ratio=param_ratio, **chosen
+                    topology=member.name, topology_options=options, param_ratio=param_ratio, method=method
                 )
                 try:
                     made = plan(model, config, known)
@@ -523,17 +519,17 @@ def check_name_does_not_matter(
                     continue
             found.append((made["0"], model.state_dict()))
         if found[0] is None or found[1] is None:
-            assert found == [None, None], f"{child.name!r}, {chosen}: only one of the two fits the budget"
+            assert found == [None, None], f"{child.name!r}, {method}: only one of the two fits the budget"
             continue
         (parent, tensors), (other, others) = found[0], found[1]
         if other.topology is not None:
             built = other.topology.family
-            assert built == child.name, f"{child.name!r}, {chosen}: build records {built!r}"
+            assert built == child.name, f"{child.name!r}, {method}: build records {built!r}"
             other = replace(other, topology=replace(other.topology, family=family.name))
-        assert other == parent, f"{child.name!r}, {chosen}: planned {other}, its parent {parent}"
-        assert others.keys() == tensors.keys(), f"{child.name!r}, {chosen}: other tensors"
+        assert other == parent, f"{child.name!r}, {method}: planned {other}, its parent {parent}"
+        assert others.keys() == tensors.keys(), f"{child.name!r}, {method}: other tensors"
         for key, tensor in tensors.items():
-            assert torch.equal(tensor, others[key]), f"{child.name!r}, {chosen}: tensor {key!r} differs"
+            assert torch.equal(tensor, others[key]), f"{child.name!r}, {method}: tensor {key!r} differs"
 
 
 # --- number formats ------------------------------------------------------------------------------
@@ -583,7 +579,9 @@ def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
         linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
         linear.weight.data.copy_(matrix)
         model = nn.Sequential(linear)
-        config = CompressionConfig(target_modules="all", max_bond=1, topology="low_rank", objective="weight")
+        config = CompressionConfig(
+            target_modules="all", topology_options={"max_bond": 1}, topology="low_rank", method="svd"
+        )
         made = plan(model, config).replace_layer("0", None, number_format.name)
         apply_plan(model, made)
         layers.append(model[0])
@@ -959,4 +957,4 @@ class LayerKindLaws:
 
 
 #: Without a budget, a network of full rank is made.
-_FULL_RANK = CompressionConfig(target_modules="all", topology="mpo", objective="weight")
+_FULL_RANK = CompressionConfig(target_modules="all", topology="mpo", method="svd")

@@ -328,7 +328,7 @@ class TopologyFamily(ABC):
         if max(len(full.out_dims), len(full.in_dims)) > _MAX_LEGS:
             raise TopologyError(
                 f"With calibration data a network has at most {_MAX_LEGS} legs on each side, got "
-                f"{len(full.out_dims)} and {len(full.in_dims)}; use fewer sites, or objective='weight'."
+                f"{len(full.out_dims)} and {len(full.in_dims)}; use fewer sites, or method='svd'."
             )
         legs = (*full.out_dims, *full.in_dims)  # used for Tucker: an exact network is one core without bonds
         largest = max(full.bond_dims.values() or legs)

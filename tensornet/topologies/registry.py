@@ -102,7 +102,7 @@ def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
         >>> class Plain(LowRankFamily):
         ...     name = "plain"
         >>> with tn.topologies.registered(Plain()):
-        ...     tn.CompressionConfig(topology="plain", max_bond=4).topology
+        ...     tn.CompressionConfig(topology="plain", param_ratio=0.5).topology
         'plain'
     """
     before = _FAMILIES.get(family.name)

@@ -116,14 +116,14 @@ def test_a_layer_that_reads_one_tensor_twice_counts_it_twice() -> None:
         torch.testing.assert_close(stats.columns[name], X.T @ X / 32)
 
 
-@pytest.mark.parametrize("objective", ["weight", "activation", "curvature"])
+@pytest.mark.parametrize("method", ["svd", "gptq", "auto"])
 @pytest.mark.parametrize("tiny", [1, 2])
-def test_a_tiny_layer_stays_dense_and_the_others_keep_the_ratio(tiny: int, objective: str) -> None:
+def test_a_tiny_layer_stays_dense_and_the_others_keep_the_ratio(tiny: int, method: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(8, 48), nn.Linear(48, tiny), nn.Linear(tiny, tiny), nn.Linear(tiny, 48), nn.Linear(48, 48)
     )
-    config = tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective=objective)
+    config = tn.CompressionConfig(target_modules="all", param_ratio=0.5, method=method)
     report = tn.compress(model, config, calibration=[(X, torch.arange(32) % 48)], progress=False)
     assert report.plan["2"].topology is None
     assert report.plan["4"].topology is not None

@@ -76,7 +76,7 @@ def test_moments_are_those_of_the_whole_models(make: Any) -> None:
     teacher = make().eval()
     model = copy.deepcopy(teacher)
     tn.compress(
-        model, tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank"), progress=False
+        model, tn.CompressionConfig(param_ratio=0.5, method="svd", topology="low_rank"), progress=False
     )
     names = [name for name, x in model.named_modules() if isinstance(x, tn.nn.TensorNetworkLinear)]
     batches = [batch_of(make), batch_of(make)]
@@ -99,7 +99,9 @@ def test_layers_that_share_an_input_are_one_group() -> None:
     model = llama().eval()
     names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
     small = copy.deepcopy(model)
-    tn.compress(small, tn.CompressionConfig(target_modules="*_proj", max_bond=2), progress=False)
+    tn.compress(
+        small, tn.CompressionConfig(target_modules="*_proj", topology_options={"max_bond": 2}), progress=False
+    )
     with without_cache(small), without_cache(model), torch.no_grad():
         run = PairedRun(small, model, [tokens()])
         groups = run.groups([f"model.layers.0.{x}" for x in ("self_attn.o_proj", "mlp.up_proj")] + names)

@@ -216,7 +216,7 @@ def test_without_calibration_data_layers_become_int8() -> None:
     assert "8.25 bits a weight" in str(report)
     assert report.byte_ratio < 0.5
     model = calibrated()[0]
-    config = CompressionConfig(bits_per_weight=4.25, objective="weight")
+    config = CompressionConfig(bits_per_weight=4.25, method="nearest")
     with pytest.raises(tn.errors.BudgetError, match=r"formats=\('int4',\)"):
         tn.compress(model, config, progress=False)
     report = tn.compress(model, replace(config, formats=("int4",)), progress=False)

@@ -21,7 +21,7 @@ def model() -> nn.Sequential:
 @pytest.mark.parametrize("formats", [("int8",), ("int8", "bf16"), ("int3", "int2")])
 def test_formats_without_float_are_refused(formats: tuple[str, ...]) -> None:
     made = model()
-    config = tn.CompressionConfig(formats=formats, objective="weight", target_modules="all")
+    config = tn.CompressionConfig(formats=formats, method="nearest", target_modules="all")
     with pytest.raises(FormatError, match=r"'0'.*complex64") as caught:
         tn.compress(made, config, progress=False)
     assert "multiple" not in str(caught.value)  # the reason is the dtype, not the number of inputs
@@ -30,7 +30,7 @@ def test_formats_without_float_are_refused(formats: tuple[str, ...]) -> None:
 
 def test_plans_choose_integers_only_for_real_layers() -> None:
     made = nn.ModuleDict({"complex": model(), "real": nn.Linear(64, 64)})
-    config = tn.CompressionConfig(formats=("float", "int3"), bits_per_weight=42, objective="weight")
+    config = tn.CompressionConfig(formats=("float", "int3"), bits_per_weight=42, method="nearest")
     plan = tn.plan(made, config)
     formats = {layer.name: layer.storage.number_format.name for layer in plan}
     assert formats == {"complex.0": "float", "complex.1": "float", "real": "int3"}
@@ -51,7 +51,7 @@ def test_a_plan_with_integers_replaces_nothing(name: str) -> None:
 def test_ranks_stay_complex(topology: str) -> None:
     made = model()
     weight = made[0].weight.detach().clone()
-    config = tn.CompressionConfig(topology=topology, rel_error=0.5, objective="weight")
+    config = tn.CompressionConfig(topology=topology, topology_options={"rel_error": 0.5}, method="svd")
     tn.compress(made, config, progress=False)
     matrix = made[0].to_matrix().detach() if hasattr(made[0], "to_matrix") else made[0].weight.detach()
     assert matrix.is_complex()

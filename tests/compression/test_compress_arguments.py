@@ -25,7 +25,7 @@ def test_a_model_that_is_a_layer_itself() -> None:
 def test_embeddings_that_shorten_their_rows_stay() -> None:
     model = nn.Sequential(nn.Embedding(20, 8, max_norm=0.1), nn.Linear(8, 8))
     report = tn.compress(
-        model, tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective="weight"), progress=False
+        model, tn.CompressionConfig(target_modules="all", param_ratio=0.5, method="svd"), progress=False
     )
     assert [layer.name for layer in report.layers] == ["1"]
     with pytest.raises(TargetError, match=r"Nothing to compress.*max_norm"):
@@ -41,7 +41,9 @@ def test_compressing_twice_says_so() -> None:
     with pytest.raises(TargetError, match=r"compressed already.*blocks\.0\.up"):
         tn.compress(model, HALF, progress=False)
     with pytest.raises(TargetError, match=r"'up'.*compressed already"):
-        tn.compress(model, tn.CompressionConfig(target_modules="up", max_bond=2), progress=False)
+        tn.compress(
+            model, tn.CompressionConfig(target_modules="up", topology_options={"max_bond": 2}), progress=False
+        )
     with pytest.raises(TargetError, match=r"blocks\.0\.up.*already"):
         tn.apply_plan(model, plan)
 

@@ -15,7 +15,7 @@ import tensornet_hf as th
 from tensornet.compression.coverage import measure_coverage
 from tensornet.nn.targets import list_weights
 
-CONFIG = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+CONFIG = tn.CompressionConfig(param_ratio=0.5, method="svd")
 
 
 class Mixed(nn.Module):
@@ -45,7 +45,7 @@ def test_every_parameter_is_counted_once() -> None:
 
 
 def test_the_configuration_and_missing_kinds_are_told_apart() -> None:
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules=["inner.0"])
+    config = tn.CompressionConfig(param_ratio=0.5, method="svd", target_modules=["inner.0"])
     coverage = tn.compress(Mixed(), config, progress=False).coverage
     assert coverage.excluded == {"Linear": 24 * 12, "Embedding": 11 * 12}
     assert coverage.covered == 24 * 12
@@ -83,7 +83,7 @@ def test_a_model_on_the_meta_device_is_counted() -> None:
 
 def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
     folder = save("gpt2", tmp_path / "source")
-    config = tn.CompressionConfig(**HALF, objective="weight")
+    config = tn.CompressionConfig(**HALF, method="svd")
     streamed = compress_files(folder, tmp_path / "made", config)
     loaded = th.load(folder)
     coverage = tn.compress(loaded, config, progress=False).coverage

@@ -30,7 +30,7 @@ def model() -> nn.Sequential:
 
 def test_every_layer_becomes_the_topology_of_its_shape(tmp_path: Path) -> None:
     made = model()
-    config = tn.CompressionConfig(topology=[UP, DOWN], objective="weight")
+    config = tn.CompressionConfig(topology=[UP, DOWN], method="svd")
     report = tn.compress(made, config, progress=False)
     assert [layer.topology for layer in report.plan] == [UP, DOWN]
     assert {layer.bound_by for layer in report.layers} == {"topology"}
@@ -48,8 +48,8 @@ def test_calibration_weighs_its_errors() -> None:
     gaps = []
     for calibration in (None, batches):
         made = model()
-        objective = "weight" if calibration is None else "auto"
-        config = tn.CompressionConfig(topology=[UP, DOWN], objective=objective)
+        method = "svd" if calibration is None else "auto"
+        config = tn.CompressionConfig(topology=[UP, DOWN], method=method)
         report = tn.compress(made, config, calibration=calibration, progress=False)
         gaps.append(sum(float((made(x) - model()(x)).square().mean().detach()) for x, _ in batches))
     assert gaps[1] < 0.8 * gaps[0]
@@ -60,8 +60,8 @@ def test_calibration_weighs_its_errors() -> None:
     ("options", "message"),
     [
         (
-            {"topology": UP, "param_ratio": 0.5, "max_bond": 2},
-            "max_bond, param_ratio",
+            {"topology": UP, "param_ratio": 0.5, "topology_options": {"max_bond": 2}},
+            "topology_options, param_ratio",
         ),
         ({"topology": UP, "bits_per_weight": 4}, "formats, bits_per_weight"),
         ({"topology": [UP, UP]}, r"Two topologies.*\(48, 24\)"),
@@ -108,7 +108,7 @@ def test_models_are_compressed_while_they_load_and_from_file_to_file(tmp_path: P
     dense.save_pretrained(tmp_path / "dense")
     width = dense.config.n_embd
     topology = mpo(out_dims=(4 * width, 1), in_dims=(1, width), max_bond=3)
-    options: dict[str, Any] = {"topology": topology, "target_modules": "c_fc", "objective": "weight"}
+    options: dict[str, Any] = {"topology": topology, "target_modules": "c_fc", "method": "svd"}
     compress_files(tmp_path / "dense", tmp_path / "made", tn.CompressionConfig(**options))
     streamed = th.load(tmp_path / "made")
     config = th.TensorNetworkConfig(**options)

@@ -12,7 +12,19 @@ import tensornet_moe as tm
 from tensornet.gone import GONE
 
 #: Options of `CompressionConfig`; all other names are those of functions and classes.
-OPTIONS = ("byte_ratio", "damping", "prices", "require_calibrated", "sites", "whole_model")
+OPTIONS = (
+    "byte_ratio",
+    "damping",
+    "max_bond",
+    "objective",
+    "pivoted",
+    "prices",
+    "rel_error",
+    "require_calibrated",
+    "rounding",
+    "sites",
+    "whole_model",
+)
 
 
 @pytest.mark.parametrize("name", sorted(GONE.keys() - {*OPTIONS}))

@@ -68,7 +68,7 @@ def regression(seed: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 def rounded(model: nn.Module, bits: str) -> nn.Module:
     made = copy.deepcopy(model)
-    tn.compress(made, tn.CompressionConfig(formats=(bits,), objective="weight"), progress=False)
+    tn.compress(made, tn.CompressionConfig(formats=(bits,), method="nearest"), progress=False)
     return made
 
 

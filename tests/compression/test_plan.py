@@ -96,13 +96,13 @@ def test_a_calibrated_plan_needs_its_statistics_again() -> None:
         tn.apply_plan(model, plan)
 
 
-@pytest.mark.parametrize("objective", ["weight", "activation"])
-def test_formats_that_fit_no_layer(objective: str) -> None:
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_formats_that_fit_no_layer(method: str) -> None:
     """A format with super-blocks of 256 weights fits one layer of two, or none."""
     model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 8))
     batches = [torch.randn(8, 256)]
     name = NumberFormat.parse("int6:g16:s8").name
-    config = tn.CompressionConfig(formats=("float", name), objective=objective)  # type: ignore[arg-type]
+    config = tn.CompressionConfig(formats=("float", name), method=method)  # type: ignore[arg-type]
     plan = tn.compress(model, config, calibration=batches, progress=False).plan
     assert plan.unfit == {name: ("1",)}
     assert f"{name} not planned" in str(plan)
@@ -134,21 +134,17 @@ def test_a_plan_for_another_model() -> None:
         tn.apply_plan(nn.Sequential(nn.Linear(3, 4)), plan, stats)
     wide = nn.ModuleDict({"layer": nn.Linear(5, 7)})
     narrow = nn.ModuleDict({"layer": nn.Linear(5, 6)})
-    made = tn.plan(wide, tn.CompressionConfig(max_bond=2, objective="weight"))
+    made = tn.plan(wide, tn.CompressionConfig(topology_options={"max_bond": 2}, method="svd"))
     with pytest.raises(TargetError, match=r"\(7, 5\).*\(6, 5\)"):
         tn.apply_plan(narrow, made)
 
 
-@pytest.mark.parametrize("objective", ["weight", "curvature"])
+@pytest.mark.parametrize("method", ["svd", "auto"])
 @pytest.mark.parametrize("family", ["tucker", "kronecker", "block_tt", "low_rank"])
-def test_a_plan_whose_family_was_edited(family: str, objective: str) -> None:
+def test_a_plan_whose_family_was_edited(family: str, method: str) -> None:
     model, stats, _ = prepared()
     config = tn.CompressionConfig(
-        param_ratio=0.6,
-        topology="mpo",
-        topology_options={"sites": 3},
-        objective=objective,
-        pivoted=False,  # type: ignore[arg-type]
+        param_ratio=0.6, topology="mpo", topology_options={"sites": 3}, method=method
     )
     data = tn.plan(model, config, stats).to_dict()
     layer = next(x for x in data["layers"] if x["topology"] is not None)
@@ -239,7 +235,7 @@ def test_interrupted_while_layers_are_put_in_place(monkeypatch: pytest.MonkeyPat
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].eval()
     before = [*model]
-    plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"))
+    plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5, method="svd"))
     original = apply.set_submodule
 
     def interrupted(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -69,14 +69,14 @@ def test_formats_that_underflow_are_not_planned_where_others_fit() -> None:
     assert error < 0.3
 
 
-@pytest.mark.parametrize("objective", ["auto", "weight"])
-def test_a_format_that_underflows_is_warned_of(objective: str) -> None:
+@pytest.mark.parametrize("method", ["auto", "nearest"])
+def test_a_format_that_underflows_is_warned_of(method: str) -> None:
     message = (
         r"Weights of '0' became zero: the scales of 'int4:g32:float8' have 8 bits and underflow below "
         r"1\.5e-05\. Use bfloat16 scales, as in formats=\('int4',\)"
     )
     with pytest.warns(UserWarning, match=message):
-        report, error = compressed(1e-5, formats=(EIGHT_BIT_SCALES,), objective=objective)
+        report, error = compressed(1e-5, formats=(EIGHT_BIT_SCALES,), method=method)
     assert error > 0.5
     assert report.plan["0"].error == pytest.approx(error, abs=0.05)
 
@@ -98,7 +98,7 @@ def test_a_format_that_overflows_is_warned_of(name: str, scale: float) -> None:
     with torch.no_grad():
         layers[0].weight.mul_(scale)
     weight = layers[0].weight.detach().double()
-    config = CompressionConfig(target_modules="all", formats=(name,), objective="weight")
+    config = CompressionConfig(target_modules="all", formats=(name,), method="nearest")
     with pytest.warns(UserWarning, match=rf"'0'.*'{name}'.*overflow"):
         tn.compress(layers, config, progress=False)
     error = torch.linalg.norm(layers[0].to_matrix().detach().double() - weight)
@@ -113,7 +113,7 @@ def test_weights_whose_squares_leave_the_range_of_float32(size: float) -> None:
         layer = nn.Sequential(nn.Linear(64, 48))
         with torch.no_grad():
             weight = layer[0].weight.mul_(factor).clone()
-        config = CompressionConfig(formats=("int4",), objective="weight", target_modules="all")
+        config = CompressionConfig(formats=("int4",), method="nearest", target_modules="all")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             report = tn.compress(layer, config, progress=False)
@@ -127,7 +127,7 @@ def test_an_unused_row_is_not_warned_of() -> None:
     small = model(1.0)
     with torch.no_grad():
         small[0].weight[5] *= 1e-7
-    config = CompressionConfig(bits_per_weight=4.25, formats=(EIGHT_BIT_SCALES,), objective="weight")
+    config = CompressionConfig(bits_per_weight=4.25, formats=(EIGHT_BIT_SCALES,), method="nearest")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = tn.compress(small, config, progress=False)

@@ -122,7 +122,7 @@ def test_plan_equals_that_from_statistics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8))
     batches = [(torch.randn(40, 64), torch.randint(8, (40,))) for _ in range(3)]
-    config = tn.CompressionConfig(bits_per_weight=5, formats="compressed-tensors", rounding="one_sided")
+    config = tn.CompressionConfig(bits_per_weight=5, formats="compressed-tensors", method="gptq")
     mine = tn.survey(model, batches, config)
     theirs = survey_from_stats(model, config, statistics(model, batches))
     for bits in (4.6, 5.0, 7.0, 9.0):
@@ -496,7 +496,7 @@ def test_survey_only_serves_plans_that_use_it() -> None:
     with pytest.raises(BudgetError, match="made with formats"):
         tn.compress(model, config, calibration=[text(1)], survey=survey)
     with pytest.raises(TargetError, match="needs calibration"):
-        tn.compress(model, replace(config, objective="weight"), calibration=[text(1)], survey=survey)
+        tn.compress(model, replace(config, method="svd"), calibration=[text(1)], survey=survey)
     with pytest.raises(BudgetError, match="effort='fast', not 'thorough'"):
         survey.with_config(replace(CONFIG, effort="thorough"))
 

@@ -310,7 +310,7 @@ def test_an_executor_rounds_the_same_layers() -> None:
 
 def test_written_layers_of_a_plan_without_data_are_not_compressed_again() -> None:
     model, _, _ = case("llama")
-    plan = tn.plan(model, tn.CompressionConfig(formats=("int4",), bits_per_weight=5, objective="weight"))
+    plan = tn.plan(model, tn.CompressionConfig(formats=("int4",), bits_per_weight=5, method="nearest"))
     names = [layer.name for layer in plan if layer.topology is not None]
     known = names[::2]
     blocks = compress_blocks(model, plan, [], written=lambda name: name in known)
@@ -404,8 +404,8 @@ def test_the_error_of_the_weights_needs_no_walk(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("tensornet.compression.road.survey_or_load", refused)
     monkeypatch.setattr("tensornet.compression.write.inputs_by_block", refused)
-    options: Any = {"formats": ("int8",), "bits_per_weight": None, "rounding": "nearest"}
-    config = replace(CONFIG, target_modules="*mlp.up_proj", objective="weight", **options)
+    options: Any = {"formats": ("int8",), "bits_per_weight": None, "method": "nearest"}
+    config = replace(CONFIG, target_modules="*mlp.up_proj", **options)
     torch.manual_seed(0)
     tn.compress(llama().eval(), config, calibration=[text(0)], progress=False)
 

@@ -86,7 +86,9 @@ def test_autocast(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_integers_multiply_as_their_matrix_does(device: str, number_format: str, dtype: torch.dtype) -> None:
     model = classifier(device).to(dtype).eval()
-    plan = tn.plan(model, tn.CompressionConfig(max_bond=4, target_modules="all", objective="weight"))
+    plan = tn.plan(
+        model, tn.CompressionConfig(topology_options={"max_bond": 4}, target_modules="all", method="svd")
+    )
     for name in ("0", "2"):
         plan = plan.replace_layer(name, None, number_format)
     tn.apply_plan(model, plan)
@@ -113,7 +115,7 @@ def allocated(device: str) -> int:
 @pytest.mark.parametrize("strategy", ["auto", "factorized", "reconstruct"])
 def test_a_pass_leaves_no_matrix_behind(device: str, strategy: str) -> None:
     model = classifier(device).eval()
-    config = tn.CompressionConfig(param_ratio=0.5, target_modules="all", objective="weight")
+    config = tn.CompressionConfig(param_ratio=0.5, target_modules="all", method="svd")
     tn.compress(model, config, progress=False)
     tn.nn.set_strategy(model, strategy)  # type: ignore[arg-type]
     x = torch.randn(32, 64).to(device)
@@ -128,7 +130,7 @@ def test_a_pass_leaves_no_matrix_behind(device: str, strategy: str) -> None:
 
 def test_a_loaded_model_holds_what_its_file_holds(device: str, tmp_path: object) -> None:
     model = gpt2()
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+    config = tn.CompressionConfig(param_ratio=0.5, method="svd")
     tn.compress(model, config, progress=False)
     model.save_pretrained(tmp_path)
     before = allocated(device) if device == "cuda" else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from typing import Any
 
@@ -36,7 +35,7 @@ def test_steps_do_not_depend_on_which_core_holds_the_size() -> None:
     """The same operator with its size moved from one core to another heals the same way."""
     teacher, _ = pair()
     one = copy.deepcopy(teacher)
-    tn.compress(one, dataclasses.replace(CONFIG, pivoted=False), progress=False)
+    tn.compress(one, CONFIG, progress=False)
     other = copy.deepcopy(one)
     for layer in compressed_layers(other).values():
         first, *middle, last = layer.cores
@@ -56,7 +55,7 @@ def test_gains_and_biases_move_at_a_rate_of_their_own() -> None:
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 8)).double()
     student = copy.deepcopy(teacher)
-    tn.compress(student, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+    tn.compress(student, tn.CompressionConfig(topology_options={"max_bond": 4}, method="svd"), progress=False)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     tn.heal(student, teacher, [torch.randn(64, 16).double()], steps=1, lr=1e-3, parameters="vectors")
     for name, now in student.named_parameters():
@@ -149,7 +148,7 @@ def test_nothing_to_heal() -> None:
         tn.heal(copy.deepcopy(teacher), teacher, batches(), steps=1)
     eight = copy.deepcopy(teacher)
     tn.compress(
-        eight, tn.CompressionConfig(bits_per_weight=9, objective="weight", formats=("int8:g32:float8",))
+        eight, tn.CompressionConfig(bits_per_weight=9, method="nearest", formats=("int8:g32:float8",))
     )
     with pytest.raises(TargetError, match="parameters='vectors'"):
         tn.heal(eight, teacher, batches(), steps=1, parameters="cores")

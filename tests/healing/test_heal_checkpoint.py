@@ -103,7 +103,7 @@ def test_checkpoint_of_another_compression(tmp_path: Path) -> None:
     path = tmp_path / "heal.safetensors"
     tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
     other = copy.deepcopy(teacher)
-    tn.compress(other, tn.CompressionConfig(param_ratio=0.3, objective="weight", topology="low_rank"))
+    tn.compress(other, tn.CompressionConfig(param_ratio=0.3, method="svd", topology="low_rank"))
     with pytest.raises(FormatError, match="another compressed model"):
         tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
 

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from hf_models import qwen2
+from pivoted_plans import pivoted
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -54,7 +55,9 @@ def test_a_full_rank_layer_is_the_least_squares_solution() -> None:
     model = copy.deepcopy(teacher)
     tn.compress(
         model,
-        tn.CompressionConfig(target_modules="first", max_bond=3, objective="weight", topology="low_rank"),
+        tn.CompressionConfig(
+            target_modules="first", topology_options={"max_bond": 3}, method="svd", topology="low_rank"
+        ),
         progress=False,
     )
     tn.compress(model, tn.CompressionConfig(target_modules="second", topology="low_rank"), progress=False)
@@ -121,7 +124,9 @@ def test_layers_that_cannot_be_compared_stay_and_are_named() -> None:
     teacher = Branches().eval()
     model = copy.deepcopy(teacher)
     tn.compress(
-        model, tn.CompressionConfig(max_bond=3, objective="weight", topology="low_rank"), progress=False
+        model,
+        tn.CompressionConfig(topology_options={"max_bond": 3}, method="svd", topology="low_rank"),
+        progress=False,
     )
     old = copy.deepcopy(model)
     report = refine(model, teacher, [{"input_ids": torch.randn(300, 10)} for _ in range(4)])
@@ -139,7 +144,9 @@ def test_moments_are_exact_under_autocast() -> None:
     teacher = Chain().eval()
     model = copy.deepcopy(teacher)
     tn.compress(
-        model, tn.CompressionConfig(max_bond=3, objective="weight", topology="low_rank"), progress=False
+        model,
+        tn.CompressionConfig(topology_options={"max_bond": 3}, method="svd", topology="low_rank"),
+        progress=False,
     )
     x, weight = torch.randn(500, 10), teacher.first.weight.detach()
     gap, wanted = x @ (model.first.to_matrix().detach() - weight).T, x @ weight.T
@@ -176,9 +183,9 @@ def small_pair() -> tuple[nn.Module, nn.Module, list[Tensor]]:
     teacher = qwen2().eval().requires_grad_(False)
     model = copy.deepcopy(teacher)
     config = tn.CompressionConfig(
-        target_modules="all", max_bond=6, topology="low_rank", objective="weight", pivoted=True
+        target_modules="all", topology_options={"max_bond": 6}, topology="low_rank", method="svd"
     )
-    tn.compress(model, config, progress=False)
+    tn.apply_plan(model, pivoted(tn.plan(model, config)))
     return teacher, model, [torch.randint(3, 100, (4, 12)) for _ in range(4)]
 
 

@@ -42,7 +42,7 @@ def pair(name: str = "int2:g32:float8") -> tuple[nn.Sequential, nn.Sequential, l
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(36, 64), nn.Tanh(), nn.Linear(64, 12))
     student = copy.deepcopy(teacher)
-    config = tn.CompressionConfig(formats=(name,), objective="weight")
+    config = tn.CompressionConfig(formats=(name,), method="nearest")
     tn.compress(student, config, progress=False)
     return teacher, student, [torch.randn(128, 36) for _ in range(8)]
 
@@ -214,6 +214,6 @@ def test_banks_of_experts_train_their_codes(whole: bool) -> None:
 def test_a_model_without_integers_is_refused() -> None:
     teacher = nn.Sequential(nn.Linear(36, 36))
     student = copy.deepcopy(teacher)
-    tn.compress(student, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+    tn.compress(student, tn.CompressionConfig(topology_options={"max_bond": 4}, method="svd"), progress=False)
     with pytest.raises(TargetError, match="integers"):
         tn.heal(student, teacher, [torch.randn(4, 36)], steps=1, parameters="codes")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_models import llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from pivoted_plans import pivoted as make_pivoted
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,14 +29,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 
 IDS = torch.tensor([[5, 7, 9, 11, 13, 6]])
 LAYER = "model.layers.0.self_attn.q_proj"
-I8 = {"bits_per_weight": 9, "formats": ("int8",), "objective": "weight"}
+I8 = {"bits_per_weight": 9, "formats": ("int8",), "method": "nearest"}
 
 
 @cache
 def _compressed(topology: str, pivoted: bool) -> PreTrainedModel:
     model = llama().eval()
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight", topology=topology, pivoted=pivoted)
-    tn.compress(model, config, progress=False)
+    config = tn.CompressionConfig(param_ratio=0.5, method="svd", topology=topology)
+    plan = tn.plan(model, config)
+    tn.apply_plan(model, make_pivoted(plan) if pivoted else plan)
     return model
 
 
@@ -66,7 +68,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_all_linear_means_compressed_and_stock_layers(stock: bool) -> None:
     model = llama().eval() if stock else compressed()
     if stock:  # attention stays dense
-        config = tn.CompressionConfig(target_modules="*.mlp.*", param_ratio=0.5, objective="weight")
+        config = tn.CompressionConfig(target_modules="*.mlp.*", param_ratio=0.5, method="svd")
         tn.compress(model, config, progress=False)
     names = lora_config(model).target_modules
     assert LAYER in names
@@ -242,7 +244,7 @@ def test_adapters_that_merge_into_cores_let_dense_layers_be_compressed_again() -
     made = tn.decompress(adapted(compressed(), target_modules=["q_proj"]))
     assert isinstance(made.get_submodule(f"base_model.model.{LAYER}"), LoraNetworkLinear)
     with pytest.warns(UserWarning, match="Left dense"):
-        tn.compress(made, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+        tn.compress(made, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
     before = logits(made)
     torch.testing.assert_close(logits(merge_adapters(made)), before, atol=1e-4, rtol=1e-4)
 

@@ -141,7 +141,7 @@ def test_changed_models_are_refused() -> None:
     with pytest.raises(TargetError, match="memory"):
         th.rotate(model)
     model = model_of("llama")
-    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
     with pytest.raises(TargetError, match="compressed already"):
         th.rotate(model)
 
@@ -184,7 +184,7 @@ def test_rotated_models_are_saved_and_compressed(name: str, tmp_path: Path) -> N
     model.tie_weights()  # it stays as it is
     torch.testing.assert_close(logits(model), wanted)
     config = tn.CompressionConfig(
-        bits_per_weight=9, formats=("int8:g32",), target_modules="all", objective="weight"
+        bits_per_weight=9, formats=("int8:g32",), target_modules="all", method="nearest"
     )
     tn.compress(model, config, progress=False)
     assert error(logits(model), wanted) < 0.1
@@ -200,9 +200,7 @@ def test_rotated_models_are_exported(name: str, tmp_path: Path) -> None:
     before, plain = logits(model), model_of(name, **sizes).config
     th.rotate(model)
     formats = ("int8:g32:float16",)
-    config = tn.CompressionConfig(
-        bits_per_weight=9, formats=formats, target_modules="all", objective="weight", rounding="nearest"
-    )
+    config = tn.CompressionConfig(bits_per_weight=9, formats=formats, target_modules="all", method="nearest")
     tn.compress(model, config, progress=False)
     assert error(logits(model), before) < 0.1
     plain.tie_word_embeddings = False
@@ -250,7 +248,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_compress_rotates_first(source: Path, tmp_path: Path) -> None:
-    config = tn.CompressionConfig(bits_per_weight=9, formats=("int8:g32",), objective="weight")
+    config = tn.CompressionConfig(bits_per_weight=9, formats=("int8:g32",), method="nearest")
     rotate = th.CompressOptions(rotate=True)
     planned = th.plan_folder(source, config, rotate)
     assert planned.model_params_before == th.rotate(th.load(source)).num_parameters()

@@ -129,7 +129,7 @@ def test_adapters_are_saved_and_loaded_by_peft(adapted: peft.PeftModel, tmp_path
 
 def test_specialists_of_a_compressed_trunk_are_adapters() -> None:
     model = trunk()
-    config = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), objective="weight")
+    config = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), method="nearest")
     tn.compress(model, config, progress=False)
     before = logits(model)
     adapted = peft.get_peft_model(model, SpecialistsConfig(r=4, target_modules=["c_fc"])).eval()

@@ -97,7 +97,7 @@ def test_the_trunk_may_be_compressed_or_have_mixtures(
     model = trunk()
     tn.compress(
         model,
-        tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), objective="weight"),
+        tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), method="nearest"),
         progress=False,
     )
     th.save(model, tmp_path / "int4")

@@ -47,7 +47,9 @@ def test_a_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
 
 
 def test_a_plan_stays_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = tn.plan(torch.nn.Sequential(torch.nn.Linear(8, 8)), tn.CompressionConfig(max_bond=2))
+    plan = tn.plan(
+        torch.nn.Sequential(torch.nn.Linear(8, 8)), tn.CompressionConfig(topology_options={"max_bond": 2})
+    )
     path = tmp_path / "plan.json"
     plan.save(path)
     before = path.read_bytes()

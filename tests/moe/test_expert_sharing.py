@@ -449,10 +449,15 @@ def test_statistics_are_enough_to_share() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_bond": 4}, {"rel_error": 0.1}, {"objective": "activation"}], ids=str
+    ("name", "options"),
+    [
+        ("max_bond", {"topology_options": {"max_bond": 4}}),
+        ("rel_error", {"topology_options": {"rel_error": 0.1}}),
+        ("method", {"method": "gptq"}),
+    ],
 )
-def test_refuses_options_that_sharing_does_not_keep(options: dict[str, object]) -> None:
-    with pytest.raises(BudgetError, match=next(iter(options))):
+def test_refuses_options_that_sharing_does_not_keep(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(BudgetError, match=name):
         config(param_ratio=0.5, **options)
 
 

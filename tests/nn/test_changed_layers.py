@@ -18,7 +18,7 @@ import tensornet as tn
 from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import kind_of
 
-INT8 = tn.CompressionConfig(bits_per_weight=16, formats=("int8",), objective="weight", target_modules="all")
+INT8 = tn.CompressionConfig(bits_per_weight=16, formats=("int8",), method="nearest", target_modules="all")
 X = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -93,7 +93,7 @@ def test_errors_name_such_layers_and_say_how_to_mend_them() -> None:
         tn.compress(model, INT8, progress=False)
     model.append(nn.Linear(24, 24))
     with pytest.raises(TargetError, match=r"Pattern '0'.*recomputed"):
-        tn.plan(model, tn.CompressionConfig(target_modules="0", param_ratio=0.5, objective="weight"))
+        tn.plan(model, tn.CompressionConfig(target_modules="0", param_ratio=0.5, method="svd"))
     with pytest.raises(TargetError, match="recomputed"):
         tn.nn.TensorNetworkLinear.from_linear(model[0], max_bond=2)
     remove_weight_norm(model[0])

@@ -125,7 +125,7 @@ class Tied(nn.Module):
 def test_ties_stay_ties(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Tied(), torch.randn(2, 8, 9)
-    config = tn.CompressionConfig(param_ratio=0.6, objective="weight")
+    config = tn.CompressionConfig(param_ratio=0.6, method="svd")
     report = tn.compress(model, config, progress=False)
     assert [layer.name for layer in report.layers] == [
         "first.matrix",
@@ -159,7 +159,7 @@ def test_modules_that_are_something_else_are_left_alone() -> None:
     ]
     model = nn.ModuleList([*modules, nn.Linear(8, 8)])
     assert unfuse(model) == []
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+    config = tn.CompressionConfig(param_ratio=0.5, method="svd")
     with pytest.warns(UserWarning, match=r"\b3 \(weight recomputed"):
         coverage = tn.compress(model, config, progress=False).coverage
     skipped = {"Conv1d (groups too small for low rank)", "Conv1d (weight recomputed by a hook)"}
@@ -168,12 +168,12 @@ def test_modules_that_are_something_else_are_left_alone() -> None:
 
 def test_a_module_that_nothing_holds_is_refused() -> None:
     with pytest.raises(TargetError, match="itself a LSTM"):
-        tn.compress(nn.LSTM(8, 8), tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+        tn.compress(nn.LSTM(8, 8), tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
 
 
 def test_patterns_name_modules_and_matrices() -> None:
     def chosen(**patterns: Any) -> list[str]:
-        config = tn.CompressionConfig(param_ratio=0.5, objective="weight", **patterns)
+        config = tn.CompressionConfig(param_ratio=0.5, method="svd", **patterns)
         return [layer.name for layer in tn.plan(CASES["gru_packed"].model(), config)]
 
     both = ["body.matrix_ih_l0", "body.matrix_hh_l0"]
@@ -184,7 +184,7 @@ def test_patterns_name_modules_and_matrices() -> None:
 
 def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
     made = CASES["gru"].model()
-    tn.compress(made, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+    tn.compress(made, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
     tn.save_model(made, tmp_path / "made")
     for other in ("lstm", "conv1d"):
         model = CASES[other].model()
@@ -196,11 +196,11 @@ def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
 
 def test_one_matrix_alone_leaves_the_others_dense_and_owned() -> None:
     model, x = CASES["attention"].model(), CASES["attention"].x()
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules="body.k_proj")
+    config = tn.CompressionConfig(param_ratio=0.5, method="svd", target_modules="body.k_proj")
     tn.compress(model, config, progress=False)
     stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(stored.values()) == sum(p.nbytes for p in model.parameters())  # in_proj_weight is gone
-    again = tn.CompressionConfig(param_ratio=0.5, objective="weight", target_modules="body.v_proj")
+    again = tn.CompressionConfig(param_ratio=0.5, method="svd", target_modules="body.v_proj")
     tn.compress(model, again, progress=False)
     twin = pickle.loads(pickle.dumps(nn.ModuleList([model.body])))[0]
     x = x[:, :4]
@@ -209,7 +209,7 @@ def test_one_matrix_alone_leaves_the_others_dense_and_owned() -> None:
 
 def test_half_precision_and_frozen_weights() -> None:
     model = nn.Sequential(nn.Conv1d(8, 8, 3)).to(torch.bfloat16).requires_grad_(False)
-    tn.compress(model, tn.CompressionConfig(param_ratio=0.6, objective="weight"), progress=False)
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.6, method="svd"), progress=False)
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in model.parameters())
     assert model[0].weight.dtype == torch.bfloat16
@@ -224,7 +224,7 @@ def test_half_precision_and_frozen_weights() -> None:
 @torch.no_grad()
 def test_they_compile_as_one_graph(name: str) -> None:
     model, x = CASES[name].model(), CASES[name].x()
-    tn.compress(model, tn.CompressionConfig(param_ratio=0.6, objective="weight"), progress=False)
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.6, method="svd"), progress=False)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x), **CLOSE)
 
 

@@ -16,7 +16,7 @@ META = torch.zeros(8, 6, device="meta")
 
 def compressed() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(8, 8))
-    config = tn.CompressionConfig(max_bond=2, target_modules="all", objective="weight")
+    config = tn.CompressionConfig(topology_options={"max_bond": 2}, target_modules="all", method="svd")
     tn.compress(model, config, progress=False)
     return model.eval()
 
@@ -30,7 +30,11 @@ def test_a_matrix_without_numbers_is_not_decomposed(family: str) -> None:
 def test_a_model_without_numbers_is_neither_compressed_nor_calibrated() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
     with pytest.raises(TargetError, match=r"'1'.*meta device"):
-        tn.compress(model, tn.CompressionConfig(max_bond=2, target_modules="all"), progress=False)
+        tn.compress(
+            model,
+            tn.CompressionConfig(topology_options={"max_bond": 2}, target_modules="all"),
+            progress=False,
+        )
     assert type(model[0]) is nn.Linear, "left as it was"
     with pytest.raises(TargetError, match=r"'1'.*meta device"):
         tn.calibrate(model, [torch.randn(4, 8)])

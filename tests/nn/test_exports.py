@@ -21,7 +21,8 @@ HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 def compressed(**options: object) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
-    config = tn.CompressionConfig(target_modules="all", objective="weight", **options)  # type: ignore[arg-type]
+    method = "nearest" if "formats" in options else "svd"
+    config = tn.CompressionConfig(target_modules="all", method=method, **options)  # type: ignore[arg-type]
     tn.compress(model, config, progress=False)
     return model.eval()
 

@@ -308,7 +308,7 @@ def test_the_layers_of_compounds_are_prepared() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LSTM(32, 64, batch_first=True))
     config = tn.CompressionConfig(
-        topology="mpo", topology_options={"sites": 3}, max_bond=12, target_modules="all"
+        topology="mpo", topology_options={"sites": 3, "max_bond": 12}, target_modules="all"
     )
     tn.compress(model, config, progress=False)
     x = torch.randn(2, 5, 32)

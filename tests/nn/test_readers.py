@@ -44,7 +44,7 @@ class Reader(nn.Module):
 
 def config(targets: str | list[str] | None, **options: Any) -> tn.CompressionConfig:
     return tn.CompressionConfig(
-        target_modules=targets, param_ratio=0.5, topology="low_rank", **{"objective": "weight", **options}
+        target_modules=targets, param_ratio=0.5, topology="low_rank", **{"method": "svd", **options}
     )
 
 
@@ -165,7 +165,7 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
     model = make().eval()
     with torch.no_grad():
         dense = first_floats(model, inputs)
-    full = tn.CompressionConfig(target_modules="all", topology="mpo", objective="weight")
+    full = tn.CompressionConfig(target_modules="all", topology="mpo", method="svd")
     tn.compress(model, full, progress=False)
     with unfused(model):
         read = [x.name for x in list_weights(model) if x.skip == READ_REASON]
@@ -191,7 +191,7 @@ def test_files_without_the_model_show_the_same(tmp_path: Path) -> None:
     """A model that is compressed from its files is never loaded; its readers stay dense all the same."""
     model = MODELS["gemma3n"][0]()
     model.save_pretrained(tmp_path / "dense")
-    options = tn.CompressionConfig(max_bond=4, objective="weight")
+    options = tn.CompressionConfig(topology_options={"max_bond": 4}, method="svd")
     compress_files(tmp_path / "dense", tmp_path / "files", options)
     tn.compress(model, options, progress=False)
     names = set(read_checkpoint(tmp_path / "files").compression.layers)

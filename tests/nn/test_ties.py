@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hf_models import ARCHITECTURES, logits
+from pivoted_plans import pivoted
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
@@ -24,17 +26,19 @@ from tensornet.errors import TargetError
 from tensornet.nn.targets import all_targets
 from tensornet_hf.checkpoint import read_checkpoint
 
-FORMS = {
-    "pivoted": {"pivoted": True, "topology": "low_rank", "param_ratio": 0.7},
-    "int8": {"formats": ("int8",)},
-    "bf16": {"formats": ("bf16",)},
+FORMS: dict[str, dict[str, Any]] = {
+    "pivoted": {"topology": "low_rank", "param_ratio": 0.7, "method": "svd"},
+    "int8": {"formats": ("int8",), "method": "nearest"},
+    "bf16": {"formats": ("bf16",), "method": "nearest"},
 }
 IDS = torch.arange(30)
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-def options(form: str) -> tn.CompressionConfig:
-    return tn.CompressionConfig(target_modules="all", objective="weight", **FORMS[form])  # type: ignore[arg-type]
+def compress(model: nn.Module, form: str) -> None:
+    config = tn.CompressionConfig(target_modules="all", **FORMS[form])
+    plan = tn.plan(model, config)
+    tn.apply_plan(model, pivoted(plan) if form == "pivoted" else plan)
 
 
 class Tied(nn.Module):
@@ -53,7 +57,7 @@ class Tied(nn.Module):
 def compressed(form: str) -> Tied:
     torch.manual_seed(1)
     model = Tied()
-    tn.compress(model, options(form), progress=False)
+    compress(model, form)
     return model.eval()
 
 
@@ -90,7 +94,7 @@ def test_files_and_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(IDS), small(IDS), rtol=1e-4, atol=1e-4)
     assert again.head.stored_cores[0] is again.table.stored_cores[0]
     model = ARCHITECTURES["gpt2"].dense
-    tn.compress(model, options(form), progress=False)
+    compress(model, form)
     model.save_pretrained(tmp_path / "gpt2")
     loaded = th.load(tmp_path / "gpt2")
     torch.testing.assert_close(loaded(IDS[None]).logits, model(IDS[None]).logits, rtol=1e-4, atol=1e-4)
@@ -134,9 +138,7 @@ SCALED = {
 
 
 def low_rank(targets: str | list[str] | None) -> tn.CompressionConfig:
-    return tn.CompressionConfig(
-        target_modules=targets, param_ratio=0.5, topology="low_rank", objective="weight"
-    )
+    return tn.CompressionConfig(target_modules=targets, param_ratio=0.5, topology="low_rank", method="svd")
 
 
 @pytest.mark.parametrize("form", ["pivoted", "int8"])
@@ -145,7 +147,7 @@ def low_rank(targets: str | list[str] | None) -> tn.CompressionConfig:
 )
 def test_heads_of_scaled_embeddings_stay_tied(name: str, form: str, tmp_path: Path) -> None:
     model: PreTrainedModel = SCALED[name]().eval()
-    tn.compress(model, options(form), progress=False)
+    compress(model, form)
     model.save_pretrained(tmp_path)
     loaded = th.load(tmp_path)
     ids = torch.arange(3, 12)[None]

@@ -18,9 +18,9 @@ from tensornet.nn.weight_facts import WeightFacts
 
 X = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 CONFIGS = {
-    "int8": tn.CompressionConfig(bits_per_weight=16, formats=("int8",), objective="weight"),
-    "low_rank": tn.CompressionConfig(topology="low_rank", max_bond=4, objective="weight"),
-    "mpo": tn.CompressionConfig(topology="mpo", max_bond=4, objective="weight"),
+    "int8": tn.CompressionConfig(bits_per_weight=16, formats=("int8",), method="nearest"),
+    "low_rank": tn.CompressionConfig(topology="low_rank", topology_options={"max_bond": 4}, method="svd"),
+    "mpo": tn.CompressionConfig(topology="mpo", topology_options={"max_bond": 4}, method="svd"),
 }
 
 

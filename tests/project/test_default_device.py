@@ -33,7 +33,7 @@ def elsewhere() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"pivoted": True}, {"topology": "mpo", "topology_options": {"sites": 3}}, {"topology": "tucker"}],
+    [{}, {"topology": "mpo", "topology_options": {"sites": 3}}, {"topology": "tucker"}],
     ids=str,
 )
 def test_compression(options: dict[str, object]) -> None:

@@ -81,7 +81,7 @@ def test_an_extension_shows_layers_offers_data_and_is_told() -> None:
 def test_a_plan_alone_leaves_the_model_in_its_own_form() -> None:
     register_extension(Stacks())
     model = Stack()
-    assert len(tn.plan(model, tn.CompressionConfig(max_bond=2, objective="weight"))) == 2
+    assert len(tn.plan(model, tn.CompressionConfig(topology_options={"max_bond": 2}, method="svd"))) == 2
     assert [name for name, _ in model.named_parameters()] == ["weights"]
 
 

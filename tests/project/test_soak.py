@@ -28,7 +28,7 @@ def test_compress_load_generate_unload(tmp_path: Path) -> None:
         vocab_size=211, n_positions=16, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
-    options = tn.CompressionConfig(topology="mpo", max_bond=12)
+    options = tn.CompressionConfig(topology="mpo", topology_options={"max_bond": 12})
     logging.disable_progress_bar()  # captured by pytest, they would be what grows
     prompt, process = torch.tensor([[5, 6, 7]]), psutil.Process()
     before = (0, 0)

@@ -137,7 +137,7 @@ def test_rows_of_no_whole_super_blocks_are_refused_with_moments_too(name: str) -
         with pytest.raises(FormatError, match="not a multiple of 256"):
             predict_losses(weight, [name], [Weighting(**moments)])
     model = torch.nn.Sequential(torch.nn.Linear(300, 40))
-    config = tn.CompressionConfig(target_modules="all", formats=("int8",), objective="weight")
+    config = tn.CompressionConfig(target_modules="all", formats=("int8",), method="nearest")
     with pytest.raises(FormatError, match="not a multiple of 256"):
         tn.plan(model, config).replace_layer("0", None, name)
 

@@ -40,7 +40,7 @@ def test_a_menu_of_ones_own() -> None:
     model = Block()
     with torch.no_grad():
         model.right.weight.mul_(100)
-    config = tn.CompressionConfig(bits_per_weight=6, formats="other", objective="weight")
+    config = tn.CompressionConfig(bits_per_weight=6, formats="other", method="nearest")
     assert config.target_modules == "all"
     plan = tn.plan(model, config)
     assert [layer.bytes_after for layer in plan] == [1000, 1000, 1000]

@@ -119,7 +119,7 @@ def test_a_family_stands_for_its_name() -> None:
     import tensornet_moe as tm
 
     family = tn.topologies.topology_family("low_rank")
-    assert tn.CompressionConfig(topology=family, max_bond=2).topology == "low_rank"
+    assert tn.CompressionConfig(topology=family, topology_options={"max_bond": 2}).topology == "low_rank"
     layer, weight = torch.nn.Linear(6, 4), torch.randn(4, 6)
     made = tn.nn.TensorNetworkLinear.from_linear(layer, topology=family, max_bond=2)
     assert made.topology.family == "low_rank"

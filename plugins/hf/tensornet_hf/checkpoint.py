@@ -556,7 +556,7 @@ def save(
 
     Example:
         >>> model = th.load(th.embedded.gpt2_path())
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> _ = tn.compress(model, config, progress=False)
         >>> folder = th.save(model, "small", source=th.embedded.gpt2_path())
         >>> sorted(path.name for path in folder.iterdir())[:2]
@@ -626,7 +626,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
     Example:
         >>> model = th.load(th.embedded.gpt2_path())
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> _ = tn.compress(model, config, progress=False)
         >>> type(th.decompress(model).transformer.h[0].mlp.c_fc).__name__
         'Conv1D'

@@ -23,7 +23,7 @@ from tensornet.calibration.batches import as_batch, check_batches, tokens_of
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig, option
+from tensornet.compression.config import AUTO, DEFAULT_FORMATS, WITHOUT_DATA, CompressionConfig, option
 from tensornet.compression.coverage import measure_coverage
 from tensornet.compression.loss_increase import LossIncrease, light_copy
 from tensornet.compression.plan import CompressionPlan
@@ -94,7 +94,7 @@ class CompressOptions:
     Args:
         calibration: file with text like the model's later input; 'default' is the embedded text, the King
             James Bible. Pieces of several files alternate. For models that do not read text alone, batches
-            (`tn.nn.ProvidedData`). Not needed with `objective="weight"`.
+            (`tn.nn.ProvidedData`). Not needed with `method="nearest"` or `"svd"`.
         calibration_tokens: number of calibration tokens on which the loss is differentiated (default: 4,096
             or 1,024 passages; with effort thorough 32,768).
         survey: file with the predicted loss of every number format of every layer: read if it exists, written
@@ -234,7 +234,7 @@ def compress_folder(
         OptionError: two options exclude each other, or an option needs another one.
 
     Example:
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> done = th.compress_folder(th.embedded.gpt2_path(), "small", config)
         >>> round(done.param_ratio, 2), done.file_bytes_after < done.file_bytes_before
         (0.5, True)
@@ -554,7 +554,7 @@ def plan_folder(
         FormatError, TargetError, BudgetError: see `compress_folder`.
 
     Example:
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> plan = th.plan_folder(th.embedded.gpt2_path(), config)
         >>> plan.save("plan.json")  # edit it, load it, and pass it to compress_folder
     """
@@ -647,7 +647,7 @@ def _check_data(
     """Check, before any slow step, that the texts needed for the options are given.
 
     Returns:
-        The configuration. Without texts, the objective "auto" becomes "weight" if the only budget is
+        The configuration. Without texts, the method "auto" becomes one that needs none if the only limit is
         `rel_error`.
 
     Raises:
@@ -658,7 +658,7 @@ def _check_data(
     if options.survey is not None and not reads_text(config, options):
         raise OptionError(
             "survey= contains losses that were predicted on a text, calibration=. Leave out survey=, or "
-            "the options that use no text or need more than a survey, such as objective='weight'."
+            "the options that use no text or need more than a survey, such as method='nearest'."
         )
     if isinstance(config, CompressionPlan):
         if config.objective != "weight" and not has_data:
@@ -668,14 +668,14 @@ def _check_data(
             )
         return config
     config.check_says_how_far()
-    if has_data or config.objective == "weight":
+    if has_data or config.method in WITHOUT_DATA:
         return config
-    if config.objective == "auto" and config.rel_error is not None and not config.needs_curvature:
-        return replace(config, objective="weight")
+    if config.method == "auto" and config.rel_error is not None and not config.needs_curvature:
+        return replace(config, method="nearest" if config.formats else "svd")
     raise BudgetError(
         "A calibration text is needed, to measure how errors of the weights affect the loss. Give text like "
         "the model's later input with calibration=FILE, or use the embedded text with calibration='default'. "
-        "objective='weight' needs no text, but loses more quality than necessary."
+        "method='nearest' (formats) and method='svd' (networks) need no text, but lose more quality."
     )
 
 

@@ -164,7 +164,7 @@ def lora_config(
         >>> from peft import get_peft_model
         >>> from tensornet_hf.peft import lora_config
         >>> model = th.load(th.embedded.gpt2_path())
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> _ = tn.compress(model, config, progress=False)
         >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
         >>> adapted.get_nb_trainable_parameters()[0] > 0
@@ -201,7 +201,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
     Example:
         >>> from peft import get_peft_model
         >>> from tensornet_hf.peft import load_adapters, lora_config
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> _ = th.compress_folder(th.embedded.gpt2_path(), "small", config)
         >>> model = th.load("small")
         >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
@@ -226,7 +226,7 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
         >>> from peft import get_peft_model
         >>> from tensornet_hf.peft import lora_config, merge_adapters
         >>> model = th.load(th.embedded.gpt2_path())
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> _ = tn.compress(model, config, progress=False)
         >>> adapted = get_peft_model(model, lora_config(model, target_modules=["c_fc"], r=4))
         >>> type(merge_adapters(adapted)).__name__

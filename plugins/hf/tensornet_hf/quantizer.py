@@ -78,7 +78,7 @@ class TensorNetworkConfig(QuantizationConfigMixin):
 
     Example:
         >>> from transformers import AutoModelForCausalLM
-        >>> config = th.TensorNetworkConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        >>> config = th.TensorNetworkConfig(topology="low_rank", param_ratio=0.5, method="svd")
         >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path(), quantization_config=config)
         >>> type(model.transformer.h[0].mlp.c_fc).__name__
         'MPOLinear'

@@ -85,12 +85,12 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
     low_rank = CompressionConfig(
         target_modules=names,
         topology="low_rank",
-        objective="weight",
+        method="svd",
         param_ratio=min(1.0, plan.bytes_after / (svd_itemsize(plan) * plan.params_before)),
     )
-    found = {NEAREST: replace(integers, rounding="nearest")}
+    found = {NEAREST: replace(integers, method="nearest")}
     if stats is not None:
-        found[GPTQ] = replace(integers, rounding="one_sided")
+        found[GPTQ] = replace(integers, method="gptq")
     return {**found, SVD: low_rank}
 
 

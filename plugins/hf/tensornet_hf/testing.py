@@ -118,7 +118,7 @@ class ExportLaws:
             formats=self.target,
             target_modules=self.target_modules,
             exclude_modules=dense or None,
-            objective="weight",
+            method="nearest",
         )
         tn.compress(model, config, progress=False)
         report = export(model, tmp_path / self.destination, target=self.target)
@@ -177,7 +177,10 @@ class ExportLaws:
         """Compress the second layer to a low rank, and the others to integers."""
         model = self.model()
         config = tn.CompressionConfig(
-            topology="low_rank", max_bond=4, objective="weight", target_modules=self.target_modules
+            topology="low_rank",
+            topology_options={"max_bond": 4},
+            method="svd",
+            target_modules=self.target_modules,
         )
         plan = tn.plan(model, config)
         for number, layer in enumerate(plan):

@@ -292,7 +292,11 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, compressed: bool
         edit_config(folder, lambda config: config.pop("quantization_config"))
     with pytest.raises(FormatError, match=r"only pytorch_model\.bin.*save_pretrained"):
         th.load(folder)
-    options = {} if compressed else {"quantization_config": th.TensorNetworkConfig(max_bond=4)}
+    options = (
+        {}
+        if compressed
+        else {"quantization_config": th.TensorNetworkConfig(topology_options={"max_bond": 4})}
+    )
     with pytest.raises(FormatError, match=r"pytorch_model\.bin: only safetensors"):
         AutoModelForCausalLM.from_pretrained(folder, **options)
     assert not (tmp_path / "trace").exists()
@@ -307,13 +311,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
         model.transformer.h[1].mlp.c_proj.weight[0, 0] = float("inf")
     model.save_pretrained(tmp_path)
     with pytest.raises(NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_proj"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=th.TensorNetworkConfig(max_bond=4))
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=th.TensorNetworkConfig(topology_options={"max_bond": 4})
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_bonds": 4}, "max_bonds.*options are.*max_bond"),
+        ({"max_byte": 4}, "max_byte.*options are.*max_bytes"),
         ({"param_ratio": -1.0}, "param_ratio"),
         ({"topology": "moebius"}, "moebius"),
     ],

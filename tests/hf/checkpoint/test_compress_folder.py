@@ -19,7 +19,7 @@ from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.text import mix_texts
 
 GPT2 = ARCHITECTURES["gpt2"]
-HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+HALF = tn.CompressionConfig(param_ratio=0.5, method="svd")
 
 
 @pytest.fixture

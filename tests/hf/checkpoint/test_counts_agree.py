@@ -20,7 +20,7 @@ MLP = ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "int3:g32"])
 def test_one_folder_has_one_number_of_parameters(name: str, tmp_path: Path) -> None:
-    config = tn.CompressionConfig(target_modules=MLP, bits_per_weight=16, formats=(name,), objective="weight")
+    config = tn.CompressionConfig(target_modules=MLP, bits_per_weight=16, formats=(name,), method="nearest")
     planned = th.plan_folder(gpt2_path(), config)
     folder = tmp_path / "small"
     report = th.compress_folder(gpt2_path(), folder, config)

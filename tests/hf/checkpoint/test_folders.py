@@ -328,7 +328,7 @@ def test_weights_of_the_model_before_are_replaced(hub: Hub, model: PreTrainedMod
 
 
 def test_a_compressed_folder_is_uploaded_complete(hub: Hub, tmp_path: Path) -> None:
-    config = tn.CompressionConfig(max_bond=4, objective="weight", target_modules="c_fc")
+    config = tn.CompressionConfig(topology_options={"max_bond": 4}, method="svd", target_modules="c_fc")
     done = th.compress_folder(gpt2_path(), "hf://me/new", config)
     assert done.file_bytes_after >= done.model_bytes_after
     assert done.destination == "hf://me/new"

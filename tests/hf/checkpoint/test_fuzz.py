@@ -20,6 +20,7 @@ import pytest
 import torch
 from folder_runs import compress_files
 from hf_models import gpt2
+from pivoted_plans import pivoted
 from sharded_folders import save
 
 import tensornet as tn
@@ -196,7 +197,7 @@ def test_descriptions_of_compressed_layers(compressed: Path) -> None:
 def test_plans(folder: Path) -> None:
     draw, path = random.Random(6), folder / "plan.json"
     model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 6))
-    whole = tn.plan(model, tn.CompressionConfig(topology="mpo", max_bond=3)).to_dict()
+    whole = tn.plan(model, tn.CompressionConfig(topology="mpo", topology_options={"max_bond": 3})).to_dict()
 
     def read(content: Any) -> None:
         path.write_text(json.dumps(content))
@@ -223,8 +224,8 @@ def test_names_of_tensors(compressed: Path, folder: Path) -> None:
 def test_folders(tmp_path: Path) -> None:
     """Whole folders: a model or one of our errors, whatever was changed in whichever file."""
     model, draw = gpt2(), random.Random(9)
-    config = tn.CompressionConfig(topology="low_rank", param_ratio=0.7, objective="weight", pivoted=True)
-    tn.compress(model, config, progress=False)
+    config = tn.CompressionConfig(topology="low_rank", param_ratio=0.7, method="svd")
+    tn.apply_plan(model, pivoted(tn.plan(model, config)))
     model.save_pretrained(tmp_path / "good")
     names = ("config.json", "config.json", "model.safetensors", "generation_config.json")
 

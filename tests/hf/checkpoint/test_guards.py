@@ -62,7 +62,7 @@ def test_other_ways_to_make_a_folder(tmp_path: Path) -> None:
     """File to file, by mixtures, by experts of a mixture, and saved again after loading."""
     dense = ALL[0].dense
     dense.save_pretrained(tmp_path / "dense")
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+    config = tn.CompressionConfig(param_ratio=0.5, method="svd")
     compress_files(tmp_path / "dense", tmp_path / "files", config)
     tn.compress(dense, config, progress=False)
     dense.save_pretrained(tmp_path / "memory")
@@ -94,7 +94,7 @@ def guards_of(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_pipelines_work_after_the_import(tmp_path: Path) -> None:
     model, tokenizer = th.load(gpt2_path()), AutoTokenizer.from_pretrained(gpt2_path())
-    tn.compress(model, tn.CompressionConfig(param_ratio=0.9, objective="weight"), progress=False)
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.9, method="svd"), progress=False)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     ids = torch.arange(5)[None]

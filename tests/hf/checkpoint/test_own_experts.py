@@ -22,7 +22,7 @@ from transformers import (
 import tensornet as tn
 import tensornet_hf as th
 
-EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
+EXACT = tn.CompressionConfig(topology="mpo", method="svd")
 SMALL = tn.CompressionConfig(param_ratio=0.6)
 SIZES = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 1, "pad_token_id": 0}
 IDS = torch.arange(1, 25).reshape(3, 8)

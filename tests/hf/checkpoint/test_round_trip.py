@@ -29,6 +29,7 @@ from hf_models import (
     enable_checkpointing,
     logits,
 )
+from pivoted_plans import pivoted
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -43,7 +44,7 @@ from tensornet_hf.inspect import inspect_folder
 
 each = pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.name)
 GPT2 = ARCHITECTURES["gpt2"]
-CONFIG = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
+CONFIG = tn.CompressionConfig(topology_options={"max_bond": 4}, topology="low_rank", method="svd")
 #: Modules that share one table in each architecture.
 TIED = {
     "gpt2": [("transformer.wte", "lm_head")],
@@ -155,7 +156,9 @@ def test_decompressed_folder_needs_transformers_alone(architecture: Architecture
 def test_ties_that_are_not_touched_are_left_to_transformers(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = architecture.dense
-    tn.compress(model, tn.CompressionConfig(max_bond=8), progress=False)  # leaves embeddings and heads dense
+    tn.compress(
+        model, tn.CompressionConfig(topology_options={"max_bond": 8}), progress=False
+    )  # leaves embeddings and heads dense
     model.save_pretrained(tmp_path)
     loaded = th.load(tmp_path)
     loaded.tie_weights()
@@ -229,8 +232,8 @@ def test_compiles_without_graph_breaks(name: str) -> None:
 def test_pivoted_cores(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = architecture.dense
-    config = tn.CompressionConfig(target_modules="all", max_bond=6, objective="weight", pivoted=True)
-    tn.compress(model, config, progress=False)
+    config = tn.CompressionConfig(target_modules="all", topology_options={"max_bond": 6}, method="svd")
+    tn.apply_plan(model, pivoted(tn.plan(model, config)))
     model.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in read_checkpoint(tmp_path).tensors.values()} == {"F32", "I32"}
     loaded = th.load(tmp_path)
@@ -346,7 +349,11 @@ def test_parts_of_t5(tmp_path: Path) -> None:
     architecture = ARCHITECTURES["t5_gated"]
     for targets in ("shared", "lm_head"):
         model = architecture.dense
-        tn.compress(model, tn.CompressionConfig(target_modules=targets, max_bond=8), progress=False)
+        tn.compress(
+            model,
+            tn.CompressionConfig(target_modules=targets, topology_options={"max_bond": 8}),
+            progress=False,
+        )
         model.save_pretrained(tmp_path / targets)
         same(th.load(tmp_path / targets), model, architecture)
     model = ARCHITECTURES["t5_relu"].compressed
@@ -428,7 +435,7 @@ def test_parts_of_multimodal_models_have_other_names_in_each_class(how: str, tmp
     def outputs(model: PreTrainedModel) -> torch.Tensor:
         return model(**inputs).hidden_states[-1]  # in which text and image are mixed
 
-    options = tn.CompressionConfig(target_modules="all", param_ratio=0.6, objective="weight")
+    options = tn.CompressionConfig(target_modules="all", param_ratio=0.6, method="svd")
     model.save_pretrained(tmp_path / "dense")
     if how == "memory":
         tn.compress(model, options, progress=False)

@@ -18,10 +18,10 @@ import tensornet_hf as th
 from tensornet.nn.unfuse import unfuse
 from tensornet_hf.experts import SplitExperts, experts_apart
 
-EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
-HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+EXACT = tn.CompressionConfig(topology="mpo", method="svd")
+HALF = tn.CompressionConfig(param_ratio=0.5, method="svd")
 ONE_EXPERT = tn.CompressionConfig(
-    target_modules=["re:.*layers.0.mlp.experts.1.*"], param_ratio=0.5, objective="weight"
+    target_modules=["re:.*layers.0.mlp.experts.1.*"], param_ratio=0.5, method="svd"
 )
 
 

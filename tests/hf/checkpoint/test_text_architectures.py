@@ -52,7 +52,7 @@ def test_compress_a_folder_by_text(
     PAGE_ARCHITECTURES[name].dense.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     options = th.CompressOptions(calibration=text, calibration_tokens=512)
-    config = tn.CompressionConfig(bits_per_weight=6, formats=("int4", "int8"), rounding="one_sided")
+    config = tn.CompressionConfig(bits_per_weight=6, formats=("int4", "int8"), method="gptq")
     where = tmp_path / "dense", tmp_path / "small", config
     if name in REFUSED:
         with pytest.raises((TargetError, FormatError), match=r"not text|on text alone|another form"):

@@ -37,10 +37,10 @@ class Saving(extensions.ModelExtension):
 def test_a_model_that_nobody_describes_is_said() -> None:
     model = Model()
     with pytest.warns(UserWarning, match="tensornet_hf.save"):
-        tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+        tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
     tn.decompress(model)  # no warning: its layers are dense again
     extensions.register_extension(Saving())
-    tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     tn.compress(model, tn.CompressionConfig(target_modules="all", topology="mpo"), progress=False)
 assert any("tensornet_hf.save" in str(x.message) for x in said)
-tn.compress(part.transformer.h[0], tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
+tn.compress(part.transformer.h[0], tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
 import tensornet_hf as th
 ids = torch.arange(6)[None]
 for name, each in dict(whole=model, part=part).items():

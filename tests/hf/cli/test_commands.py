@@ -31,7 +31,7 @@ from tensornet_hf.text import load_tokenizer
 
 FEW = ("--calibration-tokens", 2_000)
 TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
-CHAIN = ("--param-ratio", 0.5, "--topology", "mpo", "--target", "h.0.mlp.c_fc", "--objective", "weight")
+CHAIN = ("--param-ratio", 0.5, "--topology", "mpo", "--target", "h.0.mlp.c_fc", "--method", "svd")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -119,13 +119,13 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
     dense = GPT2LMHeadModel.from_pretrained("dense")  # by transformers alone
     assert not any(isinstance(m, tn.nn.TensorNetworkLinear) for m in dense.modules())
     assert torch.allclose(logits(dense), logits(small), atol=1e-4)
-    status, _, err = tensornet("compress", "small", "again", "--rel-error", 0.5)
+    status, _, err = tensornet("compress", "small", "again", "--topology-option", "rel_error=0.5")
     assert status == 1
     assert "compressed already" in err
 
 
 def test_json_is_all_that_stdout_holds(tensornet: Run) -> None:
-    how = ("--rel-error", 0.3, "--objective", "weight")
+    how = ("--topology-option", "rel_error=0.3", "--method", "svd")
     status, out, _ = tensornet(
         "compress", gpt2_path(), "small", *how, *TWO_LAYERS, "--json", "--dtype", "bfloat16"
     )
@@ -140,7 +140,7 @@ def test_json_is_all_that_stdout_holds(tensornet: Run) -> None:
 
 def test_bits_are_planned_and_shown_in_bytes(tensornet: Run) -> None:
     """Without calibration text one format is all that a plan can choose."""
-    how = ("--bits", 5, "--formats", "int8,int4", *TWO_LAYERS, "--objective", "weight")
+    how = ("--bits", 5, "--formats", "int8,int4", *TWO_LAYERS, "--method", "nearest")
     status, out, _ = tensornet("plan", gpt2_path(), *how)
     assert status == 0
     assert "int4 dense" in out
@@ -153,7 +153,7 @@ def test_bits_are_planned_and_shown_in_bytes(tensornet: Run) -> None:
 
 
 def test_a_plan_can_be_edited_and_applied(tensornet: Run) -> None:
-    how = ("--param-ratio", 0.25, *TWO_LAYERS, "--objective", "weight")
+    how = ("--param-ratio", 0.25, *TWO_LAYERS, "--method", "svd")
     arguments = ("plan", gpt2_path(), *how)
     status, out, _ = tensornet(*arguments)
     assert status == 0
@@ -175,7 +175,7 @@ def test_a_plan_can_be_edited_and_applied(tensornet: Run) -> None:
 
 
 def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
-    arguments = ("--param-ratio", 0.5, *TWO_LAYERS, "--objective", "weight")
+    arguments = ("--param-ratio", 0.5, *TWO_LAYERS, "--method", "svd")
     assert tensornet("compress", gpt2_path(), "whole", *arguments)[0] == 0
     status, out, err = tensornet("compress", gpt2_path(), "streamed", *arguments, "--workers", 1, "--json")
     assert (status, err) == (0, "")

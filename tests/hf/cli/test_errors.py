@@ -60,33 +60,33 @@ FAILED = [
     ("compress nan out HALF", r"'transformer\.h\.1\.mlp\.c_fc' contains 1 NaN"),
     ("compress cut out HALF", r"model\.safetensors is truncated or damaged"),
     ("compress scribbled out HALF", r"model\.safetensors is truncated or damaged"),
-    ("compress GPT2 out --rel-error 0.5 --target nosuch", "'nosuch' matches no layer"),
-    ("compress GPT2 out --rel-error 0.5 --target re:(", "not a regular expression"),
+    ("compress GPT2 out --topology-option rel_error=0.5 --target nosuch", "'nosuch' matches no layer"),
+    ("compress GPT2 out --topology-option rel_error=0.5 --target re:(", "not a regular expression"),
     ("compress GPT2 out --bits 4.25", "with --calibration FILE.*--calibration default"),
     ("compress GPT2 out", "says how far"),
-    ("compress GPT2 out --bits 4 --objective weight", "--formats int4"),
+    ("compress GPT2 out --bits 4 --method nearest", "--formats int4"),
     ("compress GPT2 out --bits 4 --calibration text.txt --survey taken", "taken"),
     (
-        "compress GPT2 out --bits 8.5 --objective weight --to compressed-tensors",
+        "compress GPT2 out --bits 8.5 --method nearest --to compressed-tensors",
         "'compressed-tensors' can pack none",
     ),
     ("upcycle GPT2 out --experts 4 --option noise=-1", "noise must"),
-    ("compress GPT2 out --rel-error 0.5 --workers 0", "workers.* must be at least 1"),
+    ("compress GPT2 out --topology-option rel_error=0.5 --workers 0", "workers.* must be at least 1"),
     (
-        "compress GPT2 out --param-ratio 0.0001 --objective weight",
+        "compress GPT2 out --param-ratio 0.0001 --method svd",
         r"'transformer\.h\.0\.attn\.c_attn'.*budget",
     ),
-    ("compress GPT2 out --rel-error 0.5 --dtype int3", "Unknown dtype 'int3'"),
-    ("compress GPT2 out --rel-error 0.5 --topology x", "x.*low_rank.*mpo"),
+    ("compress GPT2 out --topology-option rel_error=0.5 --dtype int3", "Unknown dtype 'int3'"),
+    ("compress GPT2 out --topology-option rel_error=0.5 --topology x", "x.*low_rank.*mpo"),
     ("compress GPT2 out CHAIN --topology-option sites=30 --calibration text.txt", "at most 25 legs"),
     ("compress GPT2 out CHAIN --topology-option colour=red", "does not know the options colour.*in_dims"),
     ("compress GPT2 out --bits 4 --formats int9", "Unknown number format 'int9'"),
     ("compress GPT2 out --bits 4 --formats gguf-slow", "Menus are gguf, gguf-fast"),
-    ("compress GPT2 out --rel-error 0.5 --report no/r.html", "report cannot be written"),
+    ("compress GPT2 out --topology-option rel_error=0.5 --report no/r.html", "report cannot be written"),
     ("compress GPT2 out --plan empty.txt", "Cannot read a compression plan"),
-    ("compress GPT2 out --max-bond 4 --calibration short.txt", "fewer than a window"),
-    ("compress bare out --max-bond 4 --calibration text.txt", "has no tokenizer"),
-    ("compress GPT2 hf://a/b/c --rel-error 0.5", "not an address on the hub"),
+    ("compress GPT2 out --topology-option max_bond=4 --calibration short.txt", "fewer than a window"),
+    ("compress bare out --topology-option max_bond=4 --calibration text.txt", "has no tokenizer"),
+    ("compress GPT2 hf://a/b/c --topology-option rel_error=0.5", "not an address on the hub"),
     ("decompress GPT2 out", "nothing to decompress"),
     ("upcycle GPT2 out --experts 2 --top-k 3 --router topk", "--top-k 3 with --experts 2"),
     (
@@ -114,11 +114,11 @@ WRONG = [
     ("frobnicate", "frobnicate"),
     ("compress", "source"),
     ("inspect x --what", "--what"),
-    ("compress x --max-bond y", "--max-bond"),
-    ("compress GPT2 --rel-error 0.5", "destination"),
+    ("compress x --max-bytes y", "--max-bytes"),
+    ("compress GPT2 --topology-option rel_error=0.5", "destination"),
     ("compress GPT2 out --int8", "No such option"),
     ("compress GPT2 out --formatt int8", "--formats"),
-    ("compress GPT2 out --bits 4 --objective weight --survey p", "--survey.*--calibration"),
+    ("compress GPT2 out --bits 4 --method nearest --survey p", "--survey.*--calibration"),
     ("compress GPT2 out HALF --calibration-tokens 100", "add --calibration"),
     (
         "eval GPT2 --text text.txt --limit 3 --task-path .",
@@ -169,7 +169,7 @@ def test_one_line_a_status_and_nothing_else(
             spoil(shutil.copytree(gpt2_path(), tmp_path / spoil.__name__))
     before = contents(tmp_path)
     chain = "--param-ratio 0.5 --topology mpo --target h.0.mlp.c_fc"
-    given = line.replace("HALF", "--param-ratio 0.5 --objective weight").replace("CHAIN", chain)
+    given = line.replace("HALF", "--param-ratio 0.5 --method svd").replace("CHAIN", chain)
     paths = {"GPT2": gpt2_path(), "T5": t5_path()}
     status, out, err = tensornet(*(paths.get(word, word) for word in shlex.split(given)))
     assert (status, out) == (wanted, "")
@@ -191,9 +191,9 @@ def test_gone_options_are_explained(name: str, tensornet: Run) -> None:
 @pytest.mark.parametrize(
     ("text", "translated"),
     [
-        ("max_bond must be at least 1", "--max-bond must be at least 1"),
-        ("the damping of max_bond", "the damping of --max-bond"),
-        ("give formats=('int4',) or rel_error=0.5.", "give --formats int4 or --rel-error 0.5."),
+        ("loss_increase must be above 0", "--loss-increase must be above 0"),
+        ("the damping of max_bytes", "the damping of --max-bytes"),
+        ("give formats=('int4',) or param_ratio=0.5.", "give --formats int4 or --param-ratio 0.5."),
         ("exclude_modules=['*.read', 'head'].", "--exclude '*.read' --exclude head."),
         ("calibration=batches, or calibration='default'", "--calibration FILE, or --calibration default"),
         ("bits_per_weight= and max_bytes=", "--bits and --max-bytes"),
@@ -223,7 +223,7 @@ def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    plain = ("compress", gpt2_path(), "out", "--rel-error", 0.5)
+    plain = ("compress", gpt2_path(), "out", "--topology-option", "rel_error=0.5")
     monkeypatch.setattr("tensornet_hf.compress.open_lazily", stop)
     assert tensornet(*plain) == (130, "", "tensornet: interrupted; nothing was written.\n")
     monkeypatch.undo()
@@ -263,7 +263,7 @@ main()
 )
 def test_in_a_process_of_its_own(source: str, before: str, message: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = ["compress", source, "out", "--param-ratio", "0.5", "--objective", "weight"]
+    command = ["compress", source, "out", "--param-ratio", "0.5", "--method", "svd"]
     command = [sys.executable, "-c", PROGRAM.format(before=before), *command]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200

@@ -63,7 +63,7 @@ def test_a_task_of_ones_own_runs_offline(tmp_path: Path) -> None:
             [*how, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=1200
         )
 
-    options = ("--rel-error", "0.1", "--objective", "weight", "--target", "h.0.mlp.c_fc")
+    options = ("--topology-option", "rel_error=0.1", "--method", "svd", "--target", "h.0.mlp.c_fc")
     done = call("compress", str(gpt2_path()), "small", *options)
     assert done.returncode == 0, done.stderr
     path = ("--task-path", str(task_folder(tmp_path)))

@@ -59,7 +59,7 @@ def test_compress_to_a_folder_of_a_given_size(tensornet: Run, texts: None, targe
 
 
 def test_exported_folder_predicts_the_same(tensornet: Run, texts: None) -> None:
-    how = ("--bits", 5.5, "--formats", "gguf", "--objective", "weight", "--exclude", "transformer.wpe")
+    how = ("--bits", 5.5, "--formats", "gguf", "--method", "nearest", "--exclude", "transformer.wpe")
     assert tensornet("compress", gpt2_path(), "small", *how)[0] == 0
     status, out, err = tensornet("export", "small", "small.gguf", "--json")
     assert status == 0, err

@@ -67,7 +67,9 @@ for folder in sys.argv[1:]:
 
 def residual_plan(model: PreTrainedModel, base: str, factors: str = "int8") -> tn.CompressionPlan:
     """Plan in which all layers become integers plus low ranks of 4, 8 and 12 by turns."""
-    config = tn.CompressionConfig(max_bond=4, topology="low_rank", target_modules="all", objective="weight")
+    config = tn.CompressionConfig(
+        topology_options={"max_bond": 4}, topology="low_rank", target_modules="all", method="svd"
+    )
     plan = tn.plan(model, config)
     storage = Storage(number_format=factors, core_formats={"base": base})  # type: ignore[arg-type]
     for k, layer in enumerate(plan.layers):

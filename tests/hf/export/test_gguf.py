@@ -54,10 +54,7 @@ def model_of(name: str, **more: Any) -> PreTrainedModel:
 def compressed(name: str, *formats: str, **more: Any) -> PreTrainedModel:
     """Model in the formats by turns."""
     model = model_of(name, **more)
-    config = tn.CompressionConfig(
-        bits_per_weight=9, formats=("int8:g32:float16",), objective="weight", rounding="nearest",
-        target_modules="all",
-    )  # fmt: skip
+    config = tn.CompressionConfig("all", bits_per_weight=9, formats=("int8:g32:float16",), method="nearest")
     data = tn.plan(model, config).to_dict()
     for k, layer in enumerate(data["layers"]):
         layer["storage"] = {"number_format": formats[k % len(formats)]}
@@ -160,7 +157,7 @@ def test_a_plan_for_another_computation_is_refused(tmp_path: Path) -> None:
     tokenizer(tmp_path / "words")
     for file in (tmp_path / "words").iterdir():
         file.rename(tmp_path / "model" / file.name)
-    config = tn.CompressionConfig(bits_per_weight=5, objective="weight", formats="gguf")
+    config = tn.CompressionConfig(bits_per_weight=5, method="nearest", formats="gguf")
     with pytest.raises(TargetError, match="query_pre_attn_scalar"):
         th.plan_folder(tmp_path / "model", config, th.CompressOptions(export="gguf"))
 
@@ -225,7 +222,7 @@ def test_tables_of_levels_and_integer_scales(
 def test_networks_are_written_dense_or_refused(tmp_path: Path) -> None:
     model = model_of("llama")
     tn.compress(
-        model, tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight"), progress=False
+        model, tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd"), progress=False
     )
     report = th.export(model, tmp_path / "model.gguf")
     assert not report.packed
@@ -296,7 +293,7 @@ def test_a_mixture_is_not_read_as_a_llama(tmp_path: Path) -> None:
 def test_mixtures_of_this_library_are_refused_or_converted_first(target: str, tmp_path: Path) -> None:
     model = model_of("llama")
     th.upcycle(model, share="center", experts=2, top_k=1)
-    config = tn.CompressionConfig(formats=("int4:g32:float16",), objective="weight")
+    config = tn.CompressionConfig(formats=("int4:g32:float16",), method="nearest")
     rounded, stock = copy.deepcopy(model), th.stock_mixture(model)
     for each in (rounded, stock):
         tn.compress(each, config, progress=False)

@@ -103,9 +103,8 @@ def test_layout_of_formats_is_the_file_of_the_compressed_model(case: str, tmp_pa
 def rounded(model: PreTrainedModel, number_format: str, *patterns: str) -> dict[str, NetworkModule]:
     """Round some layers of a model in place, and return them."""
     config = tn.CompressionConfig(
-        bits_per_weight=9, formats=(number_format,), objective="weight", rounding="nearest",
-        target_modules=patterns,
-    )  # fmt: skip
+        bits_per_weight=9, formats=(number_format,), method="nearest", target_modules=patterns
+    )
     tn.compress(model, config, progress=False)
     return layers_of(model)
 
@@ -122,7 +121,7 @@ def test_parameters_that_can_only_be_read_with_others(tmp_path: Path) -> None:
     model = model_of("mixtral").bfloat16()
     model.save_pretrained(tmp_path / "dense")
     config = tn.CompressionConfig(
-        bits_per_weight=9, formats=("int4:g32:float16",), objective="weight", target_modules="*q_proj"
+        bits_per_weight=9, formats=("int4:g32:float16",), method="nearest", target_modules="*q_proj"
     )
     plan = tn.plan(model, config)
     source = read_dense(tmp_path / "dense")

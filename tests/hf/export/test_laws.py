@@ -69,7 +69,7 @@ def test_plans_for_gguf_reach_the_whole_of_gemma_3(budget: dict[str, float], tmp
     size = sum(p.nbytes for p in model.parameters())
     if "max_bytes" in budget:
         budget = {"max_bytes": int(0.25 * size)}
-    config = tn.CompressionConfig(**budget, target_modules="all", formats="gguf", objective="weight")
+    config = tn.CompressionConfig(**budget, target_modules="all", formats="gguf", method="nearest")
     tn.compress(model, config, progress=False)
     report = th.export(model, tmp_path / "model.gguf", source=gpt2_path())
     assert report.dense == {}

@@ -33,7 +33,7 @@ def stats_of(model: LlamaForCausalLM) -> tn.CalibrationStats:
 @pytest.mark.parametrize("target", EXPORT_TARGETS)
 def test_plan_takes_only_what_the_target_stores(target: str) -> None:
     model = llama()
-    config = tn.CompressionConfig(bits_per_weight=5, formats=target, rounding="nearest")
+    config = tn.CompressionConfig(bits_per_weight=5, formats=target, method="nearest")
     plan = survey_from_stats(model, config, stats_of(model)).plan()
     assert ("model.embed_tokens" in [layer.name for layer in plan]) == (target in ("gguf", "mlx"))
     for layer in plan:
@@ -46,10 +46,10 @@ def test_plan_takes_only_what_the_target_stores(target: str) -> None:
 def test_fused_layers_share_a_format_and_cost_no_less() -> None:
     model = llama()
     stats, size = stats_of(model), {"bits_per_weight": 4.6}
-    config = tn.CompressionConfig(formats="compressed-tensors", rounding="nearest", **size)  # type: ignore[arg-type]
+    config = tn.CompressionConfig(formats="compressed-tensors", method="nearest", **size)  # type: ignore[arg-type]
     names = MENUS["compressed-tensors"].formats
-    free = tn.CompressionConfig(  # type: ignore[arg-type]
-        formats=names, topology="low_rank", max_bond=1, rounding="nearest", **size
+    free = tn.CompressionConfig(
+        formats=names, topology="low_rank", topology_options={"max_bond": 1}, method="nearest", **size
     )
     plan, other = (survey_from_stats(model, x, stats).plan() for x in (config, free))
     formats = {layer.name: layer.storage.number_format for layer in plan}
@@ -124,7 +124,7 @@ def test_codebooks_where_rows_fit_them() -> None:
     """Plans of few bits use them."""
     model = llama(hidden=256)
     stats = stats_of(model)
-    config = tn.CompressionConfig(bits_per_weight=3, formats="gguf", rounding="one_sided")
+    config = tn.CompressionConfig(bits_per_weight=3, formats="gguf", method="gptq")
     plan = survey_from_stats(model, config, stats).plan()
     formats = {layer.name: layer.storage.number_format for layer in plan}
     assert any(x.is_integer and x.points.run > 1 for x in formats.values())

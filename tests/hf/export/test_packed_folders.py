@@ -104,7 +104,9 @@ def mixed(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Llama with every layer in the format that `LAYERS` gives."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
-    config = tn.CompressionConfig(max_bond=4, topology="low_rank", target_modules="all", objective="weight")
+    config = tn.CompressionConfig(
+        topology_options={"max_bond": 4}, topology="low_rank", target_modules="all", method="svd"
+    )
     plan = tn.plan(model, config)
     for name, (number_format, *_) in LAYERS.items():
         if number_format != "low_rank":
@@ -115,7 +117,7 @@ def mixed(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def compressed(model: PreTrainedModel) -> PreTrainedModel:
     config = tn.CompressionConfig(
-        bits_per_weight=5, formats=("int4:g32", "int8:g32"), target_modules="all", objective="weight"
+        bits_per_weight=5, formats=("int4:g32", "int8:g32"), target_modules="all", method="nearest"
     )
     tn.compress(random(model), config, progress=False)
     return model
@@ -264,7 +266,7 @@ def test_models_without_layers_to_pack_are_refused(target: str, tmp_path: Path) 
     dense = LlamaForCausalLM(LlamaConfig(**SIZES))
     with pytest.raises(TargetError, match="no compressed layers"):
         th.export(dense, tmp_path / "out", target=target)
-    tn.compress(dense, tn.CompressionConfig(max_bond=2, objective="weight"), progress=False)
+    tn.compress(dense, tn.CompressionConfig(topology_options={"max_bond": 2}, method="svd"), progress=False)
     with pytest.raises(TargetError, match="can be packed"):
         th.export(dense, tmp_path / "out", target=target)
     (tmp_path / "out").mkdir()
@@ -294,7 +296,7 @@ def mixture_with(formats: dict[str, str]) -> PreTrainedModel:
     """Make a Mixtral in which the layers of these patterns have these number formats."""
     model = random(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)))
     for pattern, number_format in formats.items():
-        config = tn.CompressionConfig(pattern, formats=(number_format,), objective="weight")
+        config = tn.CompressionConfig(pattern, formats=(number_format,), method="nearest")
         tn.compress(model, config, progress=False)
     return model
 
@@ -326,7 +328,7 @@ def test_plans_give_matrices_of_a_stack_one_format(target: str) -> None:
     model = random(MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)))
     ids = torch.randint(48, (16, 32))
     batches = [{"input_ids": ids, "labels": ids}]
-    config = tn.CompressionConfig("all", bits_per_weight=5.5, formats=target, rounding="nearest")
+    config = tn.CompressionConfig("all", bits_per_weight=5.5, formats=target, method="nearest")
     plan = tn.survey(model, batches, config).plan()
     formats: dict[str, set[str]] = {}
     for layer in plan:

@@ -72,7 +72,7 @@ def test_peft_reads_the_adapter(share: Any, pool: Any, tmp_path: Path) -> None:
 
 def test_an_adapter_of_a_compressed_trunk_loads_on_this_trunk(tmp_path: Path) -> None:
     model = trunk()
-    config = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), objective="weight")
+    config = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), method="nearest")
     tn.compress(model, config, progress=False)
     th.save(model, tmp_path / "int4")
     s = prepared(model, "law")
@@ -101,7 +101,7 @@ def test_llama_cpp_reads_the_adapter(name: str, tmp_path: Path) -> None:
 def test_mlx_reads_the_adapter(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     model = model_of("llama")
-    config = tn.CompressionConfig(bits_per_weight=8.5, formats=("int8",), objective="weight")
+    config = tn.CompressionConfig(bits_per_weight=8.5, formats=("int8",), method="nearest")
     tn.compress(model, config, progress=False)
     th.export(model, tmp_path / "trunk", target="mlx")
     s = prepared(model, "law")

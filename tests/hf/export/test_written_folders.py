@@ -39,7 +39,7 @@ def source_of(name: str, folder: Path) -> Path:
 def plan_of(source: Path, target: str, name: str) -> tn.CompressionPlan:
     """Layers in the formats by turns."""
     kept = {"target_modules": "all"} if target == "mlx" and name == "tied" else {}
-    config = tn.CompressionConfig(bits_per_weight=9, formats=("int8",), objective="weight", **kept)  # type: ignore[arg-type]
+    config = tn.CompressionConfig(bits_per_weight=9, formats=("int8",), method="nearest", **kept)  # type: ignore[arg-type]
     if name == "mixture":  # transformers needs one format for all experts
         return tn.plan(th.load(source), config)
     data = tn.plan(th.load(source), config).to_dict()
@@ -67,8 +67,13 @@ def test_the_same_folder_as_an_export(target: str, name: str, tmp_path: Path) ->
 
 def test_what_no_target_can_store(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compressed-tensors, mlx"):
-        compress_files(gpt2_path(), tmp_path / "out", tn.CompressionConfig(max_bond=1), export="onnx")
-    config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
+        compress_files(
+            gpt2_path(),
+            tmp_path / "out",
+            tn.CompressionConfig(topology_options={"max_bond": 1}),
+            export="onnx",
+        )
+    config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, method="svd")
     with pytest.raises(TargetError, match="No layer can be packed"):
         compress_files(gpt2_path(), tmp_path / "out", config, export="mlx")
     assert not (tmp_path / "out").exists()

@@ -156,7 +156,7 @@ def test_experts_without_tokens_are_named(family: str) -> None:
         if not counts[number]
     }
     assert expected
-    config = tn.CompressionConfig(bits_per_weight=8.5, formats=("int4:g16", "int8:g16"), rounding="nearest")
+    config = tn.CompressionConfig(bits_per_weight=8.5, formats=("int4:g16", "int8:g16"), method="nearest")
     report = tn.compress(model, config, calibration=[batch], progress=False)
     assert set(report.plan.unrouted) == expected
     assert report.to_dict()["unrouted"] == list(report.plan.unrouted)

@@ -128,7 +128,9 @@ def without_one(model: PreTrainedModel) -> None:
 
 
 def with_cores(model: PreTrainedModel) -> None:
-    config = tn.CompressionConfig("q_proj", topology="low_rank", max_bond=4, objective="weight")
+    config = tn.CompressionConfig(
+        "q_proj", topology="low_rank", topology_options={"max_bond": 4}, method="svd"
+    )
     tn.compress(model, config, progress=False)
 
 

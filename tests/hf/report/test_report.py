@@ -62,7 +62,7 @@ def measured(perplexity: float, dense: float = 33.25) -> LossIncrease:
 def a_page(models: list[ModelFacts] | None = None, prompt: str | None = None, **changes: object) -> Page:
     """A page about a small model, by default with measured losses."""
     model = nn.Sequential(nn.Linear(24, 36), nn.ReLU(), nn.Linear(36, 20))
-    report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
+    report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, method="svd"), progress=False)
     models = models or [
         ModelFacts("original", 1600, 8000, 32.0, quality=measured(33.25), sample=" there was light"),
         ModelFacts("compressed", 800, 4000, 16.0, quality=measured(44.5), sample=" there was <b>night</b>"),
@@ -194,7 +194,9 @@ def test_blocks_fold(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Module()
     model.layers = nn.ModuleList(nn.ModuleDict({k: nn.Linear(4, 4) for k in "qkvoguz"}) for _ in range(30))
-    report = tn.compress(model, tn.CompressionConfig(max_bond=1, objective="weight"), progress=False)
+    report = tn.compress(
+        model, tn.CompressionConfig(topology_options={"max_bond": 1}, method="svd"), progress=False
+    )
     page = parsed(replace(a_page(), report=report), tmp_path)
     assert page.tags.count("details") == 30
     assert "open" not in [name for name, _ in page.attributes]
@@ -212,7 +214,7 @@ def test_names_and_numbers_are_short(tmp_path: Path) -> None:
 def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method() -> None:
     block = nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
     model = nn.ModuleList([block, copy.deepcopy(block)])
-    config = tn.CompressionConfig(max_bond=2, objective="weight", target_modules="all")
+    config = tn.CompressionConfig(topology_options={"max_bond": 2}, method="svd", target_modules="all")
     layers = [replace(x, loss_increase=0.1 * (k + 1)) for k, x in enumerate(tn.plan(model, config))]
     others = {x: {layer.name: 0.5 for layer in layers} for x in ("plain SVD", "round to nearest")}
     figure = losses_figure(layers, others)

@@ -28,7 +28,7 @@ from tensornet_hf.text import calibration_data
 CONFIG = tn.CompressionConfig(
     bits_per_weight=4.8,
     formats=("gguf", "int4:g32:float16", "int8:g32:float16"),
-    rounding="one_sided",
+    method="gptq",
     exclude_modules="transformer.wpe",
 )
 TOKENS = 256
@@ -144,7 +144,7 @@ def test_states_of_a_block_are_complete_or_ignored(tmp_path: Path) -> None:
 
 def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     options = th.CompressOptions(calibration="default", calibration_tokens=256)
-    config = tn.CompressionConfig(max_bytes=1_100_000, formats=("int4", "int8"), rounding="nearest")
+    config = tn.CompressionConfig(max_bytes=1_100_000, formats=("int4", "int8"), method="nearest")
     model = th.load(gpt2_path())
     data = calibration_batches(model, gpt2_path(), config, options, options.text)
     assert data is not None
@@ -181,7 +181,7 @@ def test_an_encoder_decoder_is_compared_by_the_labels_of_the_text(tmp_path: Path
     """It is calibrated on labels that it draws itself, whose losses are random."""
     (tmp_path / "pairs.txt").write_text("a question\tand its answer\n" * 64)
     options = th.CompressOptions(calibration=str(tmp_path / "pairs.txt"), calibration_tokens=128)
-    config = tn.CompressionConfig(bits_per_weight=5, formats=("int4", "int8"), rounding="nearest")
+    config = tn.CompressionConfig(bits_per_weight=5, formats=("int4", "int8"), method="nearest")
     done = th.compress_folder(th.embedded.t5_path(), tmp_path / "small", config, options)
     assert isinstance(done, tn.CompressionReport)
     dense, small = th.load(th.embedded.t5_path()).eval(), th.load(tmp_path / "small").eval()

@@ -48,7 +48,7 @@ def streamed(
 ) -> tn.CalibrationStats:
     """The moments of a model whose weights are loaded block by block."""
     lazy, recorder, found = open_model(source), MomentRecorder(), []
-    with observed(lazy.model, recorder, tn.CompressionConfig(max_bond=1)):
+    with observed(lazy.model, recorder, tn.CompressionConfig(topology_options={"max_bond": 1})):
         walk = Walk(lazy.model, find_blocks(lazy.model, given[0], lazy.loaded), given, {}, lazy.loaded)
         found = [stats for _, stats in moments_by_block(walk, recorder, loss_fn)]
     return functools.reduce(joined, found)
@@ -68,7 +68,7 @@ def test_a_model_opened_lazily_computes_what_a_loaded_one_does(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", [*ONE_STACK, "t5_relu"])  # T5 has two stacks, so it is one block
 def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
-    source, config = save(name, tmp_path / "dense"), tn.CompressionConfig(max_bond=1)
+    source, config = save(name, tmp_path / "dense"), tn.CompressionConfig(topology_options={"max_bond": 1})
     expected = tn.calibrate(ARCHITECTURES[name].dense, batches(name), config=config)
     ours = streamed(source, batches(name))
     assert ours.loss == pytest.approx(expected.loss, rel=1e-6)
@@ -113,8 +113,8 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"objective": "activation", "param_ratio": 0.6},
-        {"target_modules": "*.down_proj", "topology": "mpo", "max_bond": 4},
+        {"method": "gptq", "param_ratio": 0.6},
+        {"target_modules": "*.down_proj", "topology": "mpo", "topology_options": {"max_bond": 4}},
         {
             "target_modules": ["*embed_tokens", "*o_proj"],
             "topology": "low_rank",
@@ -141,7 +141,9 @@ def test_half_precision_is_calibrated_in_single(tmp_path: Path) -> None:
     source = save("llama", tmp_path / "dense", dtype=torch.bfloat16)
     ours = streamed(source, batches("llama"))
     expected = tn.calibrate(
-        th.load(source).float(), batches("llama"), config=tn.CompressionConfig(max_bond=1)
+        th.load(source).float(),
+        batches("llama"),
+        config=tn.CompressionConfig(topology_options={"max_bond": 1}),
     )
     for layer, moment in expected.rows.items():
         torch.testing.assert_close(ours.rows[layer], moment, rtol=1e-3, atol=1e-5 * float(moment.max()))

@@ -37,7 +37,7 @@ if __name__ == "__main__":
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     print("ready", flush=True)
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
+    config = tn.CompressionConfig(param_ratio=0.5, method="svd")
     th.compress_folder(source, out, config, th.CompressOptions(workers=workers, max_shard_bytes=6_000))
 """
 

@@ -27,13 +27,12 @@ from tensornet_hf.lazy_model import open_lazily
 from tensornet_hf.model_folder import lay_out_folder
 from tensornet_hf.staging import staging_folder
 
-#: Plain cores in every layer, pivoted cores, integers, and integers of tied embeddings.
+#: Plain cores in every layer, integers, and integers of tied embeddings.
 CONFIGS = {
     "everything": tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6),
-    "pivoted": tn.CompressionConfig(pivoted=True, objective="weight", **HALF),
-    "integers": tn.CompressionConfig(bits_per_weight=5, formats=("int8", "int4"), objective="weight"),
+    "integers": tn.CompressionConfig(bits_per_weight=5, formats=("int8", "int4"), method="nearest"),
     "tied integers": tn.CompressionConfig(
-        target_modules="all", bits_per_weight=8, formats=("int6",), objective="weight"
+        target_modules="all", bits_per_weight=8, formats=("int6",), method="nearest"
     ),
 }
 
@@ -61,7 +60,7 @@ def test_one_expert_of_many(family: str, tmp_path: Path) -> None:
     """The other matrices of its stack are stored one by one, and other stacks as they are."""
     mixture(family).save_pretrained(tmp_path / "dense")
     name = "re:.*layers.0.mlp.experts.1.*"
-    config = tn.CompressionConfig(target_modules=[name], param_ratio=0.5, objective="weight")
+    config = tn.CompressionConfig(target_modules=[name], param_ratio=0.5, method="svd")
     compress_files(tmp_path / "dense", tmp_path / "ours", config)
     model = th.load(tmp_path / "dense")
     tn.compress(model, config, progress=False)

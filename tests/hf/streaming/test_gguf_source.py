@@ -21,7 +21,7 @@ from tensornet_hf.lazy_model import open_model
 
 pytestmark = pytest.mark.slow  # needs the extra `gguf`
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CONFIG = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
+CONFIG = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), method="nearest")
 
 
 def model_of(name: str, dtype: torch.dtype) -> PreTrainedModel:

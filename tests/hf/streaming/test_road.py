@@ -26,9 +26,9 @@ from tensornet_hf.lazy_model import open_model
 from tensornet_hf.staging import OUT, begin, staging_folder
 from tensornet_hf.text import calibration_data
 
-ROUNDED = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
+ROUNDED = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), method="nearest")
 TIED = tn.CompressionConfig(
-    bits_per_weight=2.4, formats=("int2", "int4"), target_modules="all", rounding="nearest"
+    bits_per_weight=2.4, formats=("int2", "int4"), target_modules="all", method="nearest"
 )
 
 
@@ -72,10 +72,7 @@ def test_a_fresh_run_uses_nothing_of_an_interrupted_one(tmp_path: Path) -> None:
     """No layer of the first blocks is planned, so only hidden states are left of them."""
     source = llama(tmp_path / "dense")
     config = tn.CompressionConfig(
-        bits_per_weight=2.5,
-        formats=("int2", "int4"),
-        target_modules="*.layers.3.*",
-        rounding="nearest",
+        bits_per_weight=2.5, formats=("int2", "int4"), target_modules="*.layers.3.*", method="nearest"
     )
     run = partial(compress_files, source, config=config)
     interrupted_in("model.layers.3", lambda: run(tmp_path / "out", calibration=tokens(1)))
@@ -176,7 +173,7 @@ def test_damaged_tensors_of_an_interrupted_run_are_written_again(tmp_path: Path)
 
 def test_a_refused_run_leaves_no_files(tmp_path: Path) -> None:
     source = llama(tmp_path / "dense")
-    config = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
+    config = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), method="nearest")
     plan = tn.plan(th.load(source), config)
     other = th.load(source)
     with torch.no_grad():

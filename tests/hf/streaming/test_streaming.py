@@ -29,15 +29,13 @@ from tensornet_hf.staging import staging_folder
 
 EVERYTHING = tn.CompressionConfig(target_modules="all", topology="mpo", param_ratio=0.6)
 LINEARS = tn.CompressionConfig(**HALF)
-PACKED = tn.CompressionConfig(pivoted=True, objective="weight", **HALF)
-INTEGERS = tn.CompressionConfig(bits_per_weight=5, formats=("int8", "int4"), objective="weight")
-EXACT = tn.CompressionConfig(topology="mpo", objective="weight")
+PACKED = tn.CompressionConfig(method="svd", **HALF)
+INTEGERS = tn.CompressionConfig(bits_per_weight=5, formats=("int8", "int4"), method="nearest")
+EXACT = tn.CompressionConfig(topology="mpo", method="svd")
 WAYS = {"linears": LINEARS, "everything": EVERYTHING, "packed": PACKED, "integers": INTEGERS}
 #: One expert of the first mixture, and no expert: the others leave their stacks as they are.
-ONE = tn.CompressionConfig(
-    target_modules=["re:.*layers.0.mlp.experts.1.*"], param_ratio=0.5, objective="weight"
-)
-NONE = tn.CompressionConfig(target_modules=["q_proj"], param_ratio=0.5, objective="weight")
+ONE = tn.CompressionConfig(target_modules=["re:.*layers.0.mlp.experts.1.*"], param_ratio=0.5, method="svd")
+NONE = tn.CompressionConfig(target_modules=["q_proj"], param_ratio=0.5, method="svd")
 SMALL = {"max_shard_bytes": 6_000}
 MIXTURE = {"max_shard_bytes": 30_000}
 
@@ -155,7 +153,7 @@ def test_names_without_the_prefix_of_the_model(tmp_path: Path) -> None:
 
 def test_a_given_plan_is_applied(tmp_path: Path) -> None:
     source = save("llama", tmp_path / "dense")
-    config = tn.CompressionConfig(target_modules="*.mlp.*", topology="mpo", max_bond=4)
+    config = tn.CompressionConfig(target_modules="*.mlp.*", topology="mpo", topology_options={"max_bond": 4})
     plan = tn.plan(th.load(source), config)
     report = compress_files(source, tmp_path / "ours", plan)
     assert [(x.name, x.topology) for x in report.plan] == [(x.name, x.topology) for x in plan]

@@ -75,7 +75,7 @@ def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pyt
     assert "tokens of text.txt, which the cores depend on" in err
     assert call("compress", sharded, "out", "--plan", "plan.json", *HALF[2:], "--workers", 1)[0] == 0
     assert described("out") == described("whole")
-    blind = (*HALF[:2], "--objective", "weight")
+    blind = (*HALF[:2], "--method", "svd")
     assert call("compress", sharded, "blind", *blind, "--workers", 1)[0] == 0
     assert described("blind") != described("whole")
     x = torch.arange(20)[None]

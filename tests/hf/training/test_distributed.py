@@ -21,7 +21,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("distributed")
     for name, target in (("compressed", None), ("attention", ["*self_attn.o_proj"])):
         model = ARCHITECTURES["llama"].dense
-        config = tn.CompressionConfig(target_modules=target, param_ratio=0.5, objective="weight")
+        config = tn.CompressionConfig(target_modules=target, param_ratio=0.5, method="svd")
         tn.compress(model, config, progress=False)
         model.save_pretrained(folder / name)
     model = ARCHITECTURES["llama"].dense

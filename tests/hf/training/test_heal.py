@@ -43,7 +43,7 @@ RESIDUAL = Storage(number_format="bf16", core_formats={"base": "int2"})  # type:
 def _integers(form: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     teacher = sharpened(gpt2())
     student = copy.deepcopy(teacher)
-    plan = tn.plan(student, tn.CompressionConfig(formats=("int2",), objective="weight"))
+    plan = tn.plan(student, tn.CompressionConfig(formats=("int2",), method="nearest"))
     if form == "residual":
         for layer in plan:
             topology = residual(out_features=layer.shape[0], in_features=layer.shape[1], rank=2)
@@ -133,7 +133,7 @@ def test_trainer_heals_with_adapters_that_merge(form: str, tmp_path: Path) -> No
 def test_gains_and_biases_heal_integers_whose_scales_have_eight_bits(through: str, tmp_path: Path) -> None:
     teacher, _ = pair_of("dense")
     student = copy.deepcopy(teacher)
-    config = tn.CompressionConfig(formats=("int2:g32:float8",), objective="weight")
+    config = tn.CompressionConfig(formats=("int2:g32:float8",), method="nearest")
     tn.compress(student, config, progress=False)
     old = {name: x.clone() for name, x in student.state_dict().items()}
     before = divergence(student, teacher)

@@ -187,7 +187,7 @@ def export(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
-        >>> config = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), objective="weight")
+        >>> config = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), method="nearest")
         >>> _ = tn.compress(model, config, progress=False)
         >>> report = th.export(model, "exported", target="compressed-tensors")
         >>> len(report.packed), report.dense
