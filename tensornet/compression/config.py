@@ -117,15 +117,15 @@ class CompressionConfig(LayerSelection):
             and `"compressed-tensors"` are planned only if they are named so.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             calibration data. Without another budget, the smallest model within this limit is planned.
-        method: auto minimizes the predicted loss increase; gptq, nearest and svd are usual baselines.
-            `"auto"` divides budgets among the layers, and rounds integers with error feedback along inputs
-            and outputs. Without calibrated gradients it minimizes the errors of the layers' outputs, and
-            without calibration data those of the weights. `"gptq"` minimizes the errors of the outputs, which
-            needs no loss: integers are rounded with error feedback along the inputs (Frantar et al.,
-            arXiv:2210.17323), and networks fitted to the outputs. `"nearest"` rounds to the nearest number.
-            `"svd"` decomposes weights alone, as by the truncated SVD with `topology="low_rank"`. The last two
-            need no calibration data. With a budget for all layers together, formats are chosen by the
-            predicted loss increase in `"gptq"` and, if there is calibration data, in `"nearest"`.
+        method: how to compress: auto minimizes the predicted loss increase; gptq, nearest and svd are the
+            usual baselines. `"auto"` divides budgets among the layers, and rounds integers with error
+            feedback along inputs and outputs. Without calibrated gradients it minimizes the errors of the
+            layers' outputs, and without calibration data those of the weights. `"gptq"` minimizes the errors
+            of the outputs, which needs no loss: integers are rounded with error feedback along the inputs
+            (Frantar et al., arXiv:2210.17323), and networks are fitted to the outputs. `"nearest"` rounds to
+            the nearest number. `"svd"` decomposes weights alone; with `topology="low_rank"`, by the truncated
+            SVD. The last two need no calibration data. A budget for all layers together is always divided by
+            the predicted loss increase; `"nearest"` without calibration data stores all layers in one format.
         share_experts: let the experts of each layer share cores where this lowers the predicted loss
             increase. The experts of a mixture share a projection of their inputs, a basis of their outputs
             or a base matrix, which is stored once. Needs calibration data, a budget, and a mixture that

@@ -106,7 +106,7 @@ def test_compress_save_load_and_report(tmp_path: Path) -> None:
 
 
 def test_options_are_saved_with_a_model_compressed_while_loading(tmp_path: Path) -> None:
-    config = th.TensorNetworkConfig(compression={**OPTIONS, "objective": "weight"})
+    config = th.TensorNetworkConfig(compression={**OPTIONS, "method": "svd"})
     model = AutoModelForCausalLM.from_pretrained(gpt2_path(), quantization_config=config)
     model.save_pretrained(tmp_path)
     saved = read_checkpoint(tmp_path).compression

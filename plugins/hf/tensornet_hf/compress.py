@@ -116,7 +116,7 @@ class CompressOptions:
         executor: executor that compresses the layers; `workers` is then ignored. Any
             `concurrent.futures.Executor` can be used, such as
             `dask.distributed.Client(...).get_executor()`.
-        resume: continue an interrupted run; if False, delete its files.
+        resume: continue an interrupted run. If False, its files are deleted.
         export: write the model for another runtime (default: gguf if the destination ends in .gguf). Only
             number formats of this target are planned.
         report: write a report as an HTML page.

@@ -181,7 +181,7 @@ def specialize(
         lr: peak learning rate of AdamW; by default, the best one in short trials.
         batch_size: number of windows in a batch.
         context: number of tokens in a window; the context of the model, at most 512, if absent.
-        resume: continue an interrupted run; if False, delete the files of that run.
+        resume: continue an interrupted run. If False, its files are deleted.
         device: device of the model.
         seed: seed of the order of the windows.
         progress: show progress bars.

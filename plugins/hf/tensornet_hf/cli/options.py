@@ -238,11 +238,9 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
     more = dict(more)
     default = described.default
     if metadata["kind"] == "flag":
-        flag = f"{flag}/{flag.replace('--', '--no-', 1)}" if default is None else flag
         kind, more = bool, {"metavar": " "}
-        if default is not None:
-            text = text.removeprefix("Whether to ")
-            text = f"Do not {text[0].lower()}{text[1:]}" if default else f"{text[0].upper()}{text[1:]}"
+        text = text.removeprefix("Whether to ")
+        text = f"Do not {text[0].lower()}{text[1:]}" if default else f"{text[0].upper()}{text[1:]}"
     if kind == list[str]:
         text += " Repeatable."
     if metadata["choices"]:
