@@ -214,9 +214,9 @@ class CompressionConfig(LayerSelection):
                 "50 % is param_ratio=0.5."
             )
         if self.method == "svd" and self.formats:
+            given = [x for x in SHARED_BUDGETS if getattr(self, x) is not None] or ["formats"]
             raise BudgetError(
-                "method='svd' stores networks, not number formats: leave out "
-                f"{', '.join(x for x in ('formats', *SHARED_BUDGETS) if getattr(self, x))}, or use "
+                f"method='svd' stores networks, not number formats: leave out {', '.join(given)}, or use "
                 "method='nearest'."
             )
         if self.method == "svd" and self.needs_curvature:
@@ -445,8 +445,8 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
     named = {key: value for key, value in options.items() if key not in NETWORK_LIMITS}
     if named and config.topology == AUTO:
         raise TopologyError(
-            f"topology_options {sorted(named)} need the name of a family, as in "
-            f'CompressionConfig(topology="mpo", ...); registered are {", ".join(topology_names())}. '
+            f"topology_options {sorted(named)} need the name of a family, such as topology='mpo'; "
+            f"registered are {', '.join(topology_names())}. "
             f"Without it, the options are {' and '.join(NETWORK_LIMITS)}."
         )
     if named:
