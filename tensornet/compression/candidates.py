@@ -125,7 +125,7 @@ def _of_layer(
         BudgetError: no candidate is left.
     """
     matrix = target.matrix
-    pivoted = objective != "weight"
+    pivoted = config.method == "auto" and objective != "weight"  # baselines are stored as published
     # With calibration data, chains are not planned, since low rank is better. Nor are residual networks:
     # their losses are known only after rounding, so planning would take six times as long, for 1 % less loss.
     chains = ("mpo",) if config.topology == AUTO else ()

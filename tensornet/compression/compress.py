@@ -21,7 +21,7 @@ from tensornet.calibration.batches import (
 from tensornet.calibration.losses import comparable_losses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import run_once
-from tensornet.compression.config import CompressionConfig, check_config
+from tensornet.compression.config import WITHOUT_DATA, CompressionConfig, check_config
 from tensornet.compression.coverage import measure_coverage
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
@@ -153,7 +153,8 @@ def gather(
     """
     if isinstance(calibration, CalibrationStats):
         return ProvidedData([], calibration.source)
-    needed, missing = config.reads_data, calibration is None
+    blind = isinstance(config, CompressionConfig) and config.method in WITHOUT_DATA
+    needed, missing = config.reads_data and not blind, calibration is None
     data = ProvidedData([], "") if calibration is None else calibration
     data = data if isinstance(data, ProvidedData) else ProvidedData(data, "calibration data")
     name, advice = type(model).__name__, "Pass calibration=batches (about 30 of 1,000 tokens)"

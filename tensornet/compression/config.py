@@ -124,8 +124,10 @@ class CompressionConfig(LayerSelection):
             of the outputs, which needs no loss: integers are rounded with error feedback along the inputs
             (Frantar et al., arXiv:2210.17323), and networks are fitted to the outputs. `"nearest"` rounds to
             the nearest number. `"svd"` decomposes weights alone; with `topology="low_rank"`, by the truncated
-            SVD. The last two need no calibration data. A budget for all layers together is always divided by
-            the predicted loss increase; `"nearest"` without calibration data stores all layers in one format.
+            SVD. The last two need no calibration data. Only `"auto"` leaves out elements of networks that are
+            redundant because of their gauge freedom (see `tensornet.nn.storage`). A budget for all layers
+            together is always divided by the predicted loss increase; `"nearest"` without calibration data
+            stores all layers in one format.
         share_experts: let the experts of each layer share cores where this lowers the predicted loss
             increase. The experts of a mixture share a projection of their inputs, a basis of their outputs
             or a base matrix, which is stored once. Needs calibration data, a budget, and a mixture that
@@ -213,14 +215,12 @@ class CompressionConfig(LayerSelection):
                 f"param_ratio is a fraction of the parameters to keep, at most 1; got {self.param_ratio!r}. "
                 "50 % is param_ratio=0.5."
             )
-        if self.method == "svd" and self.formats:
+        if self.method == "svd" and (self.formats or self.needs_curvature):
             given = [x for x in SHARED_BUDGETS if getattr(self, x) is not None] or ["formats"]
             raise BudgetError(
-                f"method='svd' stores networks, not number formats: leave out {', '.join(given)}, or use "
-                "method='nearest'."
+                "method='svd' stores networks by the errors of their weights alone, without number formats: "
+                f"leave out {', '.join(given)}, or use method='nearest' or 'auto'."
             )
-        if self.method == "svd" and self.needs_curvature:
-            raise BudgetError("loss_increase needs the predicted loss: use method='auto', not 'svd'.")
         if self.method == "nearest" and not self.formats:
             raise BudgetError(
                 "method='nearest' rounds to number formats: give formats=('int4',) or bits_per_weight=, or "

@@ -222,7 +222,6 @@ class CompressionPlan:
         effort: effort of the survey (see `CompressionConfig`).
         dense_loss: mean loss of a token during calibration.
         calibration: name of the data on which the statistics were collected.
-        topology_options: options with which the family built the topologies.
         of_tokens: True if `dense_loss` is the cross entropy of tokens, whose exponential is the perplexity.
         unseen: names of targeted layers that stay dense because they never ran in calibration.
         unrouted: names of experts that received no token in calibration; they are planned with the mean
@@ -249,7 +248,6 @@ class CompressionPlan:
     objective: str = "weight"
     dense_loss: float | None = None
     calibration: str | None = None
-    topology_options: Mapping[str, Any] | None = None
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
     unrouted: tuple[str, ...] = ()
@@ -521,7 +519,6 @@ class CompressionPlan:
             "model_params_after": self.model_params_after,
             "model_bytes_after": self.model_bytes_after,
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
-            "topology_options": None if self.topology_options is None else dict(self.topology_options),
             "unseen": list(self.unseen),
             "unrouted": list(self.unrouted),
             "unfit": {name: list(layers) for name, layers in self.unfit.items()},
@@ -545,9 +542,6 @@ class CompressionPlan:
                 "the output of `tensornet plan --json`."
             )
         try:
-            options = data["topology_options"]
-            if not isinstance(options, Mapping | None):
-                raise TypeError(f"topology_options must be a mapping, got {options!r}")
             known = {field.name: data[field.name] for field in fields(cls)}
             known |= {
                 "coverage": None if data["coverage"] is None else Coverage.from_dict(data["coverage"]),

@@ -157,7 +157,6 @@ def _select(
         effort=config.effort,
         dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # None for NaN
         calibration=stats.source if stats is not None else None,
-        topology_options=config.topology_options,
         of_tokens=stats is not None and stats.of_tokens,
         unseen=unseen,
         unrouted=unrouted,

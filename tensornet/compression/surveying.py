@@ -217,7 +217,6 @@ def survey_model(
         rounding=config.rounding,
         dense_loss=None if loss is None or math.isnan(loss) else loss,
         calibration=source,
-        topology_options=config.topology_options,
         of_tokens=of_tokens,
         effort=config.effort,
         unseen=unseen,

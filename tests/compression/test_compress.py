@@ -229,6 +229,22 @@ def test_data_that_is_needed_is_asked_for(option: dict[str, object]) -> None:
         tn.compress(Model(), tn.CompressionConfig(**option), progress=False)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "nearest", "formats": ("int4",)},
+        {"method": "nearest", "bits_per_weight": 9},
+        {"method": "svd"},
+    ],
+    ids=str,
+)
+def test_methods_without_data_do_not_read_the_embedded_text(options: dict[str, object]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+    config = tn.CompressionConfig("*.h.0.mlp.*", topology="low_rank", **options)  # type: ignore[arg-type]
+    report = tn.compress(model, config, progress=False)
+    assert (report.plan.objective, report.plan.calibration) == ("weight", None)
+
+
 @pytest.mark.slow
 def test_a_language_model_is_calibrated_on_the_embedded_text() -> None:
     """And is then far better than by the error of its weights, on text that neither saw."""

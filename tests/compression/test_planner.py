@@ -217,7 +217,9 @@ def test_errors_of_outputs_are_spent_layer_by_layer() -> None:
     assert plan.predicted_loss_increase is None
     for layer in plan:
         assert layer.topology is not None
-        assert 0.5 * layer.params_before < layer.params_after <= 0.6 * layer.params_before
+        assert layer.params_after == layer.topology.num_params
+        rank = max(layer.topology.bond_dims.values())
+        assert rank == int(0.6 * layer.params_before // sum(layer.shape))
 
 
 def test_tied_embedding_and_head_are_one_layer_with_both_losses() -> None:

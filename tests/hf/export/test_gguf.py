@@ -139,6 +139,7 @@ def test_llama_cpp_computes_what_the_configuration_says(
          "attention_factor"),
         ("llama", rope("longrope", factor=4.0, original_max_position_embeddings=16, short_factor=[1.5] * 8,
                        long_factor=[3.0] * 8), "longrope"),
+        ("llama", rope("proportional", partial_rotary_factor=0.5), "proportional"),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_would_compute_otherwise_is_refused(

@@ -180,6 +180,8 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 #: In these types, llama.cpp takes each n-th layer for one of full attention, unless the file says otherwise.
 _PERIODS = {"gemma2": 2, "gemma3_text": 6}
+#: Tensors in which a file has the rotary frequencies of these types.
+_ROPE_TENSORS = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
 #: Numbers of layers by which llama.cpp recognizes a model of 27B, whose queries are scaled otherwise.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
@@ -223,9 +225,10 @@ def _check_positions(stock: PreTrainedModel, writer: Any) -> None:
     if kind in ("linear", "yarn"):
         entry = keys.get(f"{arch}.rope.scaling.type")
         written = entry is not None and entry.value == kind
+    elif (tensor := _ROPE_TENSORS.get(kind)) is not None:
+        written = tensor in writer.tensors[0]
     else:
-        tensors = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
-        written = kind not in tensors or tensors[kind] in writer.tensors[0]
+        written = kind in ("default", "dynamic")  # dynamic scaling begins after the trained length
     if not written:
         _refuse(stock, f"without rotary position embeddings of the type {kind!r}, which this model has")
     if (other := local.get("rope_type", "default")) != "default":
