@@ -235,7 +235,7 @@ def draw_loss_over_bits(
     axes.set_ylim(min(values, default=1e-3) / 2, max(values, default=1.0) * 2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("loss increase")
+    axes.set_ylabel("loss increase, nats per token")
     # The horizontal axis ends at the dense model.
     dense = 8 * sum(layer.bytes_before for layer in layers) / weights
     smallest = min([mark.bits for mark in marks] + [8 * size / weights for size, _ in curve] + [2.0])

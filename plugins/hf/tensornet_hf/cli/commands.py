@@ -704,7 +704,7 @@ def demo(
     assert quality is not None
     print_lines(
         "",
-        f"Measured on held-out text (lower is better): {quality.tokens:,} tokens scored on {quality.source}.",
+        f"Loss in nats per token, on held-out text: {quality.tokens:,} tokens scored on {quality.source}.",
         "Bytes and parameters are those of the whole model, bits a weight those of the compressed layers.",
         "Both include scales.",
         "The baselines use one format or ratio for all layers and are not saved; GPTQ is our implementation.",
