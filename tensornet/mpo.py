@@ -1,15 +1,15 @@
-"""The class `MPO`: matrix product operators with their arithmetic, rounding and error certificates.
+"""The class `MPO`: matrix product operators and states with their arithmetic, rounding and certificates.
 
-The functions on cores are in `tensornet.mpo_algebra`. Only `to_matrix` and `np.asarray` build the dense
-matrix.
+The functions on cores are in `tensornet.mpo_algebra` and `tensornet.mpo_states`. Only `to_matrix` and
+`np.asarray` build the dense matrix.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Number
 from operator import index
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -18,15 +18,20 @@ from torch import Tensor
 
 from tensornet import interop
 from tensornet import mpo_algebra as algebra
+from tensornet import mpo_states as states
 from tensornet._util import check_dense, check_size, check_sizes, outside_autocast
 from tensornet.budget import Budget
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import Method, check_finite, check_rel_error, default_tolerance, frobenius
 from tensornet.linalg.tt_svd import has_full_bonds, tt_svd_stack
-from tensornet.network import TensorNetwork
+from tensornet.mpo_terms import Term, cores_of_terms
+from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies.factored import choose_dims
-from tensornet.topologies.mpo import chain
+from tensornet.topologies.mpo import chain, mpo
 from tensornet.topology import Topology
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = NDArray[Any]
 
@@ -34,9 +39,10 @@ Array = NDArray[Any]
 class MPO:
     """Matrix product operator: a matrix `(out_features, in_features)` stored as a chain of cores.
 
-    `len(mpo)` is the number of sites and `mpo[k]` is core `k`. `mpo @ x` multiplies by a vector, a matrix or
-    another operator, `mpo ** n` is a power, and `np.asarray(mpo)` is the dense matrix. Methods that return an
-    MPO or a tensor are differentiable unless their first line says otherwise.
+    A matrix product state (MPS) is an MPO whose in-legs have size 1: a matrix with one column. `len(H)` is
+    the number of sites, `H.cores[k]` is core `k`, and `H[i, j]` is an entry of the matrix. `H @ x` multiplies
+    by a vector, a matrix, a state or another operator, `H ** n` is a power, and `np.asarray(H)` is the dense
+    matrix. Methods that return an MPO or a tensor are differentiable unless their first line says otherwise.
 
     Args:
         cores: tensors or NumPy arrays; core `k` has the shape `(d_{k-1}, o_k, i_k, d_k)`, with
@@ -204,7 +210,7 @@ class MPO:
     def identity(
         cls,
         out_dims: Sequence[int],
-        in_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | int | None = None,
         *,
         features: int | None = None,
         dtype: torch.dtype | None = None,
@@ -229,11 +235,160 @@ class MPO:
             >>> tn.MPO.identity((2, 3)).to_matrix().equal(torch.eye(6))
             True
         """
-        rows = check_sizes("out_dims", out_dims)
-        columns = rows if in_dims is None else check_sizes("in_dims", in_dims)
+        rows, columns = _both_dims(out_dims, in_dims)
         size = min(math.prod(rows), math.prod(columns)) if features is None else features
         cores = algebra.identity_chain(rows, columns, like=torch.zeros((), dtype=dtype, device=device))
         return cls(cores, out_features=size, in_features=size)
+
+    @classmethod
+    def zeros(
+        cls,
+        out_dims: Sequence[int],
+        in_dims: Sequence[int] | int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "MPO":
+        """Build the zero operator, or the zero state if `in_dims` is 1; its bonds are 1.
+
+        Args:
+            out_dims: sizes of the out-legs.
+            in_dims: sizes of the in-legs, `out_dims` if absent; 1 stands for a 1 at every site.
+            dtype: dtype of the cores, torch's default if absent.
+            device: device of the cores, torch's default if absent.
+
+        Example:
+            >>> tn.MPO.zeros((2, 3)).shape, tn.MPO.zeros((2, 3), 1).shape
+            ((6, 6), (6, 1))
+        """
+        legs = zip(*_both_dims(out_dims, in_dims), strict=True)
+        return cls([torch.zeros(1, rows, columns, 1, dtype=dtype, device=device) for rows, columns in legs])
+
+    @classmethod
+    def random(
+        cls,
+        out_dims: Sequence[int],
+        in_dims: Sequence[int] | int | None = None,
+        *,
+        max_bond: int | Sequence[int],
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "MPO":
+        """Draw a random operator, or a random state if `in_dims` is 1, with Gaussian cores and norm 1.
+
+        Args:
+            out_dims: sizes of the out-legs.
+            in_dims: sizes of the in-legs, `out_dims` if absent; 1 stands for a 1 at every site.
+            max_bond: size of all bonds, or a sequence with a size for each bond; bonds near the ends are
+                smaller if their legs cannot fill them.
+            generator: random number generator; torch's global generator if absent.
+            dtype: dtype of the cores, real or complex, torch's default if absent.
+            device: device of the cores. If absent, it is the device of the generator, or torch's default
+                device.
+
+        Example:
+            >>> state = tn.MPO.random([2] * 8, 1, max_bond=4, generator=torch.Generator().manual_seed(0))
+            >>> state.bond_dims, round(float(state.norm()), 4)
+            ((2, 4, 4, 4, 4, 4, 2), 1.0)
+        """
+        rows, columns = _both_dims(out_dims, in_dims)
+        topology = mpo(out_dims=rows, in_dims=columns, max_bond=max_bond)
+        return cls(random_cores(topology, generator=generator, dtype=dtype, device=device)).normalize()
+
+    @classmethod
+    def product_state(cls, vectors: Sequence[Tensor | Array]) -> "MPO":
+        """Build the Kronecker product of one vector for each site, a state with bonds of 1.
+
+        Raises:
+            ShapeError: an item is not a vector, or the vectors differ in dtype or device.
+
+        Example:
+            >>> up, down = torch.eye(2)
+            >>> tn.MPO.product_state([up, down, up]).to_matrix().flatten()
+            tensor([0., 0., 1., 0., 0., 0., 0., 0.])
+        """
+        cores = [_from_numpy(vector) for vector in vectors]
+        for site, vector in enumerate(cores):
+            check_dense(vector, "MPO.product_state", f"a vector at site {site}", 1)
+        return cls([vector.reshape(1, -1, 1, 1) for vector in cores])
+
+    @classmethod
+    def from_vector(
+        cls,
+        vector: Tensor | Array,
+        *,
+        dims: Sequence[int] | None = None,
+        max_bond: int | Sequence[int] | None = None,
+        rel_error: float | None = None,
+    ) -> "MPO":
+        """Decompose a vector into a state, an MPO with in-legs of 1, by TT-SVD (not differentiable).
+
+        Args:
+            vector: the amplitudes, real or complex.
+            dims: sizes of the sites, the first one most significant; sites of size 2 if absent, which
+                requires a power of two.
+            max_bond, rel_error: as in `from_matrix`.
+
+        Raises: as in `from_matrix`.
+
+        Example:
+            >>> state = tn.MPO.from_vector(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 1]) / 2**0.5)
+            >>> state.out_dims, state.bond_dims, round(float(state.bond_entropy(0)), 4)
+            ((2, 2, 2), (2, 2), 0.6931)
+        """
+        amplitudes: Tensor = _from_numpy(vector)
+        check_dense(amplitudes, "MPO.from_vector", "a vector of amplitudes", 1)
+        if dims is None:
+            sites = max(len(amplitudes).bit_length() - 1, 1)
+            if 2**sites != len(amplitudes):
+                raise ShapeError(
+                    f"A vector of {len(amplitudes)} amplitudes is no state of sites of size 2; give `dims`."
+                )
+            dims = (2,) * sites
+        return cls.from_matrix(
+            amplitudes[:, None],
+            out_dims=dims,
+            in_dims=(1,) * len(dims),
+            max_bond=max_bond,
+            rel_error=rel_error,
+        )
+
+    @classmethod
+    def from_terms(
+        cls,
+        terms: Iterable[Term],
+        dims: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "MPO":
+        """Build a sum of local terms, such as a Hamiltonian, with the smallest bonds (not differentiable).
+
+        Args:
+            terms: pairs `(coefficient, {site: operator})`. An operator is a square matrix, or one of the
+                names `I`, `X`, `Y`, `Z` (Pauli matrices), `+` (|1><0|), `-` (|0><1|) and `n` (|1><1|) on a
+                site of size 2. Other sites get the identity.
+            dims: sizes of the sites, for example `[2] * 20`.
+            dtype: dtype of the cores. If absent, torch's default, or its complex counterpart if a term is
+                complex.
+            device: device of the cores, torch's default if absent.
+
+        Raises:
+            ShapeError: a term is malformed, or complex where `dtype` is real.
+
+        Example:
+            >>> bonds, sites = range(7), range(8)
+            >>> ising = [(-1, {k: "Z", k + 1: "Z"}) for k in bonds] + [(-0.5, {k: "X"}) for k in sites]
+            >>> tn.MPO.from_terms(ising, [2] * 8).bond_dims
+            (3, 3, 3, 3, 3, 3, 3)
+
+        Reference:
+            Ren, Li, Jiang and Shuai 2020, "A general automatic method for optimal construction of matrix
+            product operators using bipartite graph theory".
+        """
+        sizes, _ = _both_dims(dims, None)
+        return cls(cores_of_terms(list(terms), sizes, dtype=dtype, device=device))
 
     def __repr__(self) -> str:
         return (
@@ -241,24 +396,42 @@ class MPO:
             f"bond_dims={self.bond_dims}, {self.num_params:,} parameters)"
         )
 
-    # --- as a sequence of cores ------------------------------------------------------------------
+    # --- cores and entries -----------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Return the number of sites."""
         return len(self.cores)
 
-    @overload
-    def __getitem__(self, site: int) -> Tensor: ...
+    def __getitem__(self, entry: tuple[Any, Any]) -> Tensor:
+        """Return the entry `H[row, column]` as a tensor without building the matrix.
 
-    @overload
-    def __getitem__(self, site: slice) -> tuple[Tensor, ...]: ...
+        Indices are integers of any size, or tensors of integers that are broadcast as in NumPy. The amplitude
+        of a basis state is `state[row, 0]`.
 
-    def __getitem__(self, site: int | slice) -> Tensor | tuple[Tensor, ...]:
-        """Return the core of a site (not a copy), or a tuple of cores for a slice."""
-        return self.cores[site]
+        Raises:
+            IndexError: an index is out of range.
+            ShapeError: there are not two indices, or one is not an integer.
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.cores)
+        Example:
+            >>> eye = tn.MPO.identity([2] * 100)
+            >>> eye[2**99, 2**99], eye[torch.tensor([1, 2]), 2]
+            (tensor(1.), tensor([0., 1.]))
+        """
+        if not isinstance(entry, tuple) or len(entry) != 2:
+            raise ShapeError(
+                f"An entry of an MPO has a row and a column, H[row, column], got {entry!r}; core k is "
+                "H.cores[k], and an amplitude of a state is state[row, 0]."
+            )
+        rows, columns = (
+            [digit.to(self.device) for digit in states.digits_of(value, size, dims, name)]
+            for value, size, dims, name in zip(
+                entry, self.shape, (self.out_dims, self.in_dims), ("row", "column"), strict=True
+            )
+        )
+        return states.entries(self.cores, rows, columns)
+
+    # A class with `__getitem__` and `__len__` would otherwise be iterated over, with one index for each site.
+    __iter__ = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -373,6 +546,10 @@ class MPO:
         if self.error or other.error:
             total._certify(_log_add(self._log_bound(), other._log_bound()))
         return total
+
+    def __radd__(self, other: int) -> "MPO":
+        """Return the operator itself for `0 + self`, so that `sum` adds operators."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: "MPO") -> "MPO":
         """Subtract two operators; their bond sizes add up."""
@@ -578,12 +755,22 @@ class MPO:
         """Conjugate and transpose the operator."""
         return self.transpose().conj()
 
+    @property
+    def T(self) -> "MPO":
+        """The transpose, as for tensors."""
+        return self.transpose()
+
+    @property
+    def H(self) -> "MPO":
+        """The conjugate transpose, as for tensors."""
+        return self.adjoint()
+
     def canonicalize(self, *, center: int = -1) -> "MPO":
         """Make all cores except `center` orthonormal by QR, differentiably. See `mpo_algebra.canonicalize`.
 
         Example:
             >>> operator = tn.MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)]).canonicalize(center=1)
-            >>> float(operator[1].norm()) == float(operator.norm())
+            >>> float(operator.cores[1].norm()) == float(operator.norm())
             True
         """
         return self._copy(algebra.canonicalize(self.cores, center))
@@ -660,6 +847,26 @@ class MPO:
         self._check_same_dims(other, "compared")
         return algebra.inner(self._masked, other.cores)
 
+    def normalize(self) -> "MPO":
+        """Divide by the Frobenius norm, which may itself be outside the range of the dtype.
+
+        Raises:
+            ValueError: the norm is 0.
+
+        Example:
+            >>> state = tn.MPO.product_state([torch.ones(2, dtype=torch.float64)] * 3000)
+            >>> round(float(state.normalize().norm()), 6)
+            1.0
+        """
+        log_norm = self.log_norm()
+        if float(log_norm.detach()) == -math.inf:
+            raise ValueError("The zero operator cannot be normalized.")
+        each = (-log_norm / len(self)).exp()
+        unit = self._copy([core * each.to(core.real.dtype) for core in self.cores])
+        if unit._log_distance is not None:
+            unit._log_distance -= float(log_norm.detach())
+        return unit
+
     def bond_spectrum(self, k: int) -> Tensor:
         """Compute the singular values at bond `k` (to the right of core `k`), differentiably."""
         return algebra.bond_spectrum(self._masked, k)
@@ -667,6 +874,117 @@ class MPO:
     def bond_entropy(self, k: int) -> Tensor:
         """Compute the entanglement entropy at bond `k` in nats, differentiably."""
         return algebra.bond_entropy(self._masked, k)
+
+    def entropies(self) -> Tensor:
+        """Compute the entanglement entropy at every bond in nats, in one sweep (not differentiable).
+
+        `bond_entropy` is differentiable.
+
+        Example:
+            >>> tn.MPO.from_vector(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 1])).entropies()
+            tensor([0.6931, 0.6931], dtype=torch.float64)
+        """
+        return states.entropies(self._masked)
+
+    # --- states ----------------------------------------------------------------------------------
+
+    def expectation(self, operator: "MPO") -> Tensor:
+        """Compute `<self| operator |self> / <self|self>` as a 0-dimensional tensor.
+
+        No product is built. The state need not be normalized, and its norm may be outside the range of the
+        dtype. If `self` is an operator, the value is `tr(self^H operator self) / tr(self^H self)`.
+
+        Raises:
+            ShapeError: the in- or out-legs of the operator are not the out-legs of the state.
+
+        Example:
+            >>> up, down = torch.eye(2)
+            >>> state = tn.MPO.product_state([up, down, up])
+            >>> state.expectation(tn.MPO.from_terms([(1, {k: "Z"}) for k in range(3)], [2] * 3))
+            tensor(1.)
+        """
+        if not isinstance(operator, MPO):
+            raise ShapeError(f"The expectation value needs an operator, got {type(operator).__name__}.")
+        sides = (operator.out_dims, operator.in_dims, *operator.shape)
+        if sides != (self.out_dims, self.out_dims, self.shape[0], self.shape[0]):
+            raise ShapeError(
+                f"The legs of the operator must be those of the state, {self.out_dims} on both sides; got an "
+                f"operator with out_dims {operator.out_dims} and in_dims {operator.in_dims}."
+            )
+        return states.expectation(self._masked, operator.cores)
+
+    def sample(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw basis states with the probabilities `|amplitude|^2 / norm^2` (not differentiable).
+
+        Args:
+            count: number of basis states.
+            generator: random number generator; torch's global generator if absent.
+
+        Returns:
+            Integers of the shape `(count, sites)`: the state of each site.
+
+        Raises:
+            ShapeError: the in-legs are not 1, so this is not a state.
+            ValueError: the state is zero.
+
+        Example:
+            >>> up, down = torch.eye(2)
+            >>> tn.MPO.product_state([up, down, up]).sample(2)
+            tensor([[0, 1, 0],
+                    [0, 1, 0]])
+        """
+        self._check_state("Samples are drawn from a state")
+        check_size("count", count, error=ValueError)
+        return states.sample(self._masked, count, generator)
+
+    def partial_trace(self, keep: int | Sequence[int]) -> "MPO":
+        """Trace out all sites except `keep`: of a square operator, or of `|state><state|` for a state.
+
+        The result of a state that is not normalized has the trace `norm^2`.
+
+        Args:
+            keep: the site, or the sites, that remain.
+
+        Returns:
+            The reduced operator on the kept sites, in their order in the chain.
+
+        Raises:
+            ShapeError: a site does not exist, or the out-legs and in-legs differ.
+
+        Example:
+            >>> bell = tn.MPO.from_vector(torch.tensor([1.0, 0, 0, 1]) / 2**0.5)
+            >>> bell.partial_trace(keep=0).to_matrix()
+            tensor([[0.5000, 0.0000],
+                    [0.0000, 0.5000]])
+        """
+        kept = (keep,) if isinstance(keep, int) else check_sizes("keep", keep, least=0)
+        if not kept or len(set(kept)) < len(kept) or not all(0 <= site < len(self) for site in kept):
+            raise ShapeError(f"keep must name different sites of 0 to {len(self) - 1}, got {keep!r}.")
+        if set(self.in_dims) == {1}:
+            return MPO(states.reduced_state(self._masked, kept))
+        if self.in_dims != self.out_dims:
+            raise ShapeError(
+                "Only an operator with equal out- and in-legs, or a state, has a partial trace; got out_dims "
+                f"{self.out_dims} and in_dims {self.in_dims}."
+            )
+        return MPO(states.partial_trace(self._masked, kept))
+
+    # --- pictures --------------------------------------------------------------------------------
+
+    def show(self) -> None:
+        """Print the chain with the sizes of its bonds and legs; legs of size 1 are omitted.
+
+        Example:
+            >>> tn.MPO.random([2] * 4, 1, max_bond=3).show()
+            2   2   2   2
+            │   │   │   │
+            ●─2─●─3─●─2─●
+        """
+        print(states.diagram(self.cores))  # noqa: T201
+
+    def draw(self) -> "Figure":
+        """Draw the chain as a `matplotlib.figure.Figure`; `show` prints it as text."""
+        return self.network.draw()
 
     # --- other libraries -------------------------------------------------------------------------
 
@@ -762,6 +1080,13 @@ class MPO:
         if self.shape[0] != self.shape[1]:
             raise ShapeError(f"Only a square MPO {what}, got an MPO of shape {self.shape}.")
 
+    def _check_state(self, what: str) -> None:
+        if set(self.in_dims) != {1}:
+            raise ShapeError(
+                f"{what}, an MPO whose in-legs have size 1; got in_dims {self.in_dims}. Make one with "
+                "MPO.product_state, MPO.from_vector or MPO.random(dims, 1, ...)."
+            )
+
     def _check_same_dims(self, other: "MPO", what: str) -> None:
         if not isinstance(other, MPO):
             raise ShapeError(f"Only an MPO can be {what} with an MPO, got {type(other).__name__}.")
@@ -770,6 +1095,21 @@ class MPO:
             raise ShapeError(
                 f"Only MPOs with equal shape, out_dims and in_dims can be {what}, got {mine} and {theirs}."
             )
+
+
+def _both_dims(
+    out_dims: Sequence[int], in_dims: Sequence[int] | int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check the sizes of the legs; in-legs are those of the out-legs if absent, or all the same number."""
+    rows = check_sizes("out_dims", out_dims)
+    if in_dims is None:
+        return rows, rows
+    if isinstance(in_dims, int):
+        return rows, (check_size("in_dims", in_dims),) * len(rows)
+    columns = check_sizes("in_dims", in_dims)
+    if len(rows) != len(columns):
+        raise ShapeError(f"Out-dims {rows} and in-dims {columns} must have the same number of sites.")
+    return rows, columns
 
 
 def _from_numpy(value: Any) -> Any:

@@ -153,18 +153,7 @@ def test_identity_of_any_dims(dims: tuple[tuple[int, ...], tuple[int, ...]], dat
     assert tn.MPO.identity(rows).bond_dims == (1,) * (len(rows) - 1)
 
 
-# --- as a sequence, copies, dtypes ---------------------------------------------------------------
-
-
-@given(operator=operators)
-def test_operators_are_sequences_of_cores(operator: tn.MPO) -> None:
-    assert len(operator) == len(operator.cores) == len(list(operator))
-    for k, core in enumerate(operator):
-        assert operator[k] is core
-        assert operator[k - len(operator)] is core
-    assert operator[1:] == operator.cores[1:]
-    with pytest.raises(IndexError):
-        operator[len(operator)]
+# --- copies, dtypes ---------------------------------------------------------------
 
 
 def test_copies_share_what_they_should() -> None:
@@ -175,7 +164,7 @@ def test_copies_share_what_they_should() -> None:
         (operator.clone(), False),
         (operator.detach(), True),
     ):
-        assert (other[0].data_ptr() == operator[0].data_ptr()) is shared
+        assert (other.cores[0].data_ptr() == operator.cores[0].data_ptr()) is shared
         assert (other.error, other.absolute_error) == (operator.error, operator.absolute_error)
         assert torch.equal(other.to_matrix(), operator.to_matrix())
 

@@ -44,7 +44,7 @@ def test_products_overflow_only_where_cores_must() -> None:
     true = operator.to_matrix().matrix_power(3)
     for factor in (1e150, 1e-150):  # the product has elements of about 1e450
         power = (operator * factor) ** 3
-        assert all(bool(core.isfinite().all()) for core in power)
+        assert all(bool(core.isfinite().all()) for core in power.cores)
         assert float(power.log_norm()) == pytest.approx(math.log(float(true.norm())) + 3 * math.log(factor))
         square = (operator * factor).hadamard(operator * factor) * (1 / factor) * (1 / factor)
         torch.testing.assert_close(square.to_matrix(), operator.to_matrix().square())
@@ -66,8 +66,8 @@ def test_multiples_lose_nothing_on_the_way(dtype: torch.dtype, factor: float) ->
 
 def test_sum_of_chains_scaled_in_opposite_ways_has_both_terms() -> None:
     one, other = random_operator(), random_operator().transpose()
-    first = tn.MPO([one[0] * 1e200, one[1], one[2] * 1e-200])
-    second = tn.MPO([other[0] * 1e-200, other[1], other[2] * 1e200])
+    first = tn.MPO([one.cores[0] * 1e200, one.cores[1], one.cores[2] * 1e-200])
+    second = tn.MPO([other.cores[0] * 1e-200, other.cores[1], other.cores[2] * 1e200])
     total, truth = first + second, one.to_matrix() + other.to_matrix()
     assert float(total.norm()) == pytest.approx(float(truth.norm()))
     torch.testing.assert_close(total.round().to_matrix(), truth)
