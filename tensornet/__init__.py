@@ -7,7 +7,7 @@ decompositions. Start with `tensornet.MPO.from_matrix` for one matrix or `tensor
 from importlib import import_module
 from types import ModuleType
 
-from tensornet import errors, nn, topologies
+from tensornet import errors, nn, qtt, topologies
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compounds import attention, convolution, recurrent  # noqa: F401 (register their kinds)
@@ -52,6 +52,7 @@ __all__ = [
     "load_model",
     "nn",
     "plan",
+    "qtt",
     "register_topology",
     "save_model",
     "survey",

@@ -704,11 +704,7 @@ class MPO:
         """
         if not isinstance(other, MPO):
             raise ShapeError(f"The right operand of kron must be an MPO, got {type(other).__name__}.")
-        if other.shape != (math.prod(other.out_dims), math.prod(other.in_dims)):
-            raise ShapeError(
-                f"The right operand of kron must have no padding, got shape {other.shape} with dims "
-                f"{other.out_dims} x {other.in_dims}; choose dims whose products are its shape."
-            )
+        other._check_no_padding("The right operand of kron")
         product = MPO(
             algebra.kron(self.cores, other.cores),
             out_features=self.shape[0] * other.shape[0],
@@ -764,6 +760,22 @@ class MPO:
     def H(self) -> "MPO":
         """The conjugate transpose, as for tensors."""
         return self.adjoint()
+
+    def reverse(self) -> "MPO":
+        """Reverse the order of the sites, without changing them: the last digit of every index comes first.
+
+        Raises:
+            ShapeError: the operator has padding, which would not be at the end.
+
+        Example:
+            >>> up, down = torch.eye(2)
+            >>> tn.MPO.product_state([up, up, down]).reverse()[4, 0]
+            tensor(1.)
+        """
+        self._check_no_padding("A reversed MPO")
+        backwards = MPO([core.permute(3, 1, 2, 0) for core in reversed(self.cores)], error=self.error)
+        backwards._log_distance, backwards.truncation_error = self._log_distance, self.truncation_error
+        return backwards
 
     def canonicalize(self, *, center: int = -1) -> "MPO":
         """Make all cores except `center` orthonormal by QR, differentiably. See `mpo_algebra.canonicalize`.
@@ -1079,6 +1091,13 @@ class MPO:
     def _check_square(self, what: str) -> None:
         if self.shape[0] != self.shape[1]:
             raise ShapeError(f"Only a square MPO {what}, got an MPO of shape {self.shape}.")
+
+    def _check_no_padding(self, what: str) -> None:
+        if self.shape != (math.prod(self.out_dims), math.prod(self.in_dims)):
+            raise ShapeError(
+                f"{what} must have no padding, got shape {self.shape} with dims {self.out_dims} x "
+                f"{self.in_dims}; choose dims whose products are its shape."
+            )
 
     def _check_state(self, what: str) -> None:
         if set(self.in_dims) != {1}:
