@@ -1001,7 +1001,7 @@ class MPO:
     # --- other libraries -------------------------------------------------------------------------
 
     def to_quimb(self) -> Any:
-        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.interop`.
+        """Convert the operator to a quimb `MatrixProductOperator`, or a state to a `MatrixProductState`.
 
         quimb does not support padding. The padding becomes a part of the result and is zero, so that norms
         and traces agree. Bonds can be larger than those of a padded operator.
@@ -1010,7 +1010,10 @@ class MPO:
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
-        """Convert a quimb `MatrixProductOperator` to an MPO; in- and out-legs may differ in size."""
+        """Convert a quimb `MatrixProductOperator` or `MatrixProductState` to an MPO.
+
+        In- and out-legs may differ in size; the in-legs of a state have size 1.
+        """
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tensornet import interop
 from tensornet._util import check_memory, check_size, import_optional
 from tensornet.contraction.cost import default_machine
 from tensornet.contraction.plan import contract_with_input, plan_matrix, plan_operator, run
@@ -118,6 +119,43 @@ class TensorNetwork:
     def draw(self) -> "Figure":
         """Draw the network as a `matplotlib.figure.Figure`. See `draw_topology`."""
         return draw_topology(self.topology)
+
+    def to_quimb(self) -> Any:
+        """Convert the network to a quimb `TensorNetwork`, whose indices are the labels of the topology.
+
+        The names of the cores become tags, and the arrays are NumPy copies. Padding is kept.
+
+        Raises:
+            MissingDependencyError: quimb is not installed.
+            ShapeError: the network is a sum of networks.
+
+        Example:
+            >>> network = tn.decompose(torch.randn(8, 8), "tucker", max_bond=3).network
+            >>> there = network.to_quimb()
+            >>> back = tn.TensorNetwork.from_quimb(
+            ...     there, network.topology.out_labels, network.topology.in_labels
+            ... )
+            >>> torch.equal(back.to_matrix(), network.to_matrix())
+            True
+        """
+        return interop.network_to_quimb(self.topology, self.cores)
+
+    @classmethod
+    def from_quimb(
+        cls, network: Any, out_inds: Sequence[str], in_inds: Sequence[str] = ()
+    ) -> "TensorNetwork":
+        """Convert a quimb `TensorNetwork` to a network; its `exponent` is distributed over the cores.
+
+        Args:
+            network: the network, with NumPy arrays or torch tensors.
+            out_inds: names of the indices that are the out-legs, most significant first.
+            in_inds: names of the indices that are the in-legs; none for a state, which has one column.
+
+        Raises:
+            ShapeError: an index does not exist, or an open index is in neither list.
+        """
+        topology, cores = interop.network_from_quimb(network, out_inds, in_inds)
+        return cls(topology, cores)
 
     def to(self, dtype: torch.dtype) -> "TensorNetwork":
         """Copy the network with every core cast to `dtype`."""

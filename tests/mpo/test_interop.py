@@ -158,3 +158,79 @@ def test_what_is_no_open_chain_is_refused() -> None:
     arrays = [np.ones((2, 3, 3)), np.ones((2, 3, 3))]
     with pytest.raises(ShapeError, match="site 1"):
         tn.MPO.from_quimb(quimb.MatrixProductOperator(arrays, sites=[0, 2], L=3, shape="lrud"))
+
+
+# --- states and other networks -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [(2, 2, 2, 2), (3, 2, 4), (5,)])
+def test_states_of_quimb(dims: tuple[int, ...]) -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    state = tn.MPO.random(dims, 1, max_bond=3, dtype=torch.complex128)
+    theirs = state.to_quimb()
+    assert isinstance(theirs, quimb.MatrixProductState)
+    same(state, theirs.to_dense())
+    back = tn.MPO.from_quimb(theirs)
+    assert (back.out_dims, back.in_dims) == (dims, (1,) * len(dims))
+    same(back, theirs.to_dense())
+
+
+def test_exponent_of_a_state_is_part_of_the_state() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    theirs = quimb.MPS_rand_state(6, bond_dim=4, seed=3) * 2.5
+    before = theirs.to_dense()
+    theirs.equalize_norms_(1.0)
+    assert theirs.exponent != 0
+    same(tn.MPO.from_quimb(theirs), before)
+
+
+@pytest.mark.slow  # quimb compiles
+def test_ground_states_of_quimb_have_the_exact_energy() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    sites = 12
+    terms = [(-1, {k: "Z", k + 1: "Z"}) for k in range(sites - 1)] + [(-1, {k: "X"}) for k in range(sites)]
+    ising = tn.MPO.from_terms(terms, [2] * sites, dtype=torch.float64)
+    solver = quimb.DMRG2(ising.to_quimb(), bond_dims=[8, 16, 32], cutoffs=1e-12)
+    solver.solve(tol=1e-10, verbosity=0)
+    state = tn.MPO.from_quimb(solver.state)
+    exact = 1 - 1 / np.sin(np.pi / (4 * sites + 2))  # free fermions, open ends
+    assert float(state.expectation(ising)) == pytest.approx(exact, abs=1e-8)
+    assert state.entropies().argmax() == sites // 2 - 1
+
+
+@pytest.mark.parametrize("family", ["tucker", "tensor_ring", "block_tt", "kronecker"])
+def test_networks_of_quimb(family: str) -> None:
+    pytest.importorskip("quimb.tensor")
+    network = tn.decompose(torch.randn(12, 8).double(), family, max_bond=3).network
+    there = network.to_quimb()
+    out_labels, in_labels = network.topology.out_labels, network.topology.in_labels
+    matrix = reference.to_numpy(network.to_matrix())
+    dense = there.contract(output_inds=(*out_labels, *in_labels)).to_dense(out_labels, in_labels)
+    np.testing.assert_allclose(dense[:12, :8], matrix, atol=1e-12)
+    there.exponent = 2.0
+    back = tn.TensorNetwork.from_quimb(there, out_labels, in_labels)
+    np.testing.assert_allclose(reference.to_numpy(back.to_matrix())[:12, :8], 100 * matrix, atol=1e-10)
+
+
+def test_networks_of_quimb_can_be_states() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    lattice = quimb.PEPS.rand(2, 3, bond_dim=2, seed=0)
+    names = [lattice.site_ind((i, j)) for i in range(2) for j in range(3)]
+    state = tn.TensorNetwork.from_quimb(lattice, names)
+    assert state.shape == (64, 1)
+    np.testing.assert_allclose(
+        reference.to_numpy(state.to_matrix())[:, 0], lattice.to_dense(names), atol=1e-12
+    )
+
+
+def test_networks_without_legs_for_open_indices_are_refused() -> None:
+    quimb = pytest.importorskip("quimb.tensor")
+    lattice = quimb.MPS_rand_state(3, bond_dim=2, seed=0)
+    with pytest.raises(ShapeError, match="no indices"):
+        tn.TensorNetwork.from_quimb(lattice, ["k0", "k1", "k2", "k3"])
+    with pytest.raises(ShapeError, match="open indices"):
+        tn.TensorNetwork.from_quimb(lattice, ["k0", "k1"])
+    with pytest.raises(ShapeError, match="Expected a quimb"):
+        tn.TensorNetwork.from_quimb(torch.ones(2, 2), ["k0"])
+    with pytest.raises(ShapeError, match="sum of networks"):
+        tn.decompose(torch.randn(8, 8), "residual", max_bond=2).network.to_quimb()
