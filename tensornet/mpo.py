@@ -5,7 +5,7 @@ The functions on cores are in `tensornet.mpo_algebra` and `tensornet.mpo_states`
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from numbers import Number
 from operator import index
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tensornet import interop
+from tensornet import cross, interop
 from tensornet import mpo_algebra as algebra
 from tensornet import mpo_states as states
 from tensornet._util import check_dense, check_size, check_sizes, outside_autocast
 from tensornet.budget import Budget
-from tensornet.errors import ShapeError
+from tensornet.errors import BudgetError, ShapeError
 from tensornet.linalg.svd import Method, check_finite, check_rel_error, default_tolerance, frobenius
 from tensornet.linalg.tt_svd import has_full_bonds, tt_svd_stack
 from tensornet.mpo_terms import Term, cores_of_terms
@@ -205,6 +205,124 @@ class MPO:
             if error > 0:
                 found[-1]._log_distance = math.log(error) + math.log(frobenius(stacked[item]))
         return found
+
+    @classmethod
+    def from_function(
+        cls,
+        function: Callable[..., Tensor],
+        shape: tuple[int, int] | None = None,
+        *,
+        out_dims: Sequence[int] | None = None,
+        in_dims: Sequence[int] | None = None,
+        sites: int | None = None,
+        max_bond: int | Sequence[int] | None = None,
+        rel_error: float | None = None,
+        sweeps: int = 20,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> "tuple[MPO, cross.CrossReport]":
+        """Approximate a function of indices, or a matrix that is never built, by cross approximation.
+
+        With `shape`, `function(rows, columns)` returns elements of the matrix. Without it, the result is a
+        state over `out_dims`, an MPO with in-legs of size 1, and `function(indices)` returns its elements for
+        indices of shape `(points, sites)`. All indices are int64 tensors, and the values have the shape
+        `(points,)`. They determine the dtype and the device of the cores.
+
+        The cores are differentiable functions of the values at the chosen indices, so parameters of
+        `function` have gradients. Derivatives treat the choice of indices as constant.
+
+        Args:
+            function: vectorized function with real or complex values.
+            shape: shape `(out_features, in_features)` of the matrix. Padding is set to zero.
+            out_dims, in_dims, sites: as in `from_matrix`. Cost and memory grow with the leg sizes
+                `out * in`, so use many sites with small legs.
+            max_bond: limit for all bonds, or a sequence with a limit for each bond.
+            rel_error: estimated error at which the sweeps end, `eps^(3/4)` by default.
+            sweeps: largest number of sweeps over all bonds.
+            start: indices that are evaluated first, shape `(points, sites)`, or `(points, 2)` with `shape`.
+                Use it if the function is small almost everywhere.
+            generator: generator of the random indices, on the CPU; by default, seeded with 0.
+            device: device of the indices, torch's default if absent.
+
+        Returns:
+            The MPO, and a report with the number of evaluations and an estimate of the error. The `error` of
+            the MPO is infinite: no bound is known, because the function is not evaluated everywhere.
+
+        Raises:
+            BudgetError: a limit is out of range, or the estimated error exceeds `rel_error` after the last
+                sweep.
+            MemoryLimitError: the values of one bond do not fit in memory.
+            NonFiniteError: the function is NaN or infinite at an index; the message names it.
+            ShapeError: the function returns another shape, or the arguments contradict each other.
+            TopologyError: the dims do not fit the shape of the matrix.
+
+        Example:
+            >>> hilbert, report = tn.MPO.from_function(
+            ...     lambda i, j: 1 / (i + j + 1).double(), (2**20, 2**20), sites=20, rel_error=1e-8
+            ... )
+            >>> hilbert.shape, report.estimated_error < 1e-8
+            ((1048576, 1048576), True)
+
+        Reference:
+            Oseledets and Tyrtyshnikov 2010, "TT-cross approximation for multidimensional arrays"; Nunez
+            Fernandez et al. 2024, "Learning tensor networks with tensor cross interpolation".
+        """
+        budget = Budget(max_bond=max_bond, rel_error=rel_error)
+        check_size("sweeps", sweeps)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        device = torch.get_default_device() if device is None else torch.device(device)
+        limits: tuple[int, ...]
+        if shape is not None:
+            rows, columns = choose_dims(shape, out_dims, in_dims, sites)
+            of_indices, limits = cross.matrix_elements(function, shape, rows, columns), shape
+        elif out_dims is None or in_dims is not None or sites not in (None, len(out_dims)):
+            raise ShapeError(
+                "from_function without shape= makes a state: give out_dims=, and neither in_dims= nor "
+                "another number of sites. For a matrix give shape=(out_features, in_features)."
+            )
+        else:
+            rows = limits = check_sizes("out_dims", out_dims)
+            columns, of_indices = (1,) * len(rows), function
+
+        def to_digits(indices: Tensor) -> Tensor:
+            return indices if shape is None else cross.leg_indices(indices, rows, columns)
+
+        def draw(count: int) -> Tensor:
+            drawn = [torch.randint(limit, (count,), generator=generator, device="cpu") for limit in limits]
+            return to_digits(torch.stack(drawn, dim=1).to(device))
+
+        def describe(digits: Tensor) -> str:
+            if shape is None:
+                return f"index {tuple(digits.tolist())}"
+            row, column = cross.matrix_indices(digits[None], rows, columns)
+            return f"row {int(row)}, column {int(column)}"
+
+        cores, report = cross.cross(
+            cross.Values(of_indices, describe),
+            [out * in_ for out, in_ in zip(rows, columns, strict=True)],
+            draw=draw,
+            start=to_digits(_check_start(start, limits).to(device)),
+            generator=generator,
+            caps=budget.caps_of_bonds(len(rows) - 1),
+            rel_error=budget.rel_error,
+            sweeps=sweeps,
+        )
+        if budget.rel_error is not None and report.estimated_error > budget.rel_error:
+            raise BudgetError(
+                f"The estimated error {report.estimated_error:.3g} exceeds rel_error={rel_error} after "
+                f"{report.sweeps} sweeps with bonds {tuple(core.shape[2] for core in cores[:-1])}: raise "
+                "max_bond, sweeps or rel_error, or name important indices by start=."
+            )
+        legs = zip(cores, rows, columns, strict=True)
+        chain = [core.reshape(len(core), out, in_, -1) for core, out, in_ in legs]
+        found = cls(
+            chain,
+            out_features=None if shape is None else shape[0],
+            in_features=None if shape is None else shape[1],
+            error=math.inf,
+        )
+        return found, report
 
     @classmethod
     def identity(
@@ -1132,6 +1250,17 @@ def _both_dims(
     if len(rows) != len(columns):
         raise ShapeError(f"Out-dims {rows} and in-dims {columns} must have the same number of sites.")
     return rows, columns
+
+
+def _check_start(start: Tensor | None, limits: Sequence[int]) -> Tensor:
+    """Check the first indices of a cross approximation, shape `(points, len(limits))`; none by default."""
+    if start is None:
+        return torch.zeros(0, len(limits), dtype=torch.int64, device="cpu")
+    if not isinstance(start, Tensor) or start.dtype != torch.int64 or start.shape[1:] != (len(limits),):
+        raise ShapeError(f"start must be an int64 tensor of shape (points, {len(limits)}), got {start!r}.")
+    if bool(((start < 0) | (start >= torch.tensor(limits, device=start.device))).any()):
+        raise ShapeError(f"start contains an index outside 0 ... size - 1 for the sizes {tuple(limits)}.")
+    return start
 
 
 def _from_numpy(value: Any) -> Any:

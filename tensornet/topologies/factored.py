@@ -181,12 +181,12 @@ def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
-    if sites == 1:
-        return (size,)
+    root = round(size ** (1 / sites))
+    if root**sites == size:  # also for sizes like 2^62, whose divisors would take hours
+        return (root,) * sites
 
-    def imbalance(factors: tuple[int, ...]) -> float:
-        padding = math.log(math.prod(factors) / size)
-        return math.log(factors[-1] / factors[0]) + 8 * padding + (_ANY_PADDING if padding > 0 else 0)
+    def penalty(padded: int) -> float:
+        return 8 * math.log(padded / size) + (_ANY_PADDING if padded > size else 0)
 
     def exact_factors(padded: int) -> tuple[int, ...]:
         """Split an integer into factors one by one, always at the divisor nearest to `rest ** (1 / left)`."""
@@ -199,7 +199,15 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
 
     # For small sizes, allow a padding of 1 even if it is more than 5 %.
     ceiling = max(math.floor(size * (1 + MAX_PADDING)), size + 1)
-    return min(map(exact_factors, range(size, ceiling + 1)), key=imbalance)
+    best, factors = math.inf, tuple[int, ...]()
+    for padded in range(size, ceiling + 1):
+        if penalty(padded) >= best:  # the penalty grows with the padding, so nothing better follows
+            break
+        found = exact_factors(padded)
+        imbalance = math.log(found[-1] / found[0]) + penalty(padded)
+        if imbalance < best:
+            best, factors = imbalance, found
+    return factors
 
 
 @lru_cache(maxsize=65536)

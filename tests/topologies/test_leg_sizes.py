@@ -130,3 +130,8 @@ def test_the_planner_chooses_legs_and_loses_little_where_none_are_better(
     assert all(min(dims) > 1 for dims in chosen)
     tn.apply_plan(model, plans["auto"], stats)
     assert model.first.topology.out_dims in chosen
+
+
+def test_large_powers_are_split_at_once() -> None:
+    assert tn.topologies.balanced_factors(2**62, 62) == (2,) * 62
+    assert tn.topologies.balanced_factors(3 * 2**20, 11) == (3, *(4,) * 10)
