@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from page_blocks import check_output, python_blocks, run_blocks, with_outputs
 
@@ -47,10 +48,11 @@ def shown_pictures(path: Path) -> list[str]:
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """Restore what a page may change: the hypothesis profile, and tables of formats and export targets."""
+    """Restore what a page may change: the hypothesis profile, torch's dtype, and tables of formats."""
     tables: tuple[dict[Any, Any], ...] = (formats.POINTS, formats.FORMATS, MENUS._items, EXPORT_TARGETS)
     before = [dict(table) for table in tables]
     yield
+    torch.set_default_dtype(torch.float32)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
     for table, entries in zip(tables, before, strict=True):
         table.clear()
