@@ -108,6 +108,7 @@ class CompressionReport:
         notes: lines about refitting, healing and the export.
         models: facts about the original model, the compressed model and baselines of equal size, if a report
             or a held-out text was requested.
+        memory: bytes that the runtime needs in addition to the file, by use, if there was a budget of memory.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -133,6 +134,7 @@ class CompressionReport:
     file_bytes_after: int | None = None
     notes: tuple[str, ...] = ()
     models: tuple[ModelFacts, ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -167,6 +169,10 @@ class CompressionReport:
             kl = "" if plan.predicted_kl is None else f", KL {plan.predicted_kl:.4f}"
             what = f"{predicted:.4f}{plan.predicted_change()}{kl}"
             lines.append(f"predicted   loss increase {what} (on {plan.calibration})")
+        if self.memory:
+            parts = {"file": self.file_bytes_after or 0, **self.memory}
+            said = " + ".join(f"{name} {compact_bytes(size)}" for name, size in parts.items())
+            lines.append(f"memory      {said} = {compact_bytes(sum(parts.values()))}")
         if plan.has_no_choice:
             lines.append(f"note        {NO_CHOICE}")
         if self.measured is not None:

@@ -19,17 +19,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tensornet._util import compact_bytes
 from tensornet.calibration.batches import as_batch, check_batches, tokens_of
 from tensornet.calibration.blockwise import calibrate
 from tensornet.calibration.calibrate import ENOUGH_LOSSES
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.candidates import format_fits
 from tensornet.compression.config import AUTO, DEFAULT_FORMATS, WITHOUT_DATA, CompressionConfig, option
 from tensornet.compression.coverage import measure_coverage
 from tensornet.compression.loss_increase import LossIncrease, light_copy
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, ModelFacts, model_size
 from tensornet.compression.road import Planned, Source, calibration_config, make_plan, run
-from tensornet.compression.survey import Survey
+from tensornet.compression.survey import Survey, untargeted_sizes
 from tensornet.compression.surveying import tensor_digest
 from tensornet.compression.tasks import one_thread, worker_processes
 from tensornet.compression.write import WRITE_TOKENS, moment_of, read_enough
@@ -41,6 +43,7 @@ from tensornet.io import FLOATS, check_place, write_file
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.targets import find_targets
 from tensornet.nn.unfuse import unfused
+from tensornet.quantization.menus import bytes_for
 from tensornet_hf.checkpoint import (
     HUB,
     check_free,
@@ -55,6 +58,8 @@ from tensornet_hf.checkpoint import (
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import held_out_batches
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
+from tensornet_hf.exporters.gguf import file_runtime
+from tensornet_hf.exporters.gguf_memory import CACHE_BITS, MemoryUse, check_cache_type
 from tensornet_hf.exporters.target import EXPORT_TARGETS, check_destination, export, find_target
 from tensornet_hf.file_sink import MAX_SHARD_BYTES, FileSink, PlannedModel
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
@@ -123,6 +128,10 @@ class CompressOptions:
         networks: how an export writes tensor networks: as dense weights (dense); low-rank matrices that are
             added to integers as a LoRA adapter, all others as dense weights (lora); or not at all, with an
             error (refuse).
+        memory: memory that llama.cpp may use for weights and context together, such as 16GB; the file gets
+            what the context leaves. Only for GGUF files.
+        context: number of tokens in the context that `memory` is for (default: that of the model).
+        cache_type: type of keys and values in the context that `memory` is for (default: f16).
         max_shard_bytes: largest size of a weight file of a folder, in bytes; a larger tensor becomes a file
             of its own.
         force: replace an existing destination.
@@ -154,6 +163,9 @@ class CompressOptions:
     export: str | None = option(None, "output", name="to", choices=tuple(EXPORT_TARGETS))
     report: str | Path | None = option(None, "output", "path")
     networks: Networks = option("dense", "advanced", choices=NETWORKS)
+    memory: int | None = option(None, "budget", "size")
+    context: int | None = option(None, "budget", "integer")
+    cache_type: str | None = option(None, "budget", choices=tuple(CACHE_BITS))
     force: bool = option(False, "output", "flag")
     executor: Executor | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -176,6 +188,11 @@ class CompressOptions:
         if self.held_out is not None and Path(self.held_out).resolve() in used:
             raise OptionError("held_out= is the file of calibration=; give a text from another source.")
         dtype_of(self.dtype)
+        for name in ("context", "cache_type"):
+            if getattr(self, name) is not None and self.memory is None:
+                raise OptionError(f"{name}= says what a budget of memory is for; add memory=.")
+        if self.cache_type is not None:
+            check_cache_type(self.cache_type)
         for what, place in (("The report", self.report), ("The survey", self.survey)):
             if place is not None:
                 check_place(what, Path(place))
@@ -245,7 +262,7 @@ def compress_folder(
     target = find_target(destination, options.export)
     if str(destination).startswith(HUB) and target is not None:
         raise OptionError("export= writes local files; name a local folder, and upload it afterwards.")
-    config = _check_data(config, options)
+    config = _check_data(_with_memory(config, options, target), options)
     if options.networks != "dense" and target is None:
         raise OptionError("networks= is an option of export=; model folders store networks unchanged.")
     if str(destination).startswith(HUB):
@@ -297,8 +314,10 @@ def _compress(
 
     # Open the model and make its batches: an invalid model or text raises before anything is written.
     lazy = _open(folder, options.weights, runs=reads_data)
+    needed = None
     if target is not None and isinstance(config, CompressionConfig):
-        config = for_target(target, config, lazy.model, folder)
+        needed = _needed(lazy.model, folder, options)
+        config = for_target(target, config, lazy.model, folder, needed)
     if held_out is not None:
         held_out_batches(lazy.model, folder, held_out, tokens=2)
     data = ProvidedData([], "")
@@ -373,6 +392,9 @@ def _compress(
         measured=measured,
         measured_layers=measured,
     )
+    if needed is not None:
+        command = f"run it with: {needed.command(path.name)}"
+        report = replace(report, memory=needed.to_dict(), notes=(command,))
     before = weight_bytes(folder if options.weights is None else options.weights)
     if not options.loads_result:
         written = weight_bytes(path)
@@ -389,9 +411,9 @@ def _compress(
     if corrected or compared:
         weights = None if options.rotate else options.weights
         teacher = on_device(open_dense(lazy.source.folder, weights), options.device)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = report.notes
     if corrected and text is not None:
-        notes = _correct(model, teacher, folder, text, survey, seen, options, work / HEALING)
+        notes += _correct(model, teacher, folder, text, survey, seen, options, work / HEALING)
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
     report = replace(report, seconds=time.perf_counter() - started)
     if target is not None:
@@ -483,8 +505,63 @@ def _read_done(path: Path) -> tuple[CompressionPlan, LossIncrease | None]:
     return CompressionPlan.from_dict(found["plan"]), None if measured is None else LossIncrease(**measured)
 
 
+def _with_memory(
+    config: CompressionConfig | CompressionPlan, options: CompressOptions, target: str | None
+) -> CompressionConfig | CompressionPlan:
+    """Convert a budget of memory to one of bytes, from which `for_target` subtracts what the context needs.
+
+    Raises:
+        OptionError: the target is not GGUF, or a plan or a budget of bytes is given too.
+    """
+    if options.memory is None:
+        return config
+    if target != "gguf":
+        raise OptionError(
+            "memory= counts what llama.cpp needs, so it plans GGUF files only: name a destination that ends "
+            "in .gguf, or use export='gguf'. For other runtimes, give max_bytes=."
+        )
+    if isinstance(config, CompressionPlan):
+        raise OptionError("A plan already fixes the size of the file; leave out memory=.")
+    if config.max_bytes is not None:
+        raise OptionError(
+            "memory= determines the size of the file, as max_bytes= does; leave out one of them."
+        )
+    return replace(config, max_bytes=options.memory)
+
+
+def _needed(model: PreTrainedModel, folder: Path, options: CompressOptions) -> MemoryUse | None:
+    """Predict the memory that llama.cpp needs besides the weights; None without a budget of memory."""
+    if options.memory is None:
+        return None
+    runtime = file_runtime(model, folder)
+    return runtime.use(options.context or runtime.longest, options.cache_type or "f16")
+
+
+def smallest_file(config: CompressionConfig, model: PreTrainedModel, overhead: int) -> int:
+    """Return a lower bound of the bytes of an exported file: each layer in its smallest number format.
+
+    Args:
+        config: compression options for the target.
+        model: the dense model.
+        overhead: bytes of the file in addition to the weights.
+    """
+    with unfused(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # planning repeats these warnings
+        targets = [x for x in find_targets(model, config) if not x.skip]
+        found = overhead + untargeted_sizes(model, targets)[1]
+        for matrix in (x.matrix for x in targets):
+            fitting = [x for x in config.number_formats if format_fits(x, matrix, config)]
+            sizes = (bytes_for(config.menu, x, matrix.shape, matrix.dtype) for x in fitting)
+            found += min(sizes, default=0)
+    return found
+
+
 def for_target(
-    target: str, config: CompressionConfig, model: PreTrainedModel, folder: Path
+    target: str,
+    config: CompressionConfig,
+    model: PreTrainedModel,
+    folder: Path,
+    needed: MemoryUse | None = None,
 ) -> CompressionConfig:
     """Adapt compression options to an export target: number formats, layers that stay dense, byte budget.
 
@@ -493,12 +570,13 @@ def for_target(
         config: the compression options; if these list number formats, the list is kept.
         model: the dense model.
         folder: folder of the dense model.
+        needed: what the model needs in memory besides its weights, if `max_bytes` is a budget of memory.
 
     Returns:
         New options. Bytes of metadata in the exported files are subtracted from `max_bytes`.
 
     Raises:
-        BudgetError: `max_bytes` is not larger than the metadata.
+        BudgetError: `max_bytes` is not larger than the metadata; or no file fits into the memory.
         TargetError: the exporter does not support this model or tokenizer, or can pack none of the selected
             layers.
     """
@@ -523,7 +601,19 @@ def for_target(
                 f"support the types of {len(dense)} layers of this {type(model).__name__}, such as "
                 f"{dense[0]}. Export to {others}, or write a model folder without a target."
             ) from error
-    if config.max_bytes is not None:
+    if needed is not None and config.max_bytes is not None:
+        least = smallest_file(replace(config, **changes), model, overhead)
+        if config.max_bytes < least + needed.total:
+            longest = needed.runtime.longest_fitting(config.max_bytes - least, needed.cache_type)
+            fits = f"a context of {longest:,} tokens would fit" if longest else "no context would fit"
+            raise BudgetError(
+                f"memory={compact_bytes(config.max_bytes)} is too small: the smallest file has "
+                f"{compact_bytes(least)}, and a context of {needed.context:,} tokens ({needed.cache_type}) "
+                f"needs {compact_bytes(needed.total)} more; {fits}. Allow more memory, or choose a shorter "
+                "context or a smaller cache_type."
+            )
+        changes["max_bytes"] = config.max_bytes - needed.total - overhead
+    elif config.max_bytes is not None:
         if config.max_bytes <= overhead:
             raise BudgetError(
                 f"max_bytes={config.max_bytes:,} is too small: names, vocabulary and metadata alone take "
@@ -565,7 +655,7 @@ def plan_folder(
             f"plan_folder only plans, but {' and '.join(asked)} would need a compressed model. Leave out one "
             "or the other."
         )
-    checked = _check_data(config, options)
+    checked = _check_data(_with_memory(config, options, options.export), options)
     assert isinstance(checked, CompressionConfig)
     folder = resolve_folder(source)
     with tempfile.TemporaryDirectory() as found:
@@ -573,7 +663,8 @@ def plan_folder(
         lazy, opened = open_source(folder, options, work, runs=runs)
         model: Any = lazy.model
         if options.export is not None:
-            checked = for_target(options.export, checked, model, folder)
+            needed = _needed(model, folder, options)
+            checked = for_target(options.export, checked, model, folder, needed)
         data = calibration_batches(model, folder, checked, options, options.text) if runs else None
         planned = _plan(lazy, opened, checked, data or ProvidedData([], ""), options, work)
     plan = planned.plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,29 @@ def quantize(
         }
         setattr(asked, name[option], number(kind))
     assert lib.llama_model_quantize(str(source).encode(), str(destination).encode(), asked) == 0
+
+
+def memory(path: Path, context: int, cache_type: str) -> int:
+    """Bytes that llama.cpp allocates besides the weights, read from what it logs about its buffers."""
+    ffi, lib = get_ffi(), get_lib()
+    lines: list[str] = []
+
+    @ffi.callback("void(enum ggml_log_level, const char *, void *)")
+    def log(level: int, text: Any, user: Any) -> None:
+        lines.append(ffi.string(text).decode(errors="replace"))
+
+    lib.llama_log_set(log, ffi.NULL)
+    try:
+        model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        asked = lib.llama_context_default_params()
+        asked.n_ctx, asked.n_threads, asked.swa_full = context, 1, False  # as llama-cli asks
+        asked.type_k = asked.type_v = int(gguf.GGMLQuantizationType[cache_type.upper()])
+        asked.flash_attn_type = 1
+        made = lib.llama_init_from_model(model, asked)
+        assert made != ffi.NULL
+        lib.llama_free(made)
+        lib.llama_model_free(model)
+    finally:
+        lib.llama_log_set(ffi.NULL, ffi.NULL)
+    found = re.findall(r"(?:KV|RS|compute) buffer size = *([\d.]+) MiB", "".join(lines))
+    return int(sum(map(float, found)) * 2**20)

@@ -56,6 +56,7 @@ from tensornet_hf.exporters.gguf_converter import (
     packages,
     weight_sources,
 )
+from tensornet_hf.exporters.gguf_memory import SLIDING, Runtime
 from tensornet_hf.file_sink import Chunks, Files, FileSink, Layout, Made, New, PlannedModel
 from tensornet_hf.lazy_model import LazyModel
 
@@ -873,3 +874,23 @@ def file_constraints(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[s
         layer for x in full.values() for y in x.parameters if y in sources for layer in sources[y].layers
     )
     return len(layout.header) + padding + vectors, tuple(dict.fromkeys(layers))
+
+
+def file_runtime(model: PreTrainedModel, folder: Path | None) -> Runtime:
+    """Return the sizes of a model that determine how much memory llama.cpp needs besides the weights.
+
+    Args:
+        model: the dense model; its parameters may be on the meta device.
+        folder: folder of the tokenizer; None if the file has no vocabulary.
+
+    Raises:
+        TargetError: the converter does not support this model or tokenizer.
+        MissingDependencyError: the converter is not installed.
+    """
+    known = {name: x for name, x in model.state_dict().items() if not x.is_meta}
+    writer, _ = convert(dense_skeleton(model), known, source=folder, title="model")
+    keys = {name.removeprefix(f"{writer.arch}."): entry.value for name, entry in writer.kv_data[0].items()}
+    config = model.config.get_text_config()
+    keys.setdefault("vocab_size", config.vocab_size)
+    kinds = getattr(config, "layer_types", None) or ()
+    return Runtime(keys, [x == "sliding_attention" and writer.arch in SLIDING for x in kinds])
