@@ -24,6 +24,7 @@ from tensornet.budget import Budget
 from tensornet.errors import BudgetError, ShapeError
 from tensornet.linalg.svd import Method, check_finite, check_rel_error, default_tolerance, frobenius
 from tensornet.linalg.tt_svd import has_full_bonds, tt_svd_stack
+from tensornet.mpo_product import SMALLEST_ERROR, compressed_product
 from tensornet.mpo_terms import Term, cores_of_terms
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies.factored import choose_dims
@@ -636,16 +637,49 @@ class MPO:
     @overload
     def apply(self, x: Array) -> Array: ...
 
-    def apply(self, x: Tensor | Array) -> Tensor | Array:
-        """Apply the operator to `x: (..., in_features)`; the result has the shape `(..., out_features)`.
+    @overload
+    def apply(
+        self, x: "MPO", *, max_bond: int | Sequence[int] | None = None, rel_error: float | None = None
+    ) -> "MPO": ...
 
-        `x` and the result are tensors, or both are NumPy arrays. If the dtypes of the operator and `x`
-        differ, the result has the dtype to which torch promotes both.
+    def apply(
+        self,
+        x: "Tensor | Array | MPO",
+        *,
+        max_bond: int | Sequence[int] | None = None,
+        rel_error: float | None = None,
+    ) -> "Tensor | Array | MPO":
+        """Apply the operator to vectors `x: (..., in_features)`, or to a state or operator with rounding.
+
+        `x` and the result are tensors, or both are NumPy arrays, and the result has the shape
+        `(..., out_features)`. If the dtypes of the operator and `x` differ, the result has the dtype to which
+        torch promotes both.
+
+        If `x` is an MPO, the result is `self @ x`, rounded as by `round`. For errors of at least 1e-6 the
+        bonds are truncated on the way (not differentiable), so the exact product is not built.
+
+        Args:
+            x: vectors, a state, or an operator.
+            max_bond: for an MPO, the limit for all bonds, or a sequence with a limit for each bond.
+            rel_error: for an MPO, the largest relative error. If absent, it is 1e-6 with `max_bond`, and else
+                that of `round`.
 
         Example:
             >>> tn.MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
             torch.Size([5, 4])
+            >>> random = tn.MPO.random([2] * 8, max_bond=5, dtype=torch.float64)
+            >>> random.apply(tn.MPO.random([2] * 8, 1, max_bond=5, dtype=torch.float64), max_bond=6).bond_dims
+            (2, 4, 6, 6, 6, 4, 2)
+
+        Reference:
+            McCulloch 2007, "From density-matrix renormalization group to matrix product states".
         """
+        if isinstance(x, MPO):
+            return self._rounded_product(x, max_bond, rel_error)
+        if max_bond is not None or rel_error is not None:
+            raise ShapeError(
+                "max_bond and rel_error are limits for the product with an MPO, not with vectors."
+            )
         if isinstance(x, np.ndarray):
             return _to_numpy(self.apply(_from_numpy(x).to(self.device)))
         if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
@@ -734,6 +768,13 @@ class MPO:
             return self.apply(other) if other.ndim == 1 else _swapped(self.apply(_swapped(other)))
         if not isinstance(other, MPO):
             return NotImplemented
+        cores = algebra.multiply(self._left_of(other), other.cores)
+        product = MPO(cores, out_features=self.shape[0], in_features=other.shape[1])
+        product._certify_product(self, other)
+        return product
+
+    def _left_of(self, other: "MPO") -> Sequence[Tensor]:
+        """Return cores whose in-dims are the out-dims of `other`, and whose padding there is zero."""
         if self.shape[1] != other.shape[0] or len(self) != len(other):
             raise ShapeError(
                 f"Cannot multiply MPOs of shapes {self.shape} and {other.shape}: the columns of the left MPO "
@@ -746,9 +787,25 @@ class MPO:
             left = algebra.multiply(left, keep)
         if self.in_dims != other.out_dims:
             left = algebra.multiply(left, algebra.identity_chain(self.in_dims, other.out_dims, like=left[0]))
-        cores = algebra.multiply(left, other.cores)
-        product = MPO(cores, out_features=self.shape[0], in_features=other.shape[1])
-        product._certify_product(self, other)
+        return left
+
+    def _rounded_product(
+        self, other: "MPO", max_bond: int | Sequence[int] | None, rel_error: float | None
+    ) -> "MPO":
+        budget = Budget(max_bond=max_bond, rel_error=rel_error)
+        promised = SMALLEST_ERROR if rel_error is None and max_bond is not None else rel_error
+        if promised is None or promised < SMALLEST_ERROR:
+            return (self @ other).round(max_bond=max_bond, rel_error=rel_error)
+        left = MPO(self._left_of(other), out_features=self.shape[0])._masked
+        right = MPO(other.cores, in_features=other.shape[1])._masked
+        cores, cut = compressed_product(left, right, max_bond=budget.max_bond, rel_error=promised)
+        check_rel_error(cut, budget.rel_error, {"max_bond": max_bond}, self.dtype)
+        product = MPO(cores, out_features=self.shape[0], in_features=other.shape[1], error=cut)
+        product.truncation_error = cut
+        if self.error or other.error:
+            # The norm of the exact product is at most that of the rounded one, divided by sqrt(1 - cut^2).
+            own = math.log(cut) + product._log_norm() - math.log1p(-(min(cut, 0.999999) ** 2)) / 2
+            product._certify(_log_add(self._log_bound_of_product(other), own))
         return product
 
     @overload
