@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensornet._util import compact_count
 from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
@@ -12,6 +12,26 @@ from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
 BIASES = "biases"
 #: Largest number of types named in one line; further types are summed.
 _NAMED = 5
+
+
+class SourceTensor(NamedTuple):
+    """Tensor of the source, and what became of it.
+
+    Args:
+        name: name in the files of the source.
+        shape: shape there.
+        dtype: dtype there, as named in the header of a safetensors file.
+        num_bytes: its bytes there.
+        became: scheme of the layer, `"dense"` or `"left out"`; several for a stack of matrices.
+        reason: why it was not compressed or left out; otherwise empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    became: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)

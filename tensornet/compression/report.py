@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tensornet._util import compact_bytes
-from tensornet.compression.coverage import Coverage
+from tensornet.compression.coverage import Coverage, SourceTensor
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import NO_CHOICE, CompressionPlan, LayerPlan
 from tensornet.nn.storage import PackedCore
@@ -109,6 +109,7 @@ class CompressionReport:
         models: facts about the original model, the compressed model and baselines of equal size, if a report
             or a held-out text was requested.
         memory: bytes that the runtime needs in addition to the file, by use, if there was a budget of memory.
+        tensors: what became of every tensor of the source, if files were written.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -135,6 +136,7 @@ class CompressionReport:
     notes: tuple[str, ...] = ()
     models: tuple[ModelFacts, ...] = ()
     memory: Mapping[str, int] = field(default_factory=dict)
+    tensors: tuple[SourceTensor, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -169,6 +171,12 @@ class CompressionReport:
             kl = "" if plan.predicted_kl is None else f", KL {plan.predicted_kl:.4f}"
             what = f"{predicted:.4f}{plan.predicted_change()}{kl}"
             lines.append(f"predicted   loss increase {what} (on {plan.calibration})")
+        if left := [x for x in self.tensors if x.became == "left out"]:
+            kinds = Counter[str]()
+            for one in left:
+                kinds[one.reason] += one.num_bytes
+            sizes = [f"{kind} {compact_bytes(size)}" for kind, size in kinds.items()]
+            lines.append(f"left out    {len(left)} tensors: {', '.join(sizes)}")
         if self.memory:
             parts = {"file": self.file_bytes_after or 0, **self.memory}
             said = " + ".join(f"{name} {compact_bytes(size)}" for name, size in parts.items())
@@ -217,6 +225,7 @@ class CompressionReport:
             **{name: value for name, value in vars(self).items() if name != "plan"},
             "notes": list(self.notes),
             "models": [model.to_dict() for model in self.models],
+            "tensors": [tensor._asdict() for tensor in self.tensors],
             "byte_ratio": self.byte_ratio,
             "bits_per_weight": self.plan.bits_per_weight,
             "param_ratio": self.param_ratio,

@@ -63,6 +63,7 @@ from tensornet_hf.exporters.gguf_memory import CACHE_BITS, MemoryUse, check_cach
 from tensornet_hf.exporters.target import EXPORT_TARGETS, check_destination, export, find_target
 from tensornet_hf.file_sink import MAX_SHARD_BYTES, FileSink, PlannedModel
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
+from tensornet_hf.manifest import list_tensors, warn_of_left_out
 from tensornet_hf.model_folder import lay_out_folder
 from tensornet_hf.report import Page, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import ROTATED, rotated_folder
@@ -314,6 +315,7 @@ def _compress(
 
     # Open the model and make its batches: an invalid model or text raises before anything is written.
     lazy = _open(folder, options.weights, runs=reads_data)
+    warn_of_left_out(lazy)
     needed = None
     if target is not None and isinstance(config, CompressionConfig):
         needed = _needed(lazy.model, folder, options)
@@ -372,12 +374,6 @@ def _compress(
         plan, measured = done.plan, done.measured
         if options.loads_result:
             _write_done(work / DONE, plan, measured)
-    if lazy.surplus:
-        warnings.warn(
-            f"Tensors were not copied because the model does not have them: {', '.join(lazy.surplus)}.",
-            stacklevel=2,
-        )
-
     # Report.
     parts = [part for key, part in lazy.source.tensors.items() if key not in lazy.surplus]
     params, size = sum(part.numel for part in parts), sum(part.nbytes for part in parts)
@@ -391,6 +387,7 @@ def _compress(
         coverage=measure_coverage(planned.weights, planned.names, unseen=plan.unseen),
         measured=measured,
         measured_layers=measured,
+        tensors=list_tensors(lazy, plan, planned.weights),
     )
     if needed is not None:
         command = f"run it with: {needed.command(path.name)}"
@@ -662,6 +659,7 @@ def plan_folder(
         work, runs = Path(found), reads_text(checked, options)
         lazy, opened = open_source(folder, options, work, runs=runs)
         model: Any = lazy.model
+        warn_of_left_out(lazy)
         if options.export is not None:
             needed = _needed(model, folder, options)
             checked = for_target(options.export, checked, model, folder, needed)
