@@ -1028,11 +1028,27 @@ class MPO:
     def inner(self, other: "MPO") -> Tensor:
         """Compute the Frobenius inner product `sum conj(self) * other`, a 0-dimensional tensor.
 
+        It overflows only if the value itself does; `log_inner` does not.
+
         Raises:
             ShapeError: the dims or shapes of the operators differ.
         """
         self._check_same_dims(other, "compared")
         return algebra.inner(self._masked, other.cores)
+
+    def log_inner(self, other: "MPO") -> tuple[Tensor, Tensor]:
+        """Compute the sign, or phase, and the logarithm of the size of `inner`, which may itself overflow.
+
+        The order is that of `torch.linalg.slogdet`.
+
+        Example:
+            >>> state = tn.MPO.product_state([torch.full((2,), 1e100, dtype=torch.float64)] * 4)
+            >>> sign, log = state.log_inner(-state)
+            >>> float(sign), round(float(log), 4)
+            (-1.0, 1844.8407)
+        """
+        self._check_same_dims(other, "compared")
+        return algebra.log_inner(self._masked, other.cores)
 
     def normalize(self) -> "MPO":
         """Divide by the Frobenius norm, which may itself be outside the range of the dtype.

@@ -64,6 +64,11 @@ def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
     if not isinstance(factor, Tensor | int | float | complex):  # a Fraction or a NumPy number
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
         factor = plain(factor)
+    if not isinstance(factor, Tensor) and (size := abs(factor)) > 0 and math.isfinite(size):
+        power = math.frexp(size)[1]
+        if abs(power) > _EVEN * math.log2(torch.finfo(last.dtype).max):  # e.g. 1e200 times float32 cores
+            factor = factor * 2.0 ** (-power // 2) * 2.0 ** (-power - -power // 2)
+            exponent = exponent + power
     if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
         last = last.to(torch.promote_types(last.dtype, torch.complex64))  # torch cannot multiply complex32
     scaled = last * factor
@@ -112,6 +117,18 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     dtype = result_dtype(left[0].dtype)  # float32 for 16-bit cores: 256^2 overflows in float16
     transfer, exponent = _transfer([c.to(dtype) for c in left], [c.to(dtype) for c in right])
     return times_power_of_two(transfer[0, 0], exponent)
+
+
+@outside_autocast
+def log_inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute the sign, or phase, of an inner product and the logarithm of its size in double precision.
+
+    The logarithm is `-inf` and the sign 0 for orthogonal chains.
+    """
+    left, right = _same_dtype(left, right)
+    dtype = working_dtype(left[0].dtype)
+    transfer, exponent = _transfer([c.to(dtype) for c in left], [c.to(dtype) for c in right])
+    return torch.sgn(transfer[0, 0]), transfer[0, 0].abs().log() + exponent * math.log(2)
 
 
 def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,12 @@ def test_exact_products_are_found_with_their_bonds() -> None:
     assert float(twice.inner(flips @ state)) == pytest.approx(2)
 
 
+def test_limits_on_bonds_keep_no_zeros() -> None:
+    operator = tn.MPO.random([2] * 8, max_bond=5, dtype=torch.float64)
+    state = tn.MPO.random([2] * 8, 1, max_bond=5, dtype=torch.float64)
+    assert operator.apply(state, max_bond=6).bond_dims == (2, 4, 6, 6, 6, 4, 2)
+
+
 def test_products_of_norms_of_1e200_do_not_overflow() -> None:
     large = tn.MPO.random([2] * 8, max_bond=3, dtype=torch.float64) * 1e200
     state = tn.MPO.random([2] * 8, 1, max_bond=3, dtype=torch.float64) * 1e200

@@ -77,6 +77,24 @@ def test_inner_products_are_finite_where_they_can_be() -> None:
     large, small = random_operator() * 1e200, random_operator() * 1e-200
     assert float(large.inner(small)) == pytest.approx(float(random_operator().norm()) ** 2)
     assert float(large.inner(large)) == math.inf
+    for other, sign in ((large, 1), (-large, -1), (large * 1j, 1j)):
+        phase, log = large.log_inner(other)
+        assert complex(phase) == pytest.approx(sign)
+        assert float(log) == pytest.approx(2 * float(large.log_norm()))
+    phase, log = large.log_inner(large * 0)
+    assert (float(phase), float(log)) == (0, -math.inf)
+
+
+@pytest.mark.parametrize("factor", [1e200, -1e-200, 3e150j])
+def test_multiples_beyond_the_dtype_of_the_cores(factor: complex) -> None:
+    operator = random_operator().to(torch.float32)
+    sites = tn.MPO.identity([2] * 12)
+    scaled = operator.kron(sites) * factor
+    assert all(bool(core.isfinite().all()) for core in scaled.cores)
+    expected = float(operator.kron(sites).log_norm()) + math.log(abs(factor))
+    assert float(scaled.log_norm()) == pytest.approx(expected, abs=1e-4)
+    ratio = scaled.to(torch.complex128)[0, 0] / operator.to(torch.complex128)[0, 0]
+    assert complex(ratio) == pytest.approx(complex(factor), rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1e4, 1e-4])
