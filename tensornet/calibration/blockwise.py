@@ -348,6 +348,21 @@ def inputs_by_block(
             with recorder.paused(), precision():
                 walk.advance()
     recorder.restart()
+    yield from inputs_outside(walk, recorder, loss_fn=loss_fn, scored=scored, precision=precision)
+
+
+def inputs_outside(
+    walk: Walk,
+    recorder: MomentRecorder,
+    *,
+    loss_fn: TokenLosses | None = None,
+    scored: int = 0,
+    precision: Precision = nullcontext,
+) -> Iterator[tuple[str, CalibrationStats]]:
+    """Yield the moments of the inputs of the layers outside of blocks, under the name `""`.
+
+    Then compute losses (see `inputs_by_block`). If the model is one block, all its layers are outside.
+    """
     with walk.loaded(walk.ends), torch.no_grad():
 
         def run(number: int, function: Callable[..., Any]) -> Any:

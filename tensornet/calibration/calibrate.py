@@ -198,7 +198,7 @@ class MomentRecorder:
             return
         if self._last is None or not self._last.joins(name, x):
             self._settle()
-            tokens = _rows(x, token_mask(self.batch, x.shape[:-1]))
+            tokens = token_rows(x, token_mask(self.batch, x.shape[:-1]))
             if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
                 tokens = tokens.to(torch.get_autocast_dtype(x.device.type))  # as the layer itself reads them
             self._last = _Reading(x, tokens)
@@ -259,7 +259,7 @@ class MomentRecorder:
             return
         if held:
             self._samples[name].add(held, gradient, self.batch)
-        tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
+        tokens = token_rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
         if name not in self.gradients:
             features = tokens.shape[1]
             diagonal = self.diagonal_gradients and name not in self.frequencies
@@ -425,7 +425,7 @@ def _diagonal(moment: Tensor) -> Tensor:
     return moment if moment.ndim == 1 else moment.diagonal()
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """Copy the vectors of all tokens that are not padding, shape `(tokens, features)`."""
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1]).clone()

@@ -12,7 +12,8 @@ moment of the gradients, `m` does not depend on the number of features (`GRADIEN
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,24 +182,42 @@ _NUMBERED = re.compile(r"(.*_)?\d+")
 
 
 def _add_products(total: Tensor, x: Tensor) -> None:
-    """Add `X^T X`, or its diagonal, to the upper half of a sum, without autocast.
+    """Add `X^T X`, or its diagonal, to the upper half of a sum."""
+    if total.ndim == 1:
+        total += x.to(torch.float32, copy=True).square_().sum(0)
+        return
+    with exact_products(x):
+        add_gram(total, x.float())
+
+
+def add_products(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add `X^T Y` to a sum.
+
+    Args:
+        total: the sum in float32, shape `(m, n)`.
+        x, y: matrices of shapes `(tokens, m)` and `(tokens, n)`.
+    """
+    with exact_products(x, y):
+        total.addmm_(x.float().T, y.float())
+
+
+@contextmanager
+def exact_products(*factors: Tensor) -> Iterator[None]:
+    """Return a context without autocast in which float32 products of these matrices are fast.
 
     In 16 bits, moments with strongly correlated outliers would get negative eigenvalues. So even the products
     of bfloat16 vectors, which are exact in float32, are summed in float32.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        if total.ndim == 1:
-            total += x.to(torch.float32, copy=True).square_().sum(0)
-        elif x.dtype == torch.bfloat16 and x.is_cpu:
-            # The factors of float32 products are rounded to bfloat16, which leaves these vectors unchanged.
-            products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-            before, products.fp32_precision = products.fp32_precision, "bf16"
-            try:
-                add_gram(total, x.float())
-            finally:
-                products.fp32_precision = before
-        else:
-            add_gram(total, x.float())
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision
+    with torch.autocast(factors[0].device.type, enabled=False):
+        try:
+            if all(x.dtype == torch.bfloat16 and x.is_cpu for x in factors):
+                # The factors of products are rounded to bfloat16, which leaves these matrices unchanged.
+                products.fp32_precision = "bf16"
+            yield
+        finally:
+            products.fp32_precision = before
 
 
 def upper_gram(x: Tensor) -> Tensor:

@@ -217,6 +217,10 @@ class Walk:
             self.calls.append([call.with_hidden(None) for call in calls])
             self._first.append(outputs[0])
 
+    def follow(self, other: "Walk") -> None:
+        """Take the arguments of all blocks from another walk over the same blocks and batches."""
+        self.calls, self._first = other.calls, other._first
+
     def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
         """Run the block at `position` on one batch, and return the new hidden state without storing it.
 

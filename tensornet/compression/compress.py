@@ -140,6 +140,7 @@ def compress(
         measured=measured,
         measured_layers=measured_layers,
         rounded=rounded,
+        uncorrected=done.uncorrected,
     )
 
 

@@ -14,6 +14,7 @@ from tensornet.compression.coverage import Coverage, SourceTensor
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import NO_CHOICE, CompressionPlan, LayerPlan
 from tensornet.nn.storage import PackedCore
+from tensornet.nn.targets import shortened
 
 #: Largest loss whose exponential does not overflow.
 _MOST = 700.0
@@ -106,6 +107,8 @@ class CompressionReport:
         source, destination: what was read and written by `compress_folder`; None for a model in memory.
         file_bytes_before, file_bytes_after: total size of the weight files in bytes, if files were written.
         notes: lines about refitting, healing and the export.
+        uncorrected: names of weights that were rounded without correcting errors of earlier layers, since
+            the correction would have changed them too much.
         models: facts about the original model, the compressed model and baselines of equal size, if a report
             or a held-out text was requested.
         memory: bytes that the runtime needs in addition to the file, by use, if there was a budget of memory.
@@ -137,6 +140,7 @@ class CompressionReport:
     models: tuple[ModelFacts, ...] = ()
     memory: Mapping[str, int] = field(default_factory=dict)
     tensors: tuple[SourceTensor, ...] = ()
+    uncorrected: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -183,6 +187,8 @@ class CompressionReport:
             lines.append(f"memory      {said} = {compact_bytes(sum(parts.values()))}")
         if plan.has_no_choice:
             lines.append(f"note        {NO_CHOICE}")
+        if self.uncorrected:
+            lines.append(f"note        {self._uncorrected()}")
         if self.measured is not None:
             lines.append(f"measured    loss increase {self.measured}")
         for model in self.models:
@@ -192,6 +198,12 @@ class CompressionReport:
                 scheme = f"{model.scheme}, " if model.scheme else ""
                 lines.append(f"held out    {model.name} ({scheme}{model.bits:.2f} bits): {more}")
         return "\n".join([*lines, f"seconds     {self.seconds:.1f}", f"written to  {self.destination}"])
+
+    def _uncorrected(self) -> str:
+        return (
+            f"errors of earlier layers are not corrected in {len(self.uncorrected)} layers, since this would "
+            f"have changed them too much: {shortened(self.uncorrected)}"
+        )
 
     def _table(self) -> str:
         lines = [str(self.plan)]
@@ -209,6 +221,8 @@ class CompressionReport:
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, {self.seconds:.1f} s"
         )
         lines.append(str(self.coverage))
+        if self.uncorrected:
+            lines.append(self._uncorrected())
         if self.rounded:
             counts = Counter(self.rounded.values()).items()
             lines.append("rounded outside of layers: " + ", ".join(f"{n} in {name}" for name, n in counts))
@@ -224,6 +238,7 @@ class CompressionReport:
             "layers": [layer.summary() for layer in self.layers],
             **{name: value for name, value in vars(self).items() if name != "plan"},
             "notes": list(self.notes),
+            "uncorrected": list(self.uncorrected),
             "models": [model.to_dict() for model in self.models],
             "tensors": [tensor._asdict() for tensor in self.tensors],
             "byte_ratio": self.byte_ratio,

@@ -138,12 +138,14 @@ class Done(NamedTuple):
         planned: the result of `make_plan`.
         measured: loss increase measured while the blocks were compressed; None without batches.
         sink: the finished sink.
+        uncorrected: names of weights whose correction was too large to be used (see `correction`).
     """
 
     plan: CompressionPlan
     planned: Planned
     measured: LossIncrease | None
     sink: Sink
+    uncorrected: tuple[str, ...]
 
 
 def run(
@@ -173,6 +175,7 @@ def run(
     """
     plan, survey = planned.plan, planned.survey
     measured: list[LossIncrease] = []
+    uncorrected: list[str] = []
     sink = open_sink(plan)
     if stats is None:
         # Without other processes, a single thread would only be slower; a lazy source is read in both cases
@@ -193,6 +196,7 @@ def run(
             factors=None if survey is None else survey.factors,
             heads=None if survey is None else survey.heads,
             measured=measured,
+            uncorrected=uncorrected,
             written=sink.written,
             executor=executor,
             compress=compress_alone if alone else compress_layer,
@@ -202,7 +206,7 @@ def run(
             sink.put(block, layers)
     sink.finish()
     errors = {x.name: sink.errors[x.name] for x in plan if x.topology is not None}
-    return Done(plan.with_errors(errors), planned, next(iter(measured), None), sink)
+    return Done(plan.with_errors(errors), planned, next(iter(measured), None), sink, tuple(uncorrected))
 
 
 def calibration_config(plan: CompressionPlan) -> CompressionConfig:

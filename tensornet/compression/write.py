@@ -1,16 +1,18 @@
-"""Compress a model block by block; each block is calibrated on outputs of the compressed blocks before it."""
+"""Compress a model block by block; each layer is calibrated on outputs of the compressed layers before it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from tensornet.calibration.arrival import Mismatch, TwinRecorder, inputs_on_arrival
 from tensornet.calibration.batches import (
     Batch,
     BatchLike,
@@ -20,7 +22,6 @@ from tensornet.calibration.batches import (
     run_model,
     tokens_of,
 )
-from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.moment_sums import numbered_parts
@@ -44,6 +45,8 @@ from tensornet.compression.apply import (
     warn_of_scales,
     with_cores,
 )
+from tensornet.compression.candidates import relative_gap
+from tensornet.compression.correction import corrected
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, layer_weighting, never_ran
@@ -71,6 +74,84 @@ class Resumable(Protocol):
         """Remove all states."""
 
 
+@dataclass
+class _Compressor:
+    """Compresses layers for the inputs that they get.
+
+    Args:
+        plan: the plan.
+        targets: the planned weights, by name.
+        factors, executor, compress: see `compress_blocks`.
+        uncorrected: names of the weights whose corrected target was not used, since it was too far away.
+    """
+
+    plan: CompressionPlan
+    targets: Mapping[str, Target]
+    factors: Mapping[str, Tensor]
+    executor: Executor | None
+    compress: Callable[..., Any]
+    uncorrected: list[str] = field(default_factory=list)
+
+    def __call__(
+        self,
+        some: Sequence[Target],
+        stats: CalibrationStats | None,
+        mismatch: Mapping[str, Mismatch] = MappingProxyType({}),
+    ) -> dict[str, NewLayers]:
+        """Compress some weights.
+
+        Args:
+            some: the weights.
+            stats: moments of their inputs; None if the errors of the weights are minimized.
+            mismatch: differences of the inputs from those in the dense model, by layer.
+
+        Raises:
+            TargetError: a layer never ran, or the plan was made for other weights.
+        """
+        check_samples(self.plan, some)
+        for target in some:
+            if stats is not None and not is_known(target, stats):
+                raise never_ran(target)
+        weightings = {
+            x.name: weighting_of(x, self.plan[x.name], self.plan, stats, self.factors) for x in some
+        }
+        alone = [x for x in some if self.plan[x.name].shared_core is None]
+        aims = [self._aim(x, weightings[x.name], mismatch.get(x.name)) for x in alone]
+        tasks = [
+            Task(x.matrix if aim is None else aim, self.plan[x.name], weightings[x.name], self.plan.rounding)
+            for x, aim in zip(alone, aims, strict=True)
+        ]
+        done: dict[str, NewLayers] = {}
+        new: dict[str, nn.Module] = {}
+        for target, aim, (layer, error) in zip(
+            alone, aims, compress_tasks(tasks, self.compress, self.executor), strict=True
+        ):
+            if aim is not None:
+                error = relative_gap(target.matrix, layer.to_matrix())
+            done[target.name], new[target.name] = (with_cores(target, layer), error), layer
+        warn_of_scales(alone, new, lambda target: weightings[target.name])
+        for names in self.plan.stacks:
+            if names[0] in weightings:
+                stack = [self.targets[x] for x in names]
+                fitted = fit_shared(stack, [weightings[x] for x in names], self.plan[names[0]])
+                done |= dict(zip(names, fitted, strict=True))
+        return done
+
+    def _aim(self, target: Target, weighting: Weighting, mismatch: Mismatch | None) -> Tensor | None:
+        """Return the matrix to approximate so that errors of earlier layers are corrected.
+
+        The result is None if the weight itself is approximated. Baselines do so as published, and a format
+        that is exact for a weight would not be exact for another matrix.
+        """
+        matrix, moment = target.matrix, weighting.columns
+        wanted = self.plan.rounding == "two_sided" and self.plan[target.name].loss_increase != 0
+        if mismatch is None or not wanted or matrix.is_complex() or moment is None or moment.ndim != 2:
+            return None
+        if (aim := corrected(matrix, moment, mismatch)) is None:
+            self.uncorrected.append(target.name)
+        return aim
+
+
 @torch.no_grad()
 def compress_blocks(
     model: nn.Module,
@@ -86,6 +167,7 @@ def compress_blocks(
     loss_fn: TokenLosses | None = None,
     losses: Sequence[float] = (),
     measured: list[LossIncrease] | None = None,
+    uncorrected: list[str] | None = None,
     written: Callable[[str], bool] = lambda name: False,
     executor: Executor | None = None,
     compress: Callable[..., Any] = compress_layer,
@@ -93,11 +175,13 @@ def compress_blocks(
 ) -> Iterator[tuple[str, dict[str, NewLayers]]]:
     """Compress the layers of a plan block by block, and yield the new layers of each finished block.
 
-    The layers of a block are decomposed, or rounded with error feedback, for the inputs that they get if all
-    earlier blocks are compressed, as in GPTQ. Embeddings come first, under the name `""`, and a head that is
-    tied to one with it, since every hidden state begins with the embedding. The other layers outside of the
-    blocks come last, under the same name. If the plan minimizes the errors of the weights, the model does not
-    run, and no batches are needed.
+    A layer is decomposed, or rounded with error feedback, for the inputs that it gets if all layers that run
+    before it are compressed (see `tensornet.calibration.arrival`). The dense model runs beside it, and with
+    `method="auto"` a part of the difference from it is corrected (see `correction`). In a model that is one
+    block, all layers get the inputs of the dense model. Embeddings come first, under the name `""`, and a
+    head that is tied to one with it, since every hidden state begins with the embedding. The other layers
+    outside of the blocks come last, under the same name. If the plan minimizes the errors of the weights, the
+    model does not run, and no batches are needed.
 
     An interrupted run continues at the block whose hidden states are in `states`, if the layers of all
     earlier blocks have been written. Written layers are not yielded again, except those of a block that was
@@ -117,6 +201,7 @@ def compress_blocks(
         heads: moments of the inputs of tied heads, with which their networks are fitted (see `Survey`).
         loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
         measured: receives the loss increase on these tokens when the last block is finished.
+        uncorrected: receives the names of weights for which a correction was not used, at the end.
         written: function that returns True if an interrupted run has written the new layer of a weight.
         executor: executor that compresses the layers of a block in parallel; by default, this process
             compresses them one after another.
@@ -132,9 +217,10 @@ def compress_blocks(
         NonFiniteError: the inputs of a layer are not finite; the message names the layer.
 
     Reference:
-        Frantar et al. 2023, "GPTQ", section 4 (blocks are compressed one after another).
+        Frantar et al. 2023, "GPTQ", section 4 (blocks are compressed one after another); Li et al. 2025,
+        "GPTAQ" (dense inputs beside them).
     """
-    recorder = MomentRecorder(diagonal_gradients=True, full_up_to=FULL_UP_TO)
+    recorder = TwinRecorder(diagonal_gradients=True, full_up_to=FULL_UP_TO)
     device = device or device_of(model)
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     layers = {layer.name: layer for layer in plan if layer.topology is not None}
@@ -158,11 +244,12 @@ def compress_blocks(
             blocks = tuple(chain(*outer_stacks(model, nn.ModuleList, least=1).values()))
         states = {} if states is None else states
         walk = Walk(model, blocks, given, states, loaded)
+        twin = Walk(model, blocks, given, _Behind(states, len(given)), loaded)
         count = sum(map(tokens_of, given))
         # A tied head may use the same weight as an embedding.
         embeddings = [x for x in targets if any(kind.name == "embedding" for kind in x.kinds)]
         tables = [x for x in embeddings if blocks and not block_of(x.name, blocks)]
-        start = states.complete(len(given)) if isinstance(states, Resumable) and plan.reads_data else 0
+        start = states.complete(2 * len(given)) if isinstance(states, Resumable) and plan.reads_data else 0
         before = [x.name for x in targets if x in tables or block_of(x.name, blocks) in blocks[:start]]
         if start and not all(map(written, before)):
             states.clear()
@@ -171,41 +258,22 @@ def compress_blocks(
         first = [x for x in tables if not start or len(x.names) > 1]
         visits = 1 + len(blocks[start:]) + bool(first)
         visited = contexts.enter_context(block_bar("rounding", visits, count, progress=progress))
-
-        def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
-            """Compress layers for the inputs that they get."""
-            check_samples(plan, some)
-            weightings = {}
-            for target in some:
-                if stats is not None and not is_known(target, stats):
-                    raise never_ran(target)
-                weightings[target.name] = weighting_of(
-                    target, layers[target.name], plan, stats, factors or {}
-                )
-            stacks = [names for names in plan.stacks if names[0] in weightings]
-            alone = [x for x in some if layers[x.name].shared_core is None]
-            tasks = [Task(x.matrix, layers[x.name], weightings[x.name], plan.rounding) for x in alone]
-            made = compress_tasks(tasks, compress, executor)
-            done = {x.name: (with_cores(x, new), error) for x, (new, error) in zip(alone, made, strict=True)}
-            for names in stacks:
-                stack = [known[x] for x in names]
-                fitted = fit_shared(stack, [weightings[x] for x in names], layers[names[0]])
-                done |= dict(zip(names, fitted, strict=True))
-            new = {x.name: layer for x, (layer, _) in zip(alone, made, strict=True)}
-            warn_of_scales(alone, new, lambda target: weightings[target.name])
-            visited()
-            return done
+        compressed = _Compressor(plan, known, factors or {}, executor, compress)
 
         if not plan.reads_data:
             for name in ("", *blocks):
                 here = [x for x in targets if block_of(x.name, blocks) == name and not written(x.name)]
                 with loaded([module for x in here for module in x.modules], dtype=None):
-                    yield name, compressed(here, None)
+                    done = compressed(here, None)
+                    visited()
+                    yield name, done
             return
 
         # Weights have their compressed values as long as the walk needs these.
         with ExitStack() as ahead, ExitStack() as block:
             made: dict[str, NewLayers] = {}
+            with recorder.paused(), precision():
+                _enter(walk, twin, start)
             if first:
                 # Networks depend on how often each row is looked up, which a run of the model shows.
                 counting = any(_is_network(layers[x.name]) for x in first)
@@ -216,28 +284,35 @@ def compress_blocks(
                 if counts is not None and heads:
                     counts = replace(counts, columns={**counts.columns, **heads})
                 made = compressed(first, counts)
+                visited()
                 ahead.enter_context(rounded_weights(first, made, restored=loaded is in_memory))
                 yield "", made
             tied = [x for x in first if len(x.names) > 1]
             made = {x.name: made[x.name] for x in tied}  # other new layers are not needed any more
-            for name, stats in inputs_by_block(
-                walk,
-                recorder,
-                loss_fn=loss_fn,
-                scored=len(losses),
-                start=start,
-                precision=precision,
+            if first and not start:
+                with recorder.paused(), precision(), walk.loaded(_modules_ahead(walk)):
+                    for number in range(len(given)):
+                        walk.states[0, number] = walk.first_hidden(number)
+            ahead.close()
+            for name, waves in inputs_on_arrival(
+                walk, twin, recorder, loss_fn=loss_fn, scored=len(losses), precision=precision
             ):
-                ahead.close()  # the hidden states before the first block have been computed
-                block.close()  # and those after the previous block
+                block.close()  # the hidden states after the previous block have been computed
                 here = [x for x in targets if x not in tables and block_of(x.name, blocks) == name]
-                new = compressed(here, stats)
-                del stats  # the moments need more memory than anything else
-                at_end = [] if name else tied
-                block.enter_context(
-                    rounded_weights([*here, *at_end], {**new, **made}, restored=loaded is in_memory)
-                )
+                new: dict[str, NewLayers] = {}
+                if not name:
+                    block.enter_context(rounded_weights(tied, made, restored=loaded is in_memory))
+                for wave in waves:
+                    some = [x for x in here if not set(x.names).isdisjoint(wave.names)]
+                    new |= (done := compressed(some, wave.stats, wave.mismatch))
+                    block.enter_context(rounded_weights(some, done, restored=loaded is in_memory))
+                    del wave
+                if missed := [x for x in here if x.name not in new]:
+                    raise never_ran(missed[0])
+                visited()
                 yield name, new
+        if uncorrected is not None:
+            uncorrected += compressed.uncorrected
         if measured is not None and losses and walk.losses:
             # The survey may have read more batches than this walk, or fewer.
             after = torch.cat(walk.losses).double()
@@ -245,6 +320,48 @@ def compress_blocks(
             increases = after[: len(dense)] - dense
             source = plan.calibration or "calibration data"
             measured.append(LossIncrease.of(increases, source=source, dense_loss=float(dense.mean())))
+
+
+class _Behind:
+    """View of the hidden states of another walk in the same mapping, by larger indices of batches."""
+
+    def __init__(self, states: Any, batches: int) -> None:
+        self.states, self.batches = states, batches
+
+    def __getitem__(self, key: tuple[int, int], /) -> Tensor:
+        found: Tensor = self.states[key[0], key[1] + self.batches]
+        return found
+
+    def __setitem__(self, key: tuple[int, int], value: Tensor, /) -> None:
+        self.states[key[0], key[1] + self.batches] = value
+
+    def __delitem__(self, key: tuple[int, int], /) -> None:
+        del self.states[key[0], key[1] + self.batches]
+
+
+def _enter(walk: Walk, twin: Walk, start: int) -> None:
+    """Enter a walk and its dense twin, both with the hidden states of the dense model.
+
+    Args:
+        walk, twin: the walks.
+        start: index of the first block to visit, before which the hidden states are known if it is not 0.
+    """
+    if not walk.names:
+        return
+    with walk.loaded(_modules_ahead(walk)):
+        walk.enter(skip=True)
+    twin.follow(walk)
+    for number in range(len(walk.batches)):
+        if start:
+            del walk.states[0, number]
+        else:
+            twin.states[0, number] = walk.states[0, number]
+    walk.position = twin.position = start
+
+
+def _modules_ahead(walk: Walk) -> list[nn.Module]:
+    """List the modules that run if a model runs up to its first block, and those that run after the last."""
+    return [*walk.ends, *walk.model.get_submodule(walk.names[0]).modules()]
 
 
 def batches_to_write(

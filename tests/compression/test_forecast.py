@@ -81,4 +81,4 @@ def test_an_encoder_needs_no_loss_of_its_own() -> None:
             hidden = torch.cat([x(**batch).last_hidden_state[:, :9].mean(1) for batch in batches[8:]])
             pooled.append(torch.nn.functional.normalize(hidden, dim=-1))
     increase = float(1 - (pooled[0] * pooled[1]).sum(-1).mean())
-    assert 0.5 < report.plan.predicted_loss_increase / increase < 2
+    assert 0.5 < report.plan.predicted_loss_increase / increase < 3

@@ -1,4 +1,4 @@
-"""Blocks are rounded on the inputs that they get from the rounded blocks; the model stays as it was."""
+"""Layers are rounded on the inputs that they get from the rounded layers; the model stays as it was."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression import Survey, write
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.sensitivity import input_weighting
+from tensornet.compression.tasks import compress_tasks
 from tensornet.compression.write import compress_blocks
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.targets import Target, list_weights
@@ -104,39 +105,48 @@ def true_moments(model: nn.Module, names: set[str], batches: list[Any]) -> dict[
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in ("gpt2", "bert"))) for x in CASES]
 )
-def test_blocks_are_rounded_on_what_the_rounded_blocks_before_return(
+def test_layers_are_rounded_on_what_the_rounded_layers_before_them_return(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The truth: layers are really replaced in a copy of the model, which is run as a whole with hooks."""
     model, batches, plan = case(name)
-    used: dict[str, Tensor] = {}
+    used: list[dict[str, Tensor]] = [{}]  # moments with which the layers were rounded, by call
+    rounded: list[set[str]] = [set()]  # layers that were rounded in each call
 
     def noted(target: Target, stats: CalibrationStats) -> Any:
         reader = next((x for x in target.names if x in stats.columns), None)
         if reader is not None and target.kinds[0].name != "embedding":
-            used[reader] = stats.columns[reader].clone()
+            used[-1][reader] = stats.columns[reader].clone()
         return input_weighting(target, stats)
 
+    def rounding(tasks: Any, *args: Any) -> Any:
+        rounded[-1] |= {task.layer.name for task in tasks}
+        rounded.append(set())
+        used.append({})
+        return compress_tasks(tasks, *args)
+
     monkeypatch.setattr(write, "input_weighting", noted)
+    monkeypatch.setattr(write, "compress_tasks", rounding)
+    schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
     cache: dict[Any, Any] = {}
-    order, seen = [], set()
+    order = []
     for block, layers in compress_blocks(model, plan, batches):
         order.append(block)
+        cache |= {schemes[x]: new for x, new in layers.items()}
+    assert order == CASES[name][2]
+    assert cache.keys() == set(schemes.values())
+    assert sum(map(len, used)) > 1
+    before: set[str] = set()
+    for moments, names in zip(used, rounded, strict=True):
         replaced = copy.deepcopy(surveyed(name)[0])
-        done = [layer for layer in plan if (layer.name, layer.topology, layer.storage) in cache]
-        if done:
-            tn.apply_plan(replaced, replace(plan, layers=tuple(done)), cache=copy.deepcopy(cache))
-        for reader, moment in true_moments(replaced, set(used) - seen, batches).items():
+        if done := tuple(x for x in plan if x.name in before):
+            tn.apply_plan(replaced, replace(plan, layers=done), cache=copy.deepcopy(cache))
+        for reader, moment in true_moments(replaced, set(moments), batches).items():
             if ".experts." in reader:
                 continue  # the moments of experts are blended with those of their mixture
             scale = float(moment.abs().max())
-            torch.testing.assert_close(used[reader], moment, rtol=1e-3, atol=1e-4 * scale, msg=reader)
-        seen |= set(used)
-        schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
-        cache |= {schemes[x]: new for x, new in layers.items()}
-    assert order == CASES[name][2]
-    assert {x for x, _, _ in cache} == {layer.name for layer in plan}
-    assert seen
+            torch.testing.assert_close(moments[reader], moment, rtol=1e-3, atol=1e-4 * scale, msg=reader)
+        before |= names
     assert_untouched(model, weights(surveyed(name)[0]))
 
 
@@ -403,7 +413,7 @@ def test_the_error_of_the_weights_needs_no_walk(monkeypatch: pytest.MonkeyPatch)
         raise AssertionError
 
     monkeypatch.setattr("tensornet.compression.road.survey_or_load", refused)
-    monkeypatch.setattr("tensornet.compression.write.inputs_by_block", refused)
+    monkeypatch.setattr("tensornet.compression.write.inputs_on_arrival", refused)
     options: Any = {"formats": ("int8",), "bits_per_weight": None, "method": "nearest"}
     config = replace(CONFIG, target_modules="*mlp.up_proj", **options)
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from tensornet.compression.coverage import measure_coverage
 from tensornet.compression.loss_increase import LossIncrease, light_copy
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, ModelFacts, model_size
-from tensornet.compression.road import Planned, Source, calibration_config, make_plan, run
+from tensornet.compression.road import Done, Planned, Source, calibration_config, make_plan, run
 from tensornet.compression.survey import Survey, untargeted_sizes
 from tensornet.compression.surveying import tensor_digest
 from tensornet.compression.tasks import one_thread, worker_processes
@@ -345,7 +345,7 @@ def _compress(
     lazy, opened = open_source(folder, options, work, runs=reads_data)
     planned = _plan(lazy, opened, config, data, options, work)
     if options.loads_result and (work / DONE).is_file():
-        plan, measured = _read_done(work / DONE)
+        plan, measured, uncorrected = _read_done(work / DONE)
     else:
 
         def finishing() -> None:
@@ -371,9 +371,9 @@ def _compress(
         with worker_processes(1 if options.executor is not None else options.workers) as own:
             executor = options.executor or own
             done = run(opened, planned, open_sink, data, executor=executor, progress=options.progress)
-        plan, measured = done.plan, done.measured
+        plan, measured, uncorrected = done.plan, done.measured, done.uncorrected
         if options.loads_result:
-            _write_done(work / DONE, plan, measured)
+            _write_done(work / DONE, done)
     # Report.
     parts = [part for key, part in lazy.source.tensors.items() if key not in lazy.surplus]
     params, size = sum(part.numel for part in parts), sum(part.nbytes for part in parts)
@@ -388,6 +388,7 @@ def _compress(
         measured=measured,
         measured_layers=measured,
         tensors=list_tensors(lazy, plan, planned.weights),
+        uncorrected=uncorrected,
     )
     if needed is not None:
         command = f"run it with: {needed.command(path.name)}"
@@ -490,16 +491,17 @@ def _plan(
     return planned
 
 
-def _write_done(path: Path, plan: CompressionPlan, measured: LossIncrease | None) -> None:
-    """Write the plan and the measured loss increase, for a run that is interrupted in a later step."""
-    found = {"plan": plan.to_dict(), "measured": None if measured is None else asdict(measured)}
+def _write_done(path: Path, done: Done) -> None:
+    """Write what a report needs, for a run that is interrupted in a later step."""
+    measured = None if done.measured is None else asdict(done.measured)
+    found = {"plan": done.plan.to_dict(), "measured": measured, "uncorrected": list(done.uncorrected)}
     write_file(path, [json.dumps(found).encode()])
 
 
-def _read_done(path: Path) -> tuple[CompressionPlan, LossIncrease | None]:
+def _read_done(path: Path) -> tuple[CompressionPlan, LossIncrease | None, tuple[str, ...]]:
     found = json.loads(path.read_bytes())
-    measured = found["measured"]
-    return CompressionPlan.from_dict(found["plan"]), None if measured is None else LossIncrease(**measured)
+    measured = None if found["measured"] is None else LossIncrease(**found["measured"])
+    return CompressionPlan.from_dict(found["plan"]), measured, tuple(found["uncorrected"])
 
 
 def _with_memory(
