@@ -61,7 +61,11 @@ def test_exact_products_are_found_with_their_bonds() -> None:
 def test_limits_on_bonds_keep_no_zeros() -> None:
     operator = tn.MPO.random([2] * 8, max_bond=5, dtype=torch.float64)
     state = tn.MPO.random([2] * 8, 1, max_bond=5, dtype=torch.float64)
-    assert operator.apply(state, max_bond=6).bond_dims == (2, 4, 6, 6, 6, 4, 2)
+    product = operator.apply(state, max_bond=6)
+    assert product.bond_dims == (2, 4, 6, 6, 6, 4, 2)
+    truth = dense(operator) @ dense(state)  # the errors of all bonds add up to the true error
+    error = np.linalg.norm(dense(product) - truth) / np.linalg.norm(truth)
+    assert product.truncation_error == pytest.approx(error, rel=1e-6)
 
 
 def test_products_of_norms_of_1e200_do_not_overflow() -> None:

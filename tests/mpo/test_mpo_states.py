@@ -87,6 +87,16 @@ def test_transposes_sums_and_numbers(operator: tn.MPO) -> None:
         1 + operator
 
 
+def test_certificates_follow_normalized_and_reversed_operators() -> None:
+    matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).double()
+    cut = 3 * tn.MPO.from_matrix(matrix, sites=4, max_bond=3)
+    norm = float(cut.norm())
+    assert cut.error > 0
+    assert (cut.normalize().error, cut.reverse().error) == (cut.error, cut.error)
+    assert cut.reverse().absolute_error == cut.absolute_error
+    assert cut.normalize().absolute_error == pytest.approx(cut.absolute_error / norm)
+
+
 # --- constructors --------------------------------------------------------------------------------
 
 
