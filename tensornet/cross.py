@@ -39,7 +39,7 @@ class CrossReport:
             of the function there. This is an estimate, not a bound: a narrow peak between the indices is
             missed.
         points: number of these indices; they were drawn after the pivots had been chosen.
-        sweeps: number of sweeps, each backward and forward.
+        sweeps: number of sweeps; the first is backward, the second forward, and so on.
 
     Example:
         >>> _, report = tn.MPO.from_function(lambda i, j: 1 / (i + j + 1).double(), (64, 64), sites=3)
@@ -166,11 +166,12 @@ def cross(
 ) -> tuple[list[Tensor], CrossReport]:
     """Approximate a function of indices by a chain of cores `(left, dim, right)`.
 
-    Each sweep visits all bonds backward and forward. At a bond, pivots are chosen by Gaussian elimination
+    Sweeps visit all bonds, in turn backward and forward. At a bond, pivots are chosen by Gaussian elimination
     with rook pivoting in the matrix of values whose rows extend the pivots of the bond before it by one site,
     and whose columns extend those of the bond after it. The cores interpolate the function at the pivots:
     core `k` is `T_k P_k^-1` with values `T_k` of one free site between the pivots of its two bonds and values
-    `P_k` at the pivots of its right bond. They are differentiable functions of these values.
+    `P_k` at the pivots of its right bond, or `P_{k-1}^-1 T_k` after a backward sweep. They are differentiable
+    functions of these values.
 
     Args:
         values: the function.
@@ -204,19 +205,20 @@ def cross(
     done = 0
     while done < sweeps:
         done += 1
+        backward = done % 2 == 1
         with torch.no_grad():
-            for step, k in enumerate((*range(sites - 1, 0, -1), *range(1, sites))):
+            for k in range(sites - 1, 0, -1) if backward else range(1, sites):
                 lefts[k], rights[k] = _choose(
                     values,
                     _extend_left(lefts[k - 1], dims[k - 1]),
                     _extend_right(dims[k], rights[k + 1]),
-                    # The pass before this one nested the pivots of its side in the extended ones.
-                    (lefts[k], None) if step < sites - 1 else (None, rights[k]),
+                    # The sweep before this one nested the pivots of its side in the extended ones.
+                    (lefts[k], None) if backward else (None, rights[k]),
                     level=max(level, smallest),
                     cap=caps[k - 1],
                     generator=generator,
                 )
-        cores = _cores(values, dims, lefts, rights)
+        cores = _cores(values, dims, lefts, rights, backward)
         with torch.no_grad():
             fresh = draw(_FRESH)
             true = values(fresh).detach()
@@ -291,7 +293,7 @@ def _choose(
 
     Gaussian elimination with complete pivoting is applied to some columns and all rows, then to the rows
     found and all columns, and so on, until the columns do not change. The first columns are the known pivots
-    and random ones, more than the bond can need at small sizes: the search is then complete.
+    and random ones. If these are half of all columns, the search is complete instead, which costs as much.
 
     Args:
         values: the function.
@@ -315,7 +317,7 @@ def _choose(
 
         fixed, free, seeds = rows, columns, _places(known[1], columns)
     more = len(seeds) + 4
-    if len(seeds) + more < len(free):
+    if 2 * (len(seeds) + more) < len(free):
         at = torch.cat([seeds, torch.randint(len(free), (more,), generator=generator)]).unique()
     else:
         at = torch.arange(len(free))
@@ -351,17 +353,24 @@ def _eliminate(matrix: Tensor, level: float, values: Values, cap: int | None) ->
 
 
 def _cores(
-    values: Values, dims: Sequence[int], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+    values: Values, dims: Sequence[int], lefts: Sequence[Tensor], rights: Sequence[Tensor], backward: bool
 ) -> list[Tensor]:
-    """Interpolate the function at nested left pivots; see `cross`."""
+    """Interpolate the function at the pivots, of which the last sweep nested one side; see `cross`."""
     cores = []
     for k, dim in enumerate(dims):
-        rows = _extend_left(lefts[k], dim)
-        block = values.block(rows, rights[k + 1])
+        rows, columns = lefts[k], rights[k + 1]
+        if backward:
+            columns = _extend_right(dim, columns)
+        else:
+            rows = _extend_left(rows, dim)
+        block = values.block(rows, columns)
         core = block.to(working_dtype(block.dtype))
-        if k + 1 < len(dims):
-            at_pivots = core[_places(lefts[k + 1], rows).to(core.device)]
-            core = torch.linalg.solve(at_pivots, core, left=False)
+        if backward and k > 0:
+            at = _places(rights[k], columns).to(core.device)
+            core = torch.linalg.solve(core[:, at], core)
+        elif not backward and k + 1 < len(dims):
+            at = _places(lefts[k + 1], rows).to(core.device)
+            core = torch.linalg.solve(core[at], core, left=False)
         cores.append(core.reshape(len(lefts[k]), dim, -1).to(block.dtype))
     return cores
 

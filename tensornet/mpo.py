@@ -218,7 +218,7 @@ class MPO:
         sites: int | None = None,
         max_bond: int | Sequence[int] | None = None,
         rel_error: float | None = None,
-        sweeps: int = 20,
+        sweeps: int = 40,
         start: Tensor | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -240,7 +240,7 @@ class MPO:
                 `out * in`, so use many sites with small legs.
             max_bond: limit for all bonds, or a sequence with a limit for each bond.
             rel_error: estimated error at which the sweeps end, `eps^(3/4)` by default.
-            sweeps: largest number of sweeps over all bonds.
+            sweeps: largest number of sweeps over all bonds, in turn backward and forward.
             start: indices that are evaluated first, shape `(points, sites)`, or `(points, 2)` with `shape`.
                 Use it if the function is small almost everywhere.
             generator: generator of the random indices, on the CPU; by default, seeded with 0.
