@@ -163,11 +163,11 @@ class CompressionReport:
     def _summary(self) -> str:
         plan = self.plan
         dense = sum(layer.scheme == "dense" for layer in self.layers)
-        left = f" ({dense} of them stay dense)" if dense else ""
+        kept = f" ({dense} of them stay dense)" if dense else ""
         sizes = [compact_bytes(size or 0) for size in (self.file_bytes_before, self.file_bytes_after)]
         lines = [
             f"files       {' -> '.join(sizes)}",
-            f"layers      {len(self.layers)}{left}, {plan.bits_per_weight:.2f} bits a weight of these layers",
+            f"layers      {len(self.layers)}{kept}, {plan.bits_per_weight:.2f} bits a weight of these layers",
             f"parameters  {self.model_params_before:,} -> {self.model_params_after:,}, scales included",
             f"coverage    {str(self.coverage).removeprefix('covers ')}",
         ]
