@@ -103,13 +103,14 @@ class TwinRecorder(MomentRecorder):
         found: list[tuple[list[str], Tensor]] = []
         for layers, tokens in self._groups:
             families = {x for name in layers for x in self._alternatives(name)}
-            for wave, read in found:
-                if not families.isdisjoint(wave) or (
-                    read.shape == tokens.shape and torch.equal(read, tokens)
-                ):
-                    break
-            else:
-                found.append((wave := [], tokens))
+            # Experts are looked for first: one that gets all tokens reads the same as other layers.
+            joined = [wave for wave, _ in found if not families.isdisjoint(wave)] or [
+                wave for wave, read in found if read.shape == tokens.shape and torch.equal(read, tokens)
+            ]
+            if not joined:
+                joined = [[]]
+                found.append((joined[0], tokens))
+            wave = joined[0]
             wave += [x for x in sorted(families) if x not in wave]
         self._groups.clear()
         waves = [wave for wave, _ in found]
