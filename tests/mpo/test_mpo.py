@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from chains import close, dense
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,17 +20,6 @@ from tensornet.testing import laws, reference, strategies
 
 operators = strategies.mpos()
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
-
-
-def close(actual: Tensor, expected: np.ndarray, factor: float = 1.0) -> None:
-    size = max(1.0, float(np.max(np.abs(expected), initial=0)))
-    slack = 10 * laws.tolerance(actual.dtype) * size * factor
-    np.testing.assert_allclose(reference.to_numpy(actual), expected, rtol=0, atol=slack)
-
-
-def dense(operator: tn.MPO) -> np.ndarray:
-    rows, columns = operator.shape
-    return reference.chain_matrix(operator.cores)[:rows, :columns]
 
 
 @st.composite

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from chains import dense
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,11 +27,6 @@ def close(actual: Tensor | np.ndarray, expected: np.ndarray, dtype: torch.dtype,
     assert found.shape == expected.shape
     size = max(1.0, float(np.max(np.abs(expected), initial=0)))
     np.testing.assert_allclose(found, expected, rtol=0, atol=10 * laws.tolerance(dtype) * size * factor)
-
-
-def dense(operator: tn.MPO) -> np.ndarray:
-    rows, columns = operator.shape
-    return reference.chain_matrix(operator.cores)[:rows, :columns]
 
 
 @st.composite

@@ -7,17 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from chains import dense
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
 from tensornet.errors import BudgetError, ShapeError
-from tensornet.testing import reference, strategies
-
-
-def dense(operator: tn.MPO) -> np.ndarray:
-    rows, columns = operator.shape
-    return reference.chain_matrix(operator.cores)[:rows, :columns]
+from tensornet.testing import strategies
 
 
 @st.composite

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import chains
 import numpy as np
 import pytest
 import torch
+from chains import dense
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import tensornet as tn
 from tensornet.errors import ShapeError
-from tensornet.testing import laws, reference, strategies
+from tensornet.testing import laws, strategies
 
 operators = strategies.mpos(dims=strategies.dims(max_sites=3, max_dim=3))
 UP, DOWN = torch.eye(2, dtype=torch.float64)
-
-
-def close(actual: Tensor, expected: np.ndarray | complex, factor: float = 10) -> None:
-    size = max(1.0, float(np.max(np.abs(expected), initial=0)))
-    slack = 10 * laws.tolerance(actual.dtype) * size * factor
-    np.testing.assert_allclose(reference.to_numpy(actual), expected, rtol=0, atol=slack)
-
-
-def dense(operator: tn.MPO) -> np.ndarray:
-    rows, columns = operator.shape
-    return reference.chain_matrix(operator.cores)[:rows, :columns]
+close = partial(chains.close, factor=10)
 
 
 @st.composite
