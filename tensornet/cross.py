@@ -31,7 +31,7 @@ _TURNS = 4
 
 @dataclass(frozen=True)
 class CrossReport:
-    """What a cross approximation did.
+    """Number of values that a cross approximation computed, and an estimate of its error.
 
     Args:
         evaluations: number of values of the function that were computed, repeated indices included.
@@ -355,7 +355,13 @@ def _eliminate(matrix: Tensor, level: float, values: Values, cap: int | None) ->
 def _cores(
     values: Values, dims: Sequence[int], lefts: Sequence[Tensor], rights: Sequence[Tensor], backward: bool
 ) -> list[Tensor]:
-    """Interpolate the function at the pivots, of which the last sweep nested one side; see `cross`."""
+    """Compute the cores that interpolate the function at its pivots (see `cross`).
+
+    Args:
+        values, dims: see `cross`.
+        lefts, rights: first and last parts of the pivots at each bond.
+        backward: direction of the last sweep.
+    """
     cores = []
     for k, dim in enumerate(dims):
         rows, columns = lefts[k], rights[k + 1]

@@ -1,4 +1,4 @@
-"""What physicists compute from a chain: entries, expectation values, entropies, samples, partial traces.
+"""Compute entries, expectation values, entropies, samples and partial traces of chains.
 
 All functions take cores `(left, out, in, right)`, as `tensornet.mpo_algebra` does, and build no matrix. A
 state (MPS) is a chain whose in-legs have size 1.

@@ -77,7 +77,9 @@ class TwinRecorder(MomentRecorder):
         super().restart()
         self._watching = False
         self._wave: frozenset[str] | None = None  # layers that are compared
-        self._open = 0  # calls and additions that are left until all layers of the wave have been compared
+        # Calls and additions that are left until all layers of the wave have been compared. It starts at 0 if
+        # the batch shall run to the end.
+        self._open = 0
         self._number = -1  # index of the batch
         self._inputs: dict[tuple[str, ...], Tensor] = {}  # sums of (x - x~) x~^T, by layers that share them
         self._residuals: dict[str, Tensor] = {}  # sums of (h - h~) x~^T
@@ -98,7 +100,7 @@ class TwinRecorder(MomentRecorder):
             self._settle()
         self.restart()
 
-    def waves(self) -> Iterator[list[str]]:
+    def waves(self) -> list[list[str]]:
         """List the waves of layers of the block, in the order in which their inputs arrive."""
         found: list[tuple[list[str], Tensor]] = []
         for layers, tokens in self._groups:
@@ -114,10 +116,9 @@ class TwinRecorder(MomentRecorder):
             wave += [x for x in sorted(families) if x not in wave]
         self._groups.clear()
         waves = [wave for wave, _ in found]
-        del found
         if rest := sorted(self._modules.keys() - {name for wave in waves for name in wave}):
             waves.append(rest)  # layers that did not run on the first batch
-        yield from waves
+        return waves
 
     @contextmanager
     def comparing(self, wave: Sequence[str]) -> Iterator[None]:
@@ -203,8 +204,10 @@ class TwinRecorder(MomentRecorder):
             if last is None or name not in last.layers or not len(rows) == len(dense) == len(last.tokens):
                 self._unpaired.add(name)
             else:
-                total = torch.zeros(rows.shape[1], last.tokens.shape[1], device=rows.device)
-                add_products(self._residuals.setdefault(name, total), dense - rows, last.tokens)
+                if name not in self._residuals:
+                    shape = rows.shape[1], last.tokens.shape[1]
+                    self._residuals[name] = torch.zeros(shape, device=rows.device)
+                add_products(self._residuals[name], dense - rows, last.tokens)
         self._happened(name)
 
     def _happened(self, name: str) -> None:

@@ -204,4 +204,4 @@ def test_an_expert_that_gets_all_tokens_stays_with_the_other_experts() -> None:
     recorder.siblings = {"experts.0": experts, "experts.1": experts}
     tokens = torch.ones(3, 2)
     recorder._groups = [(["shared"], tokens), (["experts.1"], tokens[:2]), (["experts.0"], tokens)]
-    assert list(recorder.waves()) == [["shared"], experts]
+    assert recorder.waves() == [["shared"], experts]

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a model folder, and why."""
+"""List the tensors of a model folder, how each one is written, and why some are not."""
 
 import re
 import warnings
