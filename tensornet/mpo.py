@@ -1111,8 +1111,8 @@ class MPO:
         sides = (operator.out_dims, operator.in_dims, *operator.shape)
         if sides != (self.out_dims, self.out_dims, self.shape[0], self.shape[0]):
             raise ShapeError(
-                f"The legs of the operator must be those of the state, {self.out_dims} on both sides; got an "
-                f"operator with out_dims {operator.out_dims} and in_dims {operator.in_dims}."
+                "state.expectation(operator) needs an operator with the legs of the state, "
+                f"{self.out_dims} on both sides; got one with out_dims {operator.out_dims} and in_dims {operator.in_dims}."
             )
         return states.expectation(self._masked, operator.cores)
 

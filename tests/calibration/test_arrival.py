@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mixture_models import mixture
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from tensornet.calibration.arrival import Mismatch, TwinRecorder, inputs_on_arrival
+from tensornet.calibration.arrival import Mismatch, TwinRecorder, _Additions, inputs_on_arrival
 from tensornet.calibration.batches import as_batch, run_model
 from tensornet.calibration.calibrate import observed
 from tensornet.calibration.walk import Walk
@@ -195,6 +196,39 @@ def test_a_model_that_does_not_change_differs_nowhere() -> None:
     assert len(found) == 14
     assert not any(float(x.inputs.abs().max()) for x in found.values())
     assert not any(float(x.residual.abs().max()) for x in found.values() if x.residual is not None)
+
+
+@pytest.mark.parametrize(
+    ("add", "found"),
+    [
+        (lambda out, x: x.view(2, 3) + out, True),
+        (lambda out, x: out.add_(x), True),
+        (lambda out, x: out + out**3, False),
+        (lambda out, x: out + 2 * x, False),  # what is added must have been there before
+    ],
+)
+def test_only_tensors_that_were_there_before_an_output_count(
+    add: Callable[[Tensor, Tensor], Tensor], found: bool
+) -> None:
+    layer, x, names = nn.Linear(3, 3), torch.ones(2, 3), []
+    mode = _Additions(lambda name, other: names.append(name))
+    layer.register_forward_hook(partial(mode.watch, "layer"))
+    with torch.no_grad(), mode:
+        add(layer(x), x)
+    assert names == ["layer"] * found
+
+
+def test_a_block_runs_only_up_to_each_wave() -> None:
+    model = llama().eval()
+    last, calls = model.get_submodule(f"{blocks_of(model)[0]}.mlp.down_proj"), []
+    last.register_forward_hook(lambda *args: calls.append(1))
+    with torch.no_grad():
+        run_model(model, as_batch(text(0), model, torch.device("cpu")))
+    assert len(calls) == 1
+    calls.clear()
+    visit(model)
+    # To enter the walk, in the dense model, in its own wave, and for the next hidden states.
+    assert len(calls) == 4 * BATCHES
 
 
 def test_an_expert_that_gets_all_tokens_stays_with_the_other_experts() -> None:
