@@ -1112,7 +1112,8 @@ class MPO:
         if sides != (self.out_dims, self.out_dims, self.shape[0], self.shape[0]):
             raise ShapeError(
                 "state.expectation(operator) needs an operator with the legs of the state, "
-                f"{self.out_dims} on both sides; got one with out_dims {operator.out_dims} and in_dims {operator.in_dims}."
+                f"{self.out_dims} on both sides; got one with out_dims {operator.out_dims} and in_dims "
+                f"{operator.in_dims}."
             )
         return states.expectation(self._masked, operator.cores)
 
