@@ -2,7 +2,7 @@
 
 The first candidates are the dense matrix in each number format. How its loss is predicted depends on the kind
 of format (see `format_losses`): for floats the matrix is rounded; for integers and levels of 4 or more bits
-the moments suffice; with fewer bits, and with a codebook, a sample of rows is rounded.
+the moments suffice for most layers; otherwise, a sample of rows is rounded.
 
 The other candidates are the networks of each topology family (`TopologyFamily.ladder`) with each number
 format of their cores. Their bonds increase until a network is as large as the matrix in the same format.
@@ -12,7 +12,7 @@ Candidates above the lower convex hull of loss over size are dropped, since they
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from tensornet.nn.storage import PLAIN, Storage, decode, encode
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.menus import bytes_for
-from tensornet.quantization.predict import range_losses, spaced_rows
+from tensornet.quantization.predict import is_predictable, range_losses, spaced_rows
 from tensornet.quantization.scales import scale_fault, storable_formats
 from tensornet.topologies import TopologyFamily, dense, topology_family
 from tensornet.topologies.base import RoundTrip
@@ -445,7 +445,8 @@ def format_losses(
     - Floats, and integers whose scales are out of range: the matrix is rounded.
     - Integers and levels of at least `PREDICTED_BITS` bits: see `predict_losses`.
     - Fewer bits, and formats with a codebook: some rows are rounded, since clamping, the search for scales
-      and coordinate descent decide the loss (see `_losses_of_rows`).
+      and coordinate descent decide the loss (see `_losses_of_rows`). So are some rows of a matrix for which
+      predictions are not accurate (see `is_predictable`).
 
     Args:
         matrix: the weight, shape `(out, in)`.
@@ -454,6 +455,8 @@ def format_losses(
     """
     integers = [x for x in formats if x.is_integer and not scale_fault(matrix, x, sensitivity.weighting)]
     many = [x for x in integers if x.points.run == 1 and x.points.bits >= PREDICTED_BITS]
+    if many and not is_predictable(matrix, _fed_back(sensitivity), **_options(sensitivity)):
+        many = []
     few = [x for x in integers if x not in many]
     found = dict(zip(many, _predicted(matrix, sensitivity, many), strict=True))
     found |= dict(zip(few, _losses_of_rows(matrix, sensitivity, few), strict=True))
@@ -567,21 +570,29 @@ def _predicted(
     matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
 ) -> list[FormatLosses]:
     """Predict the losses and errors of a matrix in integer formats, without rounding it."""
-    known = sensitivity.weighting  # the moments that rounding uses
-    if sensitivity.rounding != "two_sided":
-        known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
-    weightings = [known, sensitivity.weighting, sensitivity.forecast, Weighting()]
+    weightings = [_fed_back(sensitivity), sensitivity.weighting, sensitivity.forecast, Weighting()]
     norm = _energy(matrix)
-    found = predict_losses(
-        matrix,
-        formats,
-        weightings,
-        row_damping=DENSE_ROW_DAMPING,
-        column_damping=DENSE_COLUMN_DAMPING if sensitivity.rounding == "one_sided" else COLUMN_DAMPING,
-        rounding=sensitivity.rounding,
-        sample=spaced_rows(matrix, PREDICTED_ROWS),
-    )
+    sample = spaced_rows(matrix, PREDICTED_ROWS)
+    found = predict_losses(matrix, formats, weightings, sample=sample, **_options(sensitivity))
     return [
         FormatLosses(cost, predicted, (2 * plain / norm) ** 0.5)
         for _, cost, predicted, plain in found.tolist()
     ]
+
+
+def _fed_back(sensitivity: Sensitivity) -> Weighting:
+    """Return the moments that rounding uses."""
+    known = sensitivity.weighting
+    if sensitivity.rounding == "two_sided":
+        return known
+    return Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
+
+
+def _options(sensitivity: Sensitivity) -> dict[str, Any]:
+    """Return the dampings and the method with which `round_dense` rounds a matrix."""
+    one_sided = sensitivity.rounding == "one_sided"
+    return {
+        "row_damping": DENSE_ROW_DAMPING,
+        "column_damping": DENSE_COLUMN_DAMPING if one_sided else COLUMN_DAMPING,
+        "rounding": sensitivity.rounding,
+    }

@@ -131,6 +131,28 @@ def test_predictions_know_the_damping_that_only_rounding_needs() -> None:
     assert found.cost == pytest.approx(exact, rel=0.12)  # without it a sixth too low
 
 
+@pytest.mark.parametrize("rounding", ["one_sided", "two_sided"])
+def test_some_rows_are_rounded_if_a_few_correlated_inputs_are_huge(rounding: Rounding) -> None:
+    """Moments alone would predict at least three times the loss of these layers."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2048, 96).double()
+    inputs[:, :4] += 100 * torch.randn(2048, 1)
+    ordinary, columns = damped(moment(96, 2), 0.01), inputs.T @ inputs / 2048
+    rows, matrix = moment(200, 1).diagonal(), weight(200, 96, 3)
+    formats = [NumberFormat.parse(name) for name in ("int4:g32", "int6:g32")]
+    for seen, predictable in ((columns, False), (ordinary, True)):
+        weighting = Weighting(rows, seen)
+        sensitivity = Sensitivity(weighting, weighting, rounding)
+        predicted = candidates._predicted(matrix, sensitivity, formats)
+        found = format_losses(matrix, sensitivity, formats)
+        assert (found == predicted) == predictable
+        for number_format, loss, guess in zip(formats, found, predicted, strict=True):
+            made = round_dense(matrix, number_format, weighting, rounding=rounding).dequantize()
+            exact = weighting.cost(matrix - made)
+            assert 1 / 1.5 < loss.cost / exact < 1.5
+            assert predictable or guess.cost > 3 * exact
+
+
 def test_formats_that_do_not_fit_a_matrix_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 320 or 576 weights have no whole number of super-blocks; such layers keep their format."""
     monkeypatch.setattr(MENUS, "_items", {"super": Menu(("float", "nl4:g32:s6", "int4:g128"))})
