@@ -121,6 +121,16 @@ def check_number(name: str, value: Any) -> None:
         raise BudgetError(f"{name} must be a number, got {value!r}.")
 
 
+def spaced_places(size: int, count: int) -> list[int]:
+    """Choose `count` evenly spaced indices from 0 to `size - 1`, both included.
+
+    They are computed in integers. `torch.linspace` computes in the default dtype, so even in single precision
+    indices above 2^24 would be inexact, and the last one could be out of range.
+    """
+    steps = max(count - 1, 1)
+    return [(2 * k * (size - 1) + steps) // (2 * steps) for k in range(count)]
+
+
 # --- context managers and global state -----------------------------------------------------------
 
 _DEVICES = ("cpu", "cuda")

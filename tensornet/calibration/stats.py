@@ -8,9 +8,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 import safetensors
-import torch
 from torch import Tensor
 
+from tensornet._util import spaced_places
 from tensornet.errors import FormatError, TargetError
 from tensornet.io import write_tensors
 from tensornet.nn.targets import Target
@@ -184,9 +184,7 @@ def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
     for target in targets:
         matrix = target.matrix if target.kinds else target.weight.detach().reshape(1, -1)
         if matrix.numel() and not matrix.is_meta:
-            rows, columns = (
-                torch.linspace(0, size - 1, 4, device=matrix.device).round().long() for size in matrix.shape
-            )
+            rows, columns = (spaced_places(size, 4) for size in matrix.shape)
             found[target.name] = tuple(matrix[rows, columns].real.float().tolist())
     return found
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensornet._util import outside_autocast, remembered
+from tensornet._util import outside_autocast, remembered, spaced_places
 from tensornet.damping import COLUMN_DAMPING, LEAST_DAMPING
 from tensornet.errors import FormatError
 from tensornet.linalg.svd import check_finite
@@ -446,8 +446,7 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
     if len(weight) <= count:
         return None
     order = torch.linalg.vector_norm(weight, dim=1).argsort(descending=True, stable=True)
-    places = torch.linspace(0, len(weight) - 1, count, device=weight.device).long()
-    return order[places].sort().values
+    return order[spaced_places(len(weight), count)].sort().values
 
 
 def unit_losses(

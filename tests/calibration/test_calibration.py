@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tensornet as tn
+from tensornet._util import spaced_places
 from tensornet.calibration import cosine_losses, sampled_losses
 from tensornet.calibration.batches import token_mask
-from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.errors import TargetError
-from tensornet.nn.targets import LayerSelection
+from tensornet.nn.targets import LayerSelection, list_weights
 
 calibrating = importlib.import_module("tensornet.calibration.calibrate")
 BATCH = {
@@ -363,6 +366,21 @@ def test_models_with_one_loss_a_row_read_more_tokens() -> None:
     assert tn.calibrate(Encoder(), batches, loss_fn=loss).tokens == 1024 * 256
     assert tn.calibrate(Encoder(), batches, loss_fn=loss, gradients=False).tokens == 16384
     assert tn.calibrate(Encoder(), batches, loss_fn=loss, tokens=512).tokens == 512
+
+
+@pytest.mark.parametrize("size", [2, 97, 2**24 + 3, 2**25, 151_936 * 1536])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_are_sampled_at_exact_places(size: int, dtype: torch.dtype) -> None:
+    """Of a large embedding that is not compressed, too; all its elements share their memory here."""
+    exact = [Fraction(k * (size - 1), 3) for k in range(4)]
+    torch.set_default_dtype(dtype)
+    try:
+        model = nn.Module()
+        model.register_parameter("table", nn.Parameter(torch.ones(1, dtype=torch.float32).expand(size)))
+        assert weight_samples(list_weights(model)) == {"table": (1.0,) * 4}
+        assert spaced_places(size, 4) == [math.floor(x + Fraction(1, 2)) for x in exact]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
