@@ -29,6 +29,7 @@ from tensornet.calibration.moment_sums import (
     MomentSum,
     blended,
     find_siblings,
+    has_bfloat16,
     mean_moment,
     mirrored,
     numbered_parts,
@@ -63,16 +64,6 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
 def large_matrices(model: nn.Module) -> list[nn.Parameter]:
     """List the matrices of a model that are large enough to be faster in bfloat16."""
     return [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Return True if a device has bfloat16 arithmetic that is faster than that of float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type == "cpu":
-        known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
-        return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
-    return False
 
 
 def lowered(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -191,14 +191,28 @@ def _add_products(total: Tensor, x: Tensor) -> None:
 
 
 def add_products(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add `X^T Y` to a sum.
+    """Add `X^T Y` to a sum; the matrices are rounded to bfloat16 if the processor multiplies it faster.
+
+    Unlike a moment, this sum has no small eigenvalues that rounding could make negative.
 
     Args:
         total: the sum in float32, shape `(m, n)`.
         x, y: matrices of shapes `(tokens, m)` and `(tokens, n)`.
     """
+    if x.is_cpu and has_bfloat16(x.device):
+        x, y = x.bfloat16(), y.bfloat16()
     with exact_products(x, y):
         total.addmm_(x.float().T, y.float())
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return True if a device has bfloat16 arithmetic that is faster than that of float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
+        return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+    return False
 
 
 @contextmanager

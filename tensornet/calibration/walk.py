@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from tensornet._util import memory_held
 from tensornet.calibration.batches import Batch, Stop, run_model, small_batch
-from tensornet.calibration.calibrate import fast_dtype, has_bfloat16, large_matrices
+from tensornet.calibration.calibrate import fast_dtype, large_matrices
+from tensornet.calibration.moment_sums import has_bfloat16
 from tensornet.errors import TargetError
 from tensornet.nn.extension import extensions
 from tensornet.nn.targets import Target

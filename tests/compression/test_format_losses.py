@@ -133,7 +133,7 @@ def test_predictions_know_the_damping_that_only_rounding_needs() -> None:
 
 @pytest.mark.parametrize("rounding", ["one_sided", "two_sided"])
 def test_some_rows_are_rounded_if_a_few_correlated_inputs_are_huge(rounding: Rounding) -> None:
-    """From moments alone, at least 14 times the loss would be predicted."""
+    """From moments alone, many times the loss would be predicted."""
     torch.manual_seed(0)
     inputs = torch.randn(2048, 96).double()
     inputs[:, :2] += 100 * torch.randn(2048, 1)
@@ -150,7 +150,7 @@ def test_some_rows_are_rounded_if_a_few_correlated_inputs_are_huge(rounding: Rou
             made = round_dense(matrix, number_format, weighting, rounding=rounding).dequantize()
             exact = weighting.cost(matrix - made)
             assert 1 / 1.5 < loss.cost / exact < 1.5
-            assert predictable or guess.cost > 5 * exact
+            assert predictable or guess.cost > 3 * exact
 
 
 def test_formats_that_do_not_fit_a_matrix_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
