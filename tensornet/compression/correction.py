@@ -15,7 +15,7 @@ Reference:
 import torch
 from torch import Tensor
 
-from tensornet._util import outside_autocast
+from tensornet._util import outside_autocast, remembered
 from tensornet.calibration.arrival import Mismatch
 from tensornet.linalg.weighted_svd import damped
 
@@ -33,6 +33,8 @@ LARGEST_MOVE = 0.5
 def corrected(matrix: Tensor, moment: Tensor, mismatch: Mismatch) -> Tensor | None:
     """Compute the matrix that corrects the inputs and the residual stream of a layer.
 
+    Layers with the same moment share its factor within `tensornet._util.remembering`.
+
     Args:
         matrix: the weight, shape `(out, in)`.
         moment: moment `C~` of the inputs in the compressed model, shape `(in, in)`.
@@ -46,9 +48,16 @@ def corrected(matrix: Tensor, moment: Tensor, mismatch: Mismatch) -> Tensor | No
     if mismatch.residual is not None:
         wanted += RESIDUAL_STRENGTH * mismatch.residual
     damping = max(LEAST_DAMPING, DAMPING_TOKENS * len(moment) / mismatch.tokens)
-    lower, info = torch.linalg.cholesky_ex(damped(moment, damping).float())
-    if int(info):
+    lower = _factor(moment, damping)
+    if lower is None:
         return None
     change = torch.cholesky_solve(wanted.mT, lower).mT
     size = float(torch.linalg.matrix_norm(change) / torch.linalg.matrix_norm(own))
     return own + change if size <= LARGEST_MOVE else None  # NaN is not smaller
+
+
+@remembered
+def _factor(moment: Tensor, damping: float) -> Tensor | None:
+    """Compute the Cholesky factor of a damped moment in float32; None if it is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(damped(moment, damping).float())
+    return None if int(info) else lower

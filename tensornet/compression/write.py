@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import remembering
 from tensornet.calibration.arrival import Mismatch, TwinRecorder, inputs_on_arrival
 from tensornet.calibration.batches import (
     Batch,
@@ -116,7 +117,8 @@ class _Compressor:
             x.name: weighting_of(x, self.plan[x.name], self.plan, stats, self.factors) for x in some
         }
         alone = [x for x in some if self.plan[x.name].shared_core is None]
-        aims = [self._aim(x, weightings[x.name], mismatch.get(x.name)) for x in alone]
+        with remembering():  # layers with the same inputs share the factor of their moment
+            aims = [self._aim(x, weightings[x.name], mismatch.get(x.name)) for x in alone]
         tasks = [
             Task(x.matrix if aim is None else aim, self.plan[x.name], weightings[x.name], self.plan.rounding)
             for x, aim in zip(alone, aims, strict=True)

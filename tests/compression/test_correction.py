@@ -18,6 +18,7 @@ from tensornet.calibration.arrival import Mismatch
 from tensornet.compression import correction, write
 from tensornet.compression.correction import corrected
 from tensornet.compression.write import compress_blocks
+from tensornet.linalg.weighted_svd import damped
 from tensornet.softmax_losses import kl_divergences
 
 TOKENS = 4_000
@@ -88,6 +89,20 @@ def surveyed(**options: Any) -> tuple[Any, list[Any], tn.CompressionPlan]:
     model, batches = llama().eval(), [text(seed) for seed in range(3)]
     config = tn.CompressionConfig(formats=("int3:g16:float16",), bits_per_weight=4.5, **options)
     return model, batches, tn.survey(model, batches, config).plan()
+
+
+def test_layers_with_the_same_inputs_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 7 layers in each of 2 blocks, q, k and v have the same inputs, and so have gate and up."""
+    model, batches, plan = surveyed()
+    dampings: list[float] = []
+
+    def counted(moment: torch.Tensor, damping: float) -> torch.Tensor:
+        dampings.append(damping)
+        return damped(moment, damping)
+
+    monkeypatch.setattr(correction, "damped", counted)
+    rounded(model, plan, batches)
+    assert len(dampings) == 2 * 4
 
 
 def test_weights_that_were_not_corrected_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
