@@ -99,7 +99,7 @@ $(VENV)/.made-dev: pyproject.toml $(VENV)/.made
 
 # Every extra that a test would otherwise be skipped without.
 $(VENV)/.made-all: $(VENV)/.made-dev
-	$(BIN)/python -m pip install -e '.[all,test,eval]' 'llama-cpp-py-sync==0.11739'
+	$(BIN)/python -m pip install -e '.[all,test,eval]' 'llama-cpp-py-sync==0.11739' 'onnxruntime-genai>=0.18' onnx-ir 'openvino-genai>=2026.4'
 	@touch $@
 
 # The site is built from the sources: pages of the API are read, not imported.

@@ -109,12 +109,14 @@ class CompressionConfig(LayerSelection):
             four bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS`
             are replaced by formats of the same size with 16-bit scales. The name of a menu is allowed too: a
             menu is a list of formats for an export target, and is planned without networks. tensornet_hf
-            registers the menus `"gguf"`, `"mlx"` and `"compressed-tensors"`. They contain the formats of
-            these file types, and sizes are then the bytes in such a file. `"gguf-fast"` is the part of
-            `"gguf"` for which llama.cpp has fast kernels. Menus of GGUF and MLX plan embeddings and heads
-            too. If formats follow the name of a menu, only these formats of the menu are used, as in
-            `("gguf", "int4:g32:float16", "float")`. The formats `"mxfp4"` and `"nvfp4"` of the menus `"gguf"`
-            and `"compressed-tensors"` are planned only if they are named so.
+            registers the menus `"gguf"`, `"mlx"`, `"gptq"` and `"compressed-tensors"`. They contain the
+            formats of these file types, and sizes are then the bytes in such a file. `"gguf-fast"` is the
+            part of `"gguf"` for which llama.cpp has fast kernels, `"openvino"` the part that OpenVINO GenAI
+            reads; `"vllm"` is the part of `"compressed-tensors"` that vLLM computes on all devices. Menus of
+            GGUF and MLX plan embeddings and heads too. If formats follow the name of a menu, only these
+            formats of the menu are used, as in `("gguf", "int4:g32:float16", "float")`. The formats `"mxfp4"`
+            and `"nvfp4"` of the menus `"gguf"` and `"compressed-tensors"` are planned only if they are named
+            so.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             calibration data. Without another budget, the smallest model within this limit is planned.
         method: how to compress: auto minimizes the predicted loss increase; gptq, nearest and svd are the

@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import tensornet as tn
 import tensornet_hf as th
@@ -100,6 +108,33 @@ class TestCompressedTensorsFloats(TestCompressedTensors):
 
     def model(self) -> PreTrainedModel:
         return super().model().bfloat16()
+
+
+class TestGptq(ExportLaws):
+    """The codes are decoded here as the format says; ONNX Runtime reads them in test_gptq.py."""
+
+    target = "gptq"
+
+    def model(self) -> PreTrainedModel:
+        """Build a model whose rows are many, since the groups of its inputs take 4 bytes for each column."""
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+
+    def weights(self, destination: Path) -> dict[str, Tensor]:
+        state = load_file(destination / "model.safetensors")
+        found = {name.removesuffix(".weight"): x for name, x in state.items()}
+        for name in [x.removesuffix(".qweight") for x in state if x.endswith(".qweight")]:
+            words, zeros, scales, groups = (
+                state[f"{name}.{part}"].long() for part in ("qweight", "qzeros", "scales", "g_idx")
+            )
+            scales = state[f"{name}.scales"].double()
+            bits = 32 * len(words) // len(groups)
+            shifts = torch.arange(0, 32, bits)
+            codes = (words[:, None] >> shifts[:, None] & (1 << bits) - 1).flatten(0, 1)
+            zero = (zeros[..., None] >> shifts & (1 << bits) - 1).flatten(1) + 1
+            found[name] = (scales[groups] * (codes - zero[groups])).T
+        return found
 
 
 class TestMlx(ExportLaws):

@@ -66,7 +66,7 @@ def test_the_same_folder_as_an_export(target: str, name: str, tmp_path: Path) ->
 
 
 def test_what_no_target_can_store(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="compressed-tensors, mlx"):
+    with pytest.raises(ValueError, match="compressed-tensors, gptq, mlx"):
         compress_files(
             gpt2_path(),
             tmp_path / "out",

@@ -10,7 +10,10 @@ In exported layers, the middle code always means zero. In int2 zero lies between
 int3; levels of a table become integers of 8 bits.
 """
 
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +25,21 @@ from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import FP4, FP4_LEVELS
 from tensornet.quantization.menus import Menu
 from tensornet_hf.exporters.base import IntegerMatrix, LowRank
-from tensornet_hf.exporters.folder import Packed, PackedModel, lay_out_packed, pack_rows, write_adapter
+from tensornet_hf.exporters.folder import (
+    Packed,
+    PackedModel,
+    dense_matrices,
+    lay_out_packed,
+    pack_rows,
+    write_adapter,
+)
 from tensornet_hf.file_sink import Files, PlannedModel
 
 #: Layer types that are packed (see `tensornet.nn.layer_kinds`).
 KINDS = ("linear", "part")
-#: Sets of layers that vLLM fuses if they have the same parent module, so these need the same number format.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: Sets of layers that vLLM fuses if they have the same parent module, so these need the same number format;
+#: the last name is that of the fused layer.
+_FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
 #: Regular expression for the names of experts' layers.
 EXPERTS = r"re:.*\.experts\..*"
 
@@ -41,7 +52,12 @@ def _group(name: str, stack: str) -> Hashable:
     if ".experts." in stack:
         return EXPERTS
     parent, _, child = name.rpartition(".")
-    return stack or (parent, next((x for x in _FUSED if child in x), child))
+    return stack or (parent, fused_names(child))
+
+
+def fused_names(child: str) -> tuple[str, ...]:
+    """Return the names of the layers that vLLM fuses with a layer, and of the result, or its own name."""
+    return next((x for x in _FUSED if child in x), (child,))
 
 
 #: Number formats that can be packed.
@@ -64,43 +80,51 @@ def lay_out_compressed_tensors(planned: PlannedModel) -> Files:
     - Its group size divides the number of inputs, or each row has one scale.
     - Its scales are exact in the model's dtype.
 
-    vLLM reads this format too (not tested) if the projections that it fuses (query, key and value; gate and
-    up) have the same number format.
+    vLLM reads this format too if the projections that it fuses (query, key and value; gate and up) have the
+    same number format, and if it has kernels for the format (see the menu "vllm").
 
     Raises:
         TargetError: no layer can be packed, or `networks="refuse"` forbids a layer; or only some of the
             experts can be packed, or not all of them have the same number format.
     """
-    dtypes = {
-        name: layer.dtype for name, layer in planned.model.named_modules() if isinstance(layer, NetworkModule)
-    }
 
     def check(found: PackedModel) -> None:
-        _check_experts(found)
-        found.stock.config.quantization_config = quantization_entry(found.packed)
+        check_experts(found, reader="transformers", target="compressed-tensors")
+        found.stock.config.quantization_config = quantization_entry(found.packed, dense_matrices(found))
 
     return lay_out_packed(
         planned,
         _pack,
         kinds=KINDS,
         check=check,
-        write_adapter=lambda found, folder: write_adapter(
-            folder, "adapter_model.safetensors", *peft_adapter(found.low_ranks, dtypes)
-        ),
+        write_adapter=partial(write_peft_adapter, planned),
     )
 
 
-def _check_experts(found: PackedModel) -> None:
-    """Raise TargetError if some experts are packed, but not all of them in one number format."""
+def write_peft_adapter(planned: PlannedModel, found: PackedModel, folder: Path) -> None:
+    """Write the low-rank parts of the layers of a model as a PEFT LoRA adapter."""
+    parts = planned.model.named_modules()
+    dtypes = {name: layer.dtype for name, layer in parts if isinstance(layer, NetworkModule)}
+    write_adapter(folder, "adapter_model.safetensors", *peft_adapter(found.low_ranks, dtypes))
+
+
+def check_experts(found: PackedModel, *, reader: str, target: str) -> None:
+    """Raise TargetError if some experts are packed, but not all of them in one number format.
+
+    Args:
+        found: the packed model.
+        reader: name of the program that needs this.
+        target: name of the export target.
+    """
     packed = {name: kind for name, kind in found.packed.items() if ".experts." in name}
     formats = sorted(set(packed.values()))
     dense = [name for name, x in found.state.items() if ".experts." in name and x.ndim == 3]
     if packed and (len(formats) > 1 or dense):
         others = [*formats[1:], *(f"{name} (dense: {why})" for name, why in list(found.dense.items())[:1])]
         raise TargetError(
-            "transformers loads packed experts only if all matrices of all experts have one number format, "
+            f"{reader} loads packed experts only if all matrices of all experts have one number format, "
             f"but this model has {formats[0]} and {', '.join(others) or dense[0]}. Plan it for this target "
-            "(CompressionConfig(formats='compressed-tensors')), leave all experts dense "
+            f"(CompressionConfig(formats={target!r})), leave all experts dense "
             "(exclude_modules='*experts*'), or export to gguf."
         )
 
@@ -136,8 +160,14 @@ def peft_adapter(
     return tensors, config
 
 
-def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
-    """Build the `quantization_config` of a checkpoint; `packed` maps packed layers to number formats."""
+def quantization_entry(packed: Mapping[str, str], dense: Sequence[str]) -> dict[str, Any]:
+    """Build the `quantization_config` of a checkpoint.
+
+    Args:
+        packed: number format of each packed layer by name.
+        dense: names of other layers that have a matrix. vLLM needs them listed; SGLang takes a plain name for
+            a part of names, so each becomes a whole pattern.
+    """
     # transformers recognizes the group of the experts by a regular expression.
     targets: dict[tuple[str, bool], list[str]] = {}
     for layer, used in sorted(packed.items()):
@@ -164,7 +194,7 @@ def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
         "format": layouts.pop() if len(layouts) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [],
+        "ignore": [f"re:^{re.escape(name)}$" for name in dense],
     }
 
 

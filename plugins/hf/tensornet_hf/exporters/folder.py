@@ -1,6 +1,6 @@
-"""Code shared by the targets compressed-tensors and MLX, which pack integer matrices into 32-bit words.
+"""Code shared by compressed-tensors, GPTQ and MLX, which pack integer matrices into 32-bit words.
 
-Both targets are folders of safetensors files. They differ in the tensors that store a matrix, and in the
+These targets are folders of safetensors files. They differ in the tensors that store a matrix, and in the
 entries of config.json.
 """
 
@@ -186,6 +186,13 @@ def packed_model(
             state |= {f"{name}.{part}": tensor for part, tensor in each.items()}
     low_ranks = {name: x for name, x in low_ranks.items() if name in packed}
     return PackedModel(stock, state, packed, dense, low_ranks, parts, done)
+
+
+def dense_matrices(found: PackedModel) -> list[str]:
+    """List the modules with a matrix that is written dense and multiplied with, such as routers and heads."""
+    parts = dict(found.stock.named_modules())
+    names = [name.removesuffix(".weight") for name, x in found.state.items() if x.ndim == 2]
+    return [name for name in names if name in parts and not isinstance(parts[name], nn.Embedding)]
 
 
 def list_stacks(model: nn.Module) -> dict[str, tuple[list[str], Compound, StackedMatrices]]:
@@ -483,27 +490,38 @@ def _layout(
 ) -> Packed | str:
     """Return the number format of a packed layer, and tensors on the meta device of the packed shapes.
 
-    They are found by packing a single row that contains all codes.
+    They are found by packing matrices of 32 and of 64 rows that contain all codes. The sizes of a tensor are
+    linear functions of the number of rows.
     """
     number_format, (rows, columns) = matrix.number_format, matrix.shape
     if number_format.minima is not None:
         return "its packed size depends on its minima, which are not known before it is compressed"
-    codes = (torch.arange(columns) % (number_format.points.top + 1)).to(torch.uint8)[None]
-    scales = number_format.storable(torch.ones(1, number_format.groups(columns)))
-    rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
-    topology, storage = (
-        dense_topology(out_features=1, in_features=columns),
-        Storage(number_format=number_format),
-    )
-    core = stored_core(topology, storage, "matrix", rounded, dtype)
-    assert isinstance(core, PackedCore)
-    found = pack_matrix(IntegerMatrix(core), dtype)
+    found = pack_matrix(_sample(number_format, 32, columns, dtype), dtype)
     if isinstance(found, str):
         return found
-    shapes = {name: (rows, *x.shape[1:]) if x.ndim == 2 else x.shape for name, x in found[1].items()}
-    return found[0], {
-        name: torch.empty(shapes[name], dtype=x.dtype, device="meta") for name, x in found[1].items()
-    }
+    double = pack_matrix(_sample(number_format, 64, columns, dtype), dtype)
+    assert not isinstance(double, str)
+    if rows % 32:  # some numbers of rows cannot be packed
+        own = pack_matrix(_sample(number_format, rows % 32, columns, dtype), dtype)
+        if isinstance(own, str):
+            return own
+    made = {}
+    for name, x in found[1].items():
+        slopes = [b - a for a, b in zip(x.shape, double[1][name].shape, strict=True)]
+        shape = [a + slope * (rows - 32) // 32 for a, slope in zip(x.shape, slopes, strict=True)]
+        made[name] = torch.empty(shape, dtype=x.dtype, device="meta")
+    return found[0], made
+
+
+def _sample(number_format: NumberFormat, rows: int, columns: int, dtype: torch.dtype) -> IntegerMatrix:
+    """Make a matrix whose rows contain all codes of a number format."""
+    codes = (torch.arange(columns) % (number_format.points.top + 1)).to(torch.uint8).expand(rows, -1)
+    scales = number_format.storable(torch.ones(rows, number_format.groups(columns)))
+    rounded = RoundedWeight(codes, scales, None, number_format, ("nearest",), torch.zeros(()))
+    topology = dense_topology(out_features=rows, in_features=columns)
+    core = stored_core(topology, Storage(number_format=number_format), "matrix", rounded, dtype)
+    assert isinstance(core, PackedCore)
+    return IntegerMatrix(core)
 
 
 def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:

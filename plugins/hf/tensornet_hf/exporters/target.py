@@ -7,6 +7,7 @@ Both describe the files by the same function (`ExportTarget.lay_out`), and write
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,8 @@ from tensornet_hf.exporters.gguf import (
     file_constraints,
     lay_out_gguf,
 )
+from tensornet_hf.exporters.gptq import GPTQ_MENU, lay_out_gptq
+from tensornet_hf.exporters.gptq import KINDS as GPTQ_KINDS
 from tensornet_hf.exporters.mlx import MLX_MENU, lay_out_mlx, packed_kinds
 from tensornet_hf.file_sink import Files, FileSink, PlannedModel
 from tensornet_hf.staging import reading_or_writing
@@ -74,12 +77,27 @@ def register_target(name: str, target: ExportTarget) -> None:
 
 register_target("gguf", ExportTarget(lay_out_gguf, file_constraints, GGUF_MENU, GGUF, export_gguf_adapter))
 MENUS.add("gguf-fast", GGUF_FAST_MENU)
+#: Formats of Q8_0, Q6_K, Q4_K and Q4_0, the types that OpenVINO GenAI reads, beside F16 and Q4_1.
+_OPENVINO = ("float", "int8:g32:float16", "int6:g16:s8", "int4:g32:s6:min", "int4:g32:float16")
+MENUS.add("openvino", replace(GGUF_MENU, formats=_OPENVINO, on_request=()))
 register_target(
     "compressed-tensors",
     ExportTarget(
         lay_out_compressed_tensors,
         lambda model, _: folder_constraints(model, KINDS),
         COMPRESSED_TENSORS_MENU,
+        adapter=export_peft_adapter,
+    ),
+)
+#: Formats for which vLLM has kernels on all its devices: those of 3, 5, 6 and 7 bits need Humming (CUDA).
+_VLLM = ("float", "int8", "int8:g128", "int4:g32", "int4", "int4:g128")
+MENUS.add("vllm", replace(COMPRESSED_TENSORS_MENU, formats=_VLLM, on_request=("nvfp4",)))
+register_target(
+    "gptq",
+    ExportTarget(
+        lay_out_gptq,
+        lambda model, _: folder_constraints(model, GPTQ_KINDS),
+        GPTQ_MENU,
         adapter=export_peft_adapter,
     ),
 )
@@ -151,6 +169,7 @@ def export(
     |---|---|---|
     | `"gguf"` | one file, `.gguf` | llama.cpp, Ollama, LM Studio; transformers, but no mixtures |
     | `"compressed-tensors"` | a folder | transformers with `compressed-tensors`, vLLM |
+    | `"gptq"` | a folder | ONNX Runtime GenAI, vLLM; transformers with `gptqmodel` |
     | `"mlx"` | a folder | `mlx-lm` |
 
     A layer that the target cannot store (a network of several cores, or a number format that the target does
