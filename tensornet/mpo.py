@@ -22,7 +22,15 @@ from tensornet import mpo_states as states
 from tensornet._util import check_dense, check_size, check_sizes, outside_autocast
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, ShapeError
-from tensornet.linalg.svd import Method, check_finite, check_rel_error, default_tolerance, frobenius
+from tensornet.linalg.svd import (
+    Method,
+    check_finite,
+    check_rel_error,
+    default_tolerance,
+    frobenius,
+    rounding_error,
+    working_dtype,
+)
 from tensornet.linalg.tt_svd import has_full_bonds, tt_svd_stack
 from tensornet.mpo_product import SMALLEST_ERROR, compressed_product
 from tensornet.mpo_terms import Term, cores_of_terms
@@ -803,9 +811,7 @@ class MPO:
         product = MPO(cores, out_features=self.shape[0], in_features=other.shape[1], error=cut)
         product.truncation_error = cut
         if self.error or other.error:
-            # The norm of the exact product is at most that of the rounded one, divided by sqrt(1 - cut^2).
-            own = math.log(cut) + product._log_norm() - math.log1p(-(min(cut, 0.999999) ** 2)) / 2
-            product._certify(_log_add(self._log_bound_of_product(other), own))
+            product._certify(_log_add(self._log_bound_of_product(other), _log_cut(cores, cut)))
         return product
 
     @overload
@@ -999,8 +1005,7 @@ class MPO:
         rounded = self._like(cores, error=_plus(self.error, cut, self.error * cut if cut else 0.0))
         rounded.truncation_error = cut
         if rounded.error:
-            own = math.log(cut) + self._log_norm() if cut else -math.inf
-            rounded._log_distance = _log_add(self._log_bound(), own)
+            rounded._log_distance = _log_add(self._log_bound(), _log_cut(cores, cut))
         return rounded
 
     @property
@@ -1229,8 +1234,7 @@ class MPO:
         """Return cores for a library without padding: the padding is zero, and no bond is redundant."""
         if self.shape == (math.prod(self.out_dims), math.prod(self.in_dims)):
             return self.cores
-        eps = torch.finfo(algebra.result_dtype(self.dtype)).eps
-        return algebra.round_chain(self._masked, rel_error=eps)[0]
+        return algebra.round_chain(self._masked, rel_error=rounding_error(self.dtype))[0]
 
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
@@ -1382,6 +1386,21 @@ def _check_chain(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if bond != 1:
         raise ShapeError(f"The right bond of the last core must be 1, got {bond}.")
     return cores
+
+
+def _log_cut(rounded: Sequence[Tensor], cut: float) -> float:
+    """Compute the logarithm of the absolute error of a truncation, from its left-canonical result.
+
+    The truncation is a projection, so the norm before it is that of the result divided by `sqrt(1 - cut^2)`.
+    """
+    if cut == 0:
+        return -math.inf
+    norms = (
+        float(torch.linalg.vector_norm(core.detach(), dtype=working_dtype(core.dtype))) for core in rounded
+    )
+    sizes = (core.shape[3] for core in rounded)  # the norm of an orthonormal core is the root of its bond
+    log_norm = math.fsum(math.log(norm) - math.log(size) / 2 for norm, size in zip(norms, sizes, strict=True))
+    return math.log(cut) + log_norm - math.log1p(-(min(cut, 1 - 1e-12) ** 2)) / 2
 
 
 def _log_add(*logarithms: float) -> float:

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from tensornet._util import outside_autocast
 from tensornet.budget import caps_of_bonds
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet.linalg.svd import capped_svd, check_finite, largest_element, result_dtype, working_dtype
+from tensornet.linalg.svd import check_finite, largest_element, leading_basis, result_dtype, working_dtype
 
 Cores = tuple[Tensor, ...]
 
@@ -28,10 +28,8 @@ _OVERFLOW = (
     "an operation on operators may have left the range of their dtype: rescale the operators before it, or "
     "convert them with .to(torch.float64)"
 )
-#: Double-precision tensors are rescaled if their largest element is outside `2^-100 ... 2^100`.
-_TAME = 100
-#: Cores are rescaled if the exponent of their largest element exceeds this fraction of the largest exponent
-#: of their dtype; products of two cores are then inside the range of the dtype.
+#: Tensors are rescaled if the exponent of their largest element exceeds this fraction of the largest exponent
+#: of their dtype; products of three tensors are then inside the range of the dtype.
 _EVEN = 1 / 5
 
 
@@ -78,20 +76,35 @@ def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
 @outside_autocast
 def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Multiply two chains as matrices; the in-dims of `left` must be the out-dims of `right`."""
-    return _site_by_site("aomb,cmid->acoibd", left, right)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        (w, o, m, v), (c, _, i, d) = a.shape, b.shape
+        both = a.permute(0, 1, 3, 2).reshape(-1, m) @ b.transpose(0, 1).reshape(m, -1)
+        return both.reshape(w, o, v, c, i, d).permute(0, 3, 1, 4, 2, 5)
+
+    return _site_by_site(product, left, right)
 
 
 @outside_autocast
 def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
     """Multiply two chains with equal dims element by element; their bond sizes multiply."""
-    return _site_by_site("aoib,coid->acoibd", left, right)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return a[:, None, :, :, :, None] * b[None, :, :, :, None, :]
+
+    return _site_by_site(product, left, right)
 
 
-def _site_by_site(equation: str, left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Contract the two cores of each site to one core, and fuse each pair of bonds to one bond."""
+def _site_by_site(
+    product: Callable[[Tensor, Tensor], Tensor], left: Sequence[Tensor], right: Sequence[Tensor]
+) -> Cores:
+    """Multiply the two cores of each site, and fuse each pair of bonds to one bond.
+
+    `product` returns the shape `(left bond of a, left bond of b, out, in, right bond of a, right bond of b)`.
+    """
     left, right = _same_dtype(left, right)
     (left, of_left), (right, of_right) = _split_extremes(left), _split_extremes(right)
-    products = (torch.einsum(equation, a, b) for a, b in zip(left, right, strict=True))
+    products = (product(a, b) for a, b in zip(left, right, strict=True))
     return _evened([core.flatten(4).flatten(0, 1) for core in products], of_left + of_right)
 
 
@@ -131,18 +144,18 @@ def log_inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, 
     return torch.sgn(transfer[0, 0]), transfer[0, 0].abs().log() + exponent * math.log(2)
 
 
-def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor | float]:
     """Contract `conj(left)` and `right` over all legs; return a mantissa and a binary exponent.
 
     The mantissa has the shape `(last bond of left, last bond of right)`.
     """
     like = right[0]
     transfer = torch.ones(1, 1, dtype=like.dtype, device=like.device)
-    exponent = torch.zeros((), dtype=torch.float64, device=like.device)
+    exponent: Tensor | float = 0.0
     for a, b in zip(left, right, strict=True):
-        (a, of_a), (b, of_b) = split_exponent(a), split_exponent(b)
-        partial = torch.einsum("ac,coid->aoid", transfer, b)
-        transfer, more = split_exponent(torch.einsum("aoib,aoid->bd", a.conj(), partial))
+        (a, of_a), (b, of_b) = tamed(a), tamed(b)
+        partial = (transfer @ b.flatten(1)).reshape(-1, b.shape[3])  # shape: (left bond * out * in, bond)
+        transfer, more = tamed(a.flatten(0, 2).mH @ partial)
         exponent = exponent + of_a + of_b + more
     return transfer, exponent
 
@@ -245,46 +258,45 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
     if not _is_place(center, -sites, sites):
         raise ShapeError(f"center={center} is not a site; the chain has {sites}, 0 to {sites - 1}.")
     center = index(center) % sites
-    work, exponent = _canonical(cores, center)
+    work, exponent = _canonical(cores, center, unique=True)
     return _with_exponent(work, exponent, center, result_dtype(cores[0].dtype))
 
 
-def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
-    """Compute the canonical form in double precision: a chain and the exponent of a power of two."""
-    if any(map(_is_batched, cores)):
-        raise RuntimeError(
-            "canonicalize, round, norm, log_norm, bond_spectrum and bond_entropy do not support "
-            "torch.func.vmap: they check values and choose ranks. Loop over the operators; `inner`, sums, "
-            "products and `apply` can be vectorized, and inner(self, self).real.sqrt() is the norm."
-        )
-    work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
+def _canonical(
+    cores: Sequence[Tensor], center: int, *, unique: bool = False
+) -> tuple[list[Tensor], Tensor | float]:
+    """Compute the canonical form in double precision: a chain and the exponent of a power of two.
+
+    With `unique`, the diagonal of each triangular factor is real and positive.
+    """
+    qr = _positive_qr if unique else torch.linalg.qr
+    _refuse_vmap(cores)
+    work: list[Tensor] = []
+    total: Tensor | float = 0.0
     for core in cores:
-        check_finite(core, "The operator", _OVERFLOW)
-        tamed, exponent = _tamed(core.to(working_dtype(core.dtype)))
-        work.append(tamed)
+        moderate, exponent = tamed(core.to(working_dtype(core.dtype)), finite=True)
+        work.append(moderate)
         total = total + exponent
     for k in range(center):
         left, out, in_, right = work[k].shape
-        Q, R = _positive_qr(work[k].reshape(-1, right))
+        Q, R = qr(work[k].reshape(-1, right))
         work[k] = Q.reshape(left, out, in_, -1)
-        work[k + 1], exponent = _tamed(torch.tensordot(R, work[k + 1], dims=1))
+        after = R @ work[k + 1].flatten(1)
+        work[k + 1], exponent = tamed(after.reshape(-1, *work[k + 1].shape[1:]))
         total = total + exponent
     for k in range(len(work) - 1, center, -1):
         left, out, in_, right = work[k].shape
-        Q, R = _positive_qr(work[k].reshape(left, -1).mH)
+        Q, R = qr(work[k].reshape(left, -1).mH)
         work[k] = Q.mH.reshape(-1, out, in_, right)
-        work[k - 1], exponent = _tamed(torch.tensordot(work[k - 1], R.mH, dims=1))
+        before = work[k - 1].flatten(0, 2) @ R.mH
+        work[k - 1], exponent = tamed(before.reshape(*work[k - 1].shape[:3], -1))
         total = total + exponent
     return work, total
 
 
-def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Split off a power of two, but only if later products could leave the range of double precision."""
-    size = largest_element(tensor)
-    return (tensor, 0.0) if size == 0 or 2.0**-_TAME < size < 2.0**_TAME else split_exponent(tensor)
-
-
-def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:
+def _with_exponent(
+    work: Sequence[Tensor], exponent: Tensor | float, center: int, dtype: torch.dtype
+) -> Cores:
     """Multiply a canonical chain by `2^exponent`: the center if the norm fits `dtype`, else all cores."""
     norm = float(torch.log2(torch.linalg.vector_norm(work[center].detach())) + exponent)
     limits = torch.finfo(dtype)
@@ -293,8 +305,9 @@ def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype:
     else:
         scaled = list(_distributed(work, exponent))
     result = tuple(core.to(dtype) for core in scaled)
-    for core in result:
-        check_finite(core, f"The result in {dtype}", _OVERFLOW)
+    if not math.isfinite(norm) or scaled[center] is not work[center]:
+        for core in result:
+            check_finite(core, f"The result in {dtype}", _OVERFLOW)
     return result
 
 
@@ -328,32 +341,92 @@ def round_chain(
     Reference:
         Oseledets 2011, algorithm 2.
     """
+    _refuse_vmap(cores)
     caps = caps_of_bonds(max_bond, len(cores) - 1)
+    needs_gradient, dtype = _needs_gradient(cores), result_dtype(cores[0].dtype)
+    elements = math.prod(core.shape[1] * core.shape[2] for core in cores)
+    if not needs_gradient and elements <= max(core.numel() for core in cores):
+        tensor, exponent = _contracted(_frozen(cores))
+        return round_dense(tensor, exponent, max_bond=max_bond, rel_error=rel_error, dtype=dtype)
     with torch.no_grad():
         canonical, exponent = _canonical(_frozen(cores), 0)
-        work = list(canonical)
-        total = float(torch.linalg.vector_norm(work[0])) ** 2
-        spent = 0.0
-        for k in range(len(work) - 1):
-            left, out, in_, right = work[k].shape
-            block = work[k].reshape(-1, right)
-            energy = float(torch.linalg.vector_norm(block)) ** 2
-            tolerance = bond_tolerance(rel_error, total, spent, energy, bonds_left=len(work) - 1 - k)
-            factors = capped_svd(block, max_rank=caps[k], rel_error=tolerance, method="exact")
-            spent += factors.error**2 * energy
-            work[k] = factors.U.reshape(left, out, in_, -1)
-            rest = factors.S[:, None] * factors.Vh
-            work[k + 1] = torch.tensordot(rest, work[k + 1], dims=1)
-    error = math.sqrt(spent / total) if total > 0 else 0.0
-    if _needs_gradient(cores):
+        work, error = _truncated(canonical, caps, rel_error)
+    if needs_gradient:
         live = _rounded_with_gradient(cores, canonical, work, exponent)
         # Keep the values computed above: the added difference is zero, but autograd differentiates it.
         work = [value + (same - same.detach()) for value, same in zip(work, live, strict=True)]
-    return _with_exponent(work, exponent, len(work) - 1, result_dtype(cores[0].dtype)), error
+    return _with_exponent(work, exponent, len(work) - 1, dtype), error
+
+
+def dense_matrix(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor | float]:
+    """Contract a chain in double precision to its matrix `(out, in)`, a mantissa and a binary exponent."""
+    tensor, exponent = _contracted(cores)
+    pairs = [axis for leg in (0, 1) for axis in range(leg, 2 * len(cores), 2)]
+    return tensor.permute(pairs).reshape(math.prod(core.shape[1] for core in cores), -1), exponent
+
+
+def _contracted(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor | float]:
+    """Contract a chain in double precision to a tensor `(out, in, out, in, ...)`: mantissa and exponent."""
+    exponent: Tensor | float = 0.0
+    found = torch.ones(1, 1, dtype=working_dtype(cores[0].dtype), device=cores[0].device)
+    for core in _working(cores):
+        factor, of_core = tamed(core, finite=True)
+        found, more = tamed((found @ factor.flatten(1)).reshape(-1, core.shape[3]))
+        exponent = exponent + of_core + more
+    return found.reshape([size for core in cores for size in core.shape[1:3]]), exponent
+
+
+def round_dense(
+    tensor: Tensor,
+    exponent: Tensor | float,
+    *,
+    max_bond: int | Sequence[int] | None,
+    rel_error: float | None,
+    dtype: torch.dtype,
+) -> tuple[Cores, float]:
+    """Decompose a tensor of shape `(out, in, out, in, ...)`, times `2^exponent`, as `round_chain` does.
+
+    No derivative is propagated.
+    """
+    sites = tensor.ndim // 2
+    caps = caps_of_bonds(max_bond, sites - 1)
+    total = float(torch.linalg.vector_norm(tensor)) ** 2
+    spent, work, rest = 0.0, [], tensor.reshape(1, -1)
+    for k in range(sites - 1):
+        out, in_ = tensor.shape[2 * k : 2 * k + 2]
+        block = rest.reshape(len(rest) * out * in_, -1)
+        allowed = None if rel_error is None else max(rel_error**2 * total - spent, 0.0) / (sites - 1 - k)
+        U, after, lost = leading_basis(block, max(total - spent, 0.0), caps[k], allowed)
+        spent += lost
+        work.append(U.reshape(len(rest), out, in_, -1))
+        rest = after
+    work.append(rest.reshape(len(rest), *tensor.shape[-2:], 1))
+    error = math.sqrt(spent / total) if total > 0 else 0.0
+    return _with_exponent(work, exponent, sites - 1, dtype), error
+
+
+def _truncated(
+    canonical: Sequence[Tensor], caps: Sequence[int | None], rel_error: float | None
+) -> tuple[list[Tensor], float]:
+    """Truncate the bonds of a chain whose center is its first core, from the left to the right."""
+    total = float(torch.linalg.vector_norm(canonical[0])) ** 2
+    spent, work, core = 0.0, [], canonical[0]
+    for k, following in enumerate(canonical[1:]):
+        block = core.flatten(0, 2)
+        bonds_left = len(canonical) - 1 - k
+        allowed = None if rel_error is None else max(rel_error**2 * total - spent, 0.0) / bonds_left
+        U, rest, lost = leading_basis(block, max(total - spent, 0.0), caps[k], allowed)
+        spent += lost
+        work.append(U.reshape(*core.shape[:3], -1))
+        core = (rest @ following.flatten(1)).reshape(-1, *following.shape[1:])
+    return [*work, core], math.sqrt(spent / total) if total > 0 else 0.0
 
 
 def _rounded_with_gradient(
-    cores: Sequence[Tensor], canonical: Sequence[Tensor], rounded: Sequence[Tensor], exponent: Tensor
+    cores: Sequence[Tensor],
+    canonical: Sequence[Tensor],
+    rounded: Sequence[Tensor],
+    exponent: Tensor | float,
 ) -> list[Tensor]:
     """Repeat the rounding of a chain with operations that autograd can differentiate.
 
@@ -363,20 +436,21 @@ def _rounded_with_gradient(
     bond is larger than its rank, as in sums.) `rounded` is the result that was computed without autograd; it
     fixes the ranks and the phases.
     """
-    live = [split_exponent(core) for core in _working(cores)]
+    live = [tamed(core) for core in _working(cores)]
     ends = [torch.ones_like(live[0][0][:1, 0, 0, :1])]  # shape: (bond of the chain, bond of Q)
     for (core, _), frozen in zip(reversed(live[1:]), reversed(canonical[1:]), strict=True):
-        ends.append(split_exponent(torch.einsum("aoib,bd,coid->ac", core, ends[-1], frozen.conj()))[0])
+        end = (core.flatten(0, 2) @ ends[-1]).reshape(core.shape[0], -1) @ frozen.flatten(1).mH
+        ends.append(tamed(end)[0])
     before = torch.ones_like(ends[0])  # shape: (bond of the result, bond of the chain)
     passed, result = -exponent, []
     for (core, of_core), value, end in zip(live[:-1], rounded[:-1], reversed(ends[1:]), strict=True):
-        site = torch.einsum("xa,aoib->xoib", before, core)
+        site = torch.tensordot(before, core, dims=1)
         block = torch.tensordot(site, end, dims=1).flatten(0, 2)
         U, *_ = _LeadingVectors.apply(block, value.shape[3])
         pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # give `U` the phases of `value`
         phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
         result.append((U * phase.conj()).reshape(value.shape))
-        before, more = split_exponent(torch.einsum("xoiy,xoib->yb", result[-1].conj(), site))
+        before, more = tamed(result[-1].flatten(0, 2).mH @ site.flatten(0, 2))
         passed = passed + of_core + more
     last, of_last = live[-1]
     result.append(times_power_of_two(torch.tensordot(before, last, dims=1), passed + of_last))
@@ -437,24 +511,6 @@ class _LeadingVectors(torch.autograd.Function):
         return found, None
 
 
-def bond_tolerance(
-    rel_error: float | None, total: float, spent: float, energy: float, *, bonds_left: int
-) -> float | None:
-    """Compute the relative error allowed at the next bond: an equal share of the squared error that is left.
-
-    Args:
-        rel_error: largest relative error of the whole chain, None for no limit.
-        total: squared norm of the operator.
-        spent: squared error of the bonds that are already truncated.
-        energy: squared norm of the matrix that is truncated next.
-        bonds_left: number of bonds that are not truncated yet, including the next one.
-    """
-    if rel_error is None or energy == 0:
-        return None
-    allowed = max(rel_error**2 * total - spent, 0.0) / bonds_left
-    return min(math.sqrt(allowed / energy), 1 - 1e-12)
-
-
 @outside_autocast
 def norm(cores: Sequence[Tensor]) -> Tensor:
     """Compute the Frobenius norm of a chain differentiably, and accurately even if terms of a sum cancel.
@@ -476,7 +532,7 @@ def log_norm(cores: Sequence[Tensor]) -> Tensor:
     return size.log() + exponent * math.log(2)
 
 
-def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor | float]:
     """Compute the Frobenius norm in double precision: a mantissa and the exponent of a power of two."""
     last = len(cores) - 1
     with torch.no_grad():
@@ -536,7 +592,7 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
     return torch.special.entr(p[p > 0]).sum().abs()  # `abs` turns -0 into 0
 
 
-def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
+def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor | float]:
     """Compute the singular values at a bond: mantissas and the exponent of one common power of two."""
     if not _is_place(bond, 0, len(cores) - 1):
         there = (
@@ -627,6 +683,15 @@ def _frozen(cores: Sequence[Tensor]) -> list[Tensor]:
     return [core.detach() for core in cores]
 
 
+def _refuse_vmap(cores: Sequence[Tensor]) -> None:
+    if any(map(_is_batched, cores)):
+        raise RuntimeError(
+            "canonicalize, round, norm, log_norm, bond_spectrum and bond_entropy do not support "
+            "torch.func.vmap: they check values and choose ranks. Loop over the operators; `inner`, sums, "
+            "products and `apply` can be vectorized, and inner(self, self).real.sqrt() is the norm."
+        )
+
+
 def _is_batched(tensor: Tensor) -> bool:
     """Return True for a tensor that `torch.func.vmap` batches; PyTorch has no public function for this."""
     functorch = torch._C._functorch
@@ -676,7 +741,27 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- tensors as `mantissa * 2^exponent`, so that long products neither overflow nor underflow ---------
-# Exponents are 0-dimensional float64 tensors, constant for autograd. Multiplying by powers of two is exact.
+# Exponents are numbers, or 0-dimensional float64 tensors that are constant for autograd. Multiplying by
+# powers of two is exact.
+
+
+def tamed(tensor: Tensor, *, finite: bool = False) -> tuple[Tensor, Tensor | float]:
+    """Split off a power of two, but only if products of such tensors could leave the range of the dtype.
+
+    `torch.func.vmap` and `torch.compile` allow no branch that depends on values, and meta tensors have none;
+    the power is then always split off.
+
+    Raises:
+        NonFiniteError: the tensor contains NaN or infinity, and `finite` is true.
+    """
+    if tensor.is_meta or torch.compiler.is_compiling() or _is_batched(tensor):
+        return split_exponent(tensor)
+    size, limit = largest_element(tensor), torch.finfo(tensor.dtype).max ** _EVEN
+    if size == 0 or 1 / limit < size < limit:
+        return tensor, 0.0
+    if finite:
+        check_finite(tensor, "The operator", _OVERFLOW)
+    return split_exponent(tensor)
 
 
 def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -695,29 +780,21 @@ def _exponent(tensor: Tensor) -> Tensor:
     return torch.where(torch.isfinite(size) & (size > 0), exponent, torch.zeros_like(exponent))
 
 
-def _split_extremes(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _split_extremes(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | float]:
     """Split a power of two off each core with a very large or very small largest element.
 
     Returns:
-        The cores, all of moderate size, and the sum of the exponents, usually 0. There is no branch that
-        depends on values, so that `torch.func.vmap` and `torch.compile` can be used.
+        The cores, all of moderate size, and the sum of the exponents, usually 0.
     """
-    limit = _EVEN * math.log2(torch.finfo(cores[0].dtype).max)
-    total = torch.zeros((), dtype=torch.float64, device=cores[0].device)
-    result = []
-    for core in cores:
-        exponent = _exponent(core)
-        exponent = torch.where(exponent.abs() > limit, exponent, torch.zeros_like(exponent))
-        result.append(times_power_of_two(core, -exponent))
-        total = total + exponent
-    return result, total
+    parts = [tamed(core) for core in cores]
+    return [core for core, _ in parts], sum((exponent for _, exponent in parts), 0.0)
 
 
-def _distributed(cores: Sequence[Tensor], exponent: Tensor) -> Cores:
+def _distributed(cores: Sequence[Tensor], exponent: Tensor | float) -> Cores:
     """Multiply a chain by `2^exponent`, an integer power, by scaling all cores about equally."""
-    each = torch.floor(exponent / len(cores))
+    each = exponent // len(cores)
     rest = exponent - each * len(cores)
-    return tuple(times_power_of_two(core, each + (k < rest).to(each)) for k, core in enumerate(cores))
+    return tuple(times_power_of_two(core, each + 1.0 * (k < rest)) for k, core in enumerate(cores))
 
 
 def _evened(cores: Sequence[Tensor], exponent: Tensor | float = 0.0) -> Cores:
@@ -726,8 +803,12 @@ def _evened(cores: Sequence[Tensor], exponent: Tensor | float = 0.0) -> Cores:
     return _distributed(moderate, extreme + exponent)
 
 
-def times_power_of_two(tensor: Tensor, exponent: Tensor) -> Tensor:
+def times_power_of_two(tensor: Tensor, exponent: Tensor | float) -> Tensor:
     """Compute `tensor * 2^exponent`; intermediate results neither overflow nor underflow."""
+    if not isinstance(exponent, Tensor):
+        if exponent == 0:
+            return tensor
+        exponent = torch.tensor(exponent, dtype=torch.float64, device=tensor.device)
     limit = int(math.log2(torch.finfo(tensor.dtype).max)) - 2  # `2^-limit` must not be subnormal either
     first = exponent.clamp(-limit, limit)
     second = (exponent - first).clamp(-limit, limit)  # outside these limits the result is 0 or infinite

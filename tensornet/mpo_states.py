@@ -12,7 +12,7 @@ from torch import Tensor
 from tensornet._util import outside_autocast
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import result_dtype, working_dtype
-from tensornet.mpo_algebra import Cores, canonicalize, split_exponent, times_power_of_two
+from tensornet.mpo_algebra import Cores, canonicalize, tamed, times_power_of_two
 
 
 @outside_autocast
@@ -25,11 +25,11 @@ def entries(cores: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[T
         columns: the digits of the column indices.
     """
     dtype = result_dtype(cores[0].dtype)
-    exponent = torch.zeros((), dtype=torch.float64, device=cores[0].device)
+    exponent: Tensor | float = 0.0
     vectors = torch.ones(1, 1, dtype=dtype, device=cores[0].device)
     for core, row, column in zip(cores, rows, columns, strict=True):
         chosen = core.to(dtype).permute(1, 2, 0, 3)[row, column]  # shape: (*batch, left, right)
-        vectors, more = split_exponent(vectors @ chosen)  # shape: (*batch, 1, right)
+        vectors, more = tamed(vectors @ chosen)  # shape: (*batch, 1, right)
         exponent = exponent + more
     return times_power_of_two(vectors[..., 0, 0], exponent)
 
@@ -38,17 +38,18 @@ def entries(cores: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[T
 def expectation(state: Sequence[Tensor], operator: Sequence[Tensor]) -> Tensor:
     """Compute `<state| operator |state> / <state|state>` differentiably; its parts cannot overflow."""
     dtype = result_dtype(torch.promote_types(state[0].dtype, operator[0].dtype))
-    energy = square = torch.ones((), dtype=dtype, device=state[0].device)
-    sandwich, overlap = energy.reshape(1, 1, 1), square.reshape(1, 1)
-    exponent = torch.zeros((), dtype=torch.float64, device=state[0].device)
-    for ket, middle in zip(state, operator, strict=True):
-        (ket, _), (middle, of_middle) = split_exponent(ket.to(dtype)), split_exponent(middle.to(dtype))
-        bra = ket.conj()
-        sandwich = torch.einsum("awb,boid->awoid", sandwich, ket)
-        sandwich = torch.einsum("awoid,wpov->apivd", sandwich, middle)
-        sandwich, more = split_exponent(torch.einsum("apivd,apic->cvd", sandwich, bra))
-        overlap = torch.einsum("ab,boid->aoid", overlap, ket)
-        overlap, less = split_exponent(torch.einsum("aoid,aoic->cd", overlap, bra))
+    sandwich = torch.ones(1, 1, 1, dtype=dtype, device=state[0].device)  # bonds: bra, operator, ket
+    overlap = torch.ones(1, 1, dtype=dtype, device=state[0].device)
+    exponent: Tensor | float = 0.0
+    for core, middle in zip(state, operator, strict=True):
+        (ket, _), (middle, of_middle) = tamed(core.to(dtype)), tamed(middle.to(dtype))
+        (_, o, i, d), (w, p, _, v) = ket.shape, middle.shape
+        a, bra = len(overlap), ket.flatten(0, 2).mH  # shape: (bond, bond * out * in)
+        half = (sandwich.flatten(0, 1) @ ket.flatten(1)).reshape(a, w, o, i, d).permute(0, 3, 4, 1, 2)
+        half = half.reshape(-1, w * o) @ middle.transpose(1, 2).reshape(w * o, -1)
+        half = half.reshape(a, i, d, p, v).permute(0, 3, 1, 4, 2).reshape(a * p * i, -1)
+        sandwich, more = tamed((bra @ half).reshape(-1, v, d))
+        overlap, less = tamed(bra @ (overlap @ ket.flatten(1)).reshape(-1, d))
         exponent = exponent + of_middle + more - less
     return times_power_of_two(sandwich[0, 0, 0] / overlap[0, 0], exponent)
 

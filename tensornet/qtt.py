@@ -112,7 +112,7 @@ def polynomial(
         Khoromskij 2011, "O(d log N)-quantics approximation of N-d tensors in high-dimensional numerical
         modeling".
     """
-    weights = torch.as_tensor(coefficients).to(torch.complex128)
+    weights = torch.as_tensor(coefficients, dtype=torch.complex128)
     check_size("The number of coefficients", len(weights))
     degree = len(weights) - 1
     binomials = torch.tensor(

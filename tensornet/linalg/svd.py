@@ -6,8 +6,10 @@ loses half of the 16 digits, while float32 has only 7.
 """
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -98,6 +100,17 @@ _TALL = 2
 #: Matrices whose largest element is outside this range are rescaled, so that squares neither overflow nor
 #: underflow.
 _SAFE_RANGE = (1e-8, 1e8)
+
+
+#: Largest matrices, by their smaller side, for which `leading_basis` does not use a Gram matrix.
+_SMALL = 16
+#: Eigenvalues of a Gram matrix are accurate enough to choose a rank at energies above this number times
+#: `size * eps` of the total.
+_RESOLVED = 4
+#: If a limit of the rank discards this fraction of the energy, a Gram matrix finds the leading vectors.
+_CLEAR = 1e-9
+#: Discarded energy below this fraction of the total is computed from the residual, not from a difference.
+_MEASURED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -209,8 +222,8 @@ OF_LAYER = "check the checkpoint, or leave this layer out with exclude_modules"
 def largest_element(tensor: Tensor) -> float:
     """Find the largest absolute value of all real and imaginary parts; NaN if the tensor contains NaN."""
     parts = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    low, high = torch.aminmax(parts.detach())
-    return max(abs(float(low)), abs(float(high))) if not math.isnan(float(low)) else math.nan
+    low, high = (x.item() for x in torch.aminmax(parts.detach()))
+    return max(-low, high) if low == low else math.nan
 
 
 def safe_scale(tensor: Tensor) -> float:
@@ -446,7 +459,7 @@ def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a thin SVD; if LAPACK's default driver does not converge, use a second one."""
     try:
         U, S, Vh = torch.linalg.svd(work, full_matrices=False)
-        if bool(torch.isfinite(S).all() & torch.isfinite(U).all() & torch.isfinite(Vh).all()):
+        if all(math.isfinite(largest_element(factor)) for factor in (S, U, Vh)):
             return U, S, Vh
     except torch.linalg.LinAlgError:
         pass
@@ -516,6 +529,75 @@ def _project(work: Tensor, U: Tensor) -> TruncatedStack:
     if bool((discarded < 1e-6 * total).any()):  # the difference of large numbers is inaccurate
         discarded = energy(work - U @ projected)
     return TruncatedStack(U, S, Vh, discarded, "gram")
+
+
+def leading_basis(
+    block: Tensor, total: float, cap: int | None, allowed: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """Find the leading left singular vectors `U` of one matrix, and the rest `U^H block`.
+
+    For small matrices an SVD by LAPACK is fastest. For larger ones the smaller Gram matrix is used, unless
+    the energies that decide the rank are close to `eps` times the largest one, since its eigenvalues are not
+    more accurate. The discarded energy is accurate in all cases.
+
+    Args:
+        block: finite matrix in double precision, shape `(m, n)`, whose squares do not overflow.
+        total: its energy (squared norm).
+        cap: largest rank; None for no limit.
+        allowed: largest energy that may be discarded; None for no limit, so that the rank is `cap`.
+
+    Returns:
+        Orthonormal vectors in descending order of their singular values, with fixed phases, shape
+        `(m, rank)`; the rest, shape `(rank, n)`; and the discarded energy.
+    """
+    size = min(block.shape)
+    cap = min(cap or size, size)
+    found = _basis_by_gram(block, total, cap, allowed) if size > _SMALL and total > 0 else None
+    if found is None:
+        U, S, Vh = _lapack_svd(block)
+        rank, lost = choose_rank([value * value for value in reversed(S.tolist())], cap, allowed)
+        found = U[:, :rank], S[:rank, None] * Vh[:rank], lost
+    U, rest, lost = found
+    phase = torch.sgn(U.gather(0, U.abs().argmax(dim=0, keepdim=True)))
+    return U * phase.conj(), phase.mT * rest, lost
+
+
+def _basis_by_gram(
+    block: Tensor, total: float, cap: int, allowed: float | None
+) -> tuple[Tensor, Tensor, float] | None:
+    """Compute `leading_basis` from a Gram matrix; None if this is not accurate enough to choose the rank."""
+    tall, size = block.shape[0] > block.shape[1], min(block.shape)
+    resolved = allowed is not None and allowed > _RESOLVED * size * torch.finfo(block.dtype).eps * total
+    if not resolved and cap == size:
+        return None
+    values, vectors = torch.linalg.eigh(block.mH @ block if tall else block @ block.mH)
+    rank, lost = choose_rank([max(value, 0.0) for value in values.tolist()], cap, allowed)
+    if not resolved and lost < _CLEAR * total:
+        return None
+    kept = vectors[:, size - rank :].flip(1)
+    U = torch.linalg.qr(block @ kept).Q if tall else kept
+    rest = U.mH @ block
+    if lost < _MEASURED * total:  # the difference of large numbers is inaccurate
+        lost = float(torch.linalg.vector_norm(block - U @ rest)) ** 2
+    missed = allowed is not None and rank < cap and lost > allowed
+    return None if missed else (U, rest, lost)
+
+
+def choose_rank(energies: Sequence[float], cap: int, allowed: float | None) -> tuple[int, float]:
+    """Choose the smallest rank of one matrix that loses at most the energy `allowed`, but at most `cap`.
+
+    Args:
+        energies: squared singular values in ascending order.
+        cap: largest rank.
+        allowed: largest energy that may be discarded; if None, the rank is `cap`.
+
+    Returns:
+        The rank, at least 1, and the discarded energy.
+    """
+    tails = list(accumulate(energies))
+    cut = 0 if allowed is None else bisect_right(tails, allowed)
+    cut = min(max(cut, len(tails) - cap), len(tails) - 1)
+    return len(tails) - cut, tails[cut - 1] if cut else 0.0
 
 
 def _flip(factors: TruncatedStack) -> TruncatedStack:

@@ -15,7 +15,7 @@ from torch import Tensor
 import tensornet as tn
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError
 from tensornet.linalg import svd
-from tensornet.linalg.svd import METHODS, energy, iterated_basis
+from tensornet.linalg.svd import METHODS, energy, iterated_basis, leading_basis
 from tensornet.linalg.tt_svd import split_block
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import Budget
@@ -291,3 +291,33 @@ def test_default_device_is_not_that_of_the_random_numbers(method: svd.Method) ->
     with torch.device("meta"):
         found = tn.truncated_svd(matrix, max_rank=8, method=method)
     assert torch.equal(found.S, expected.S)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (12, 30), (30, 12), (20, 20)])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.5, 4.0])  # singular values of 10^(-decay k)
+@pytest.mark.parametrize(
+    ("cap", "rel_error"), [(3, None), (None, 1e-5), (None, 1e-10), (9, 1e-12), (None, 0.0)]
+)
+def test_leading_basis_is_as_good_as_the_svd(
+    shape: tuple[int, int], decay: float, cap: int | None, rel_error: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = min(shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, size, generator=generator, dtype=torch.complex128)).Q for n in shape
+    )
+    block = left * 10 ** (-decay * torch.arange(size, dtype=torch.float64)) @ right.mH
+    total = float(torch.linalg.vector_norm(block)) ** 2
+    allowed = None if rel_error is None else rel_error**2 * total
+    U, rest, lost = leading_basis(block, total, cap, allowed)
+    rank, noise = U.shape[1], 1e-14 * math.sqrt(total)
+    torch.testing.assert_close(U.mH @ U, torch.eye(rank, dtype=U.dtype))
+    torch.testing.assert_close(rest, U.mH @ block, rtol=0, atol=noise)
+    distance = float(torch.linalg.vector_norm(block - U @ rest))
+    best = float(torch.linalg.vector_norm(torch.linalg.svdvals(block)[rank:]))
+    assert math.sqrt(lost) == pytest.approx(distance, rel=1e-6, abs=noise)
+    assert distance <= 1.0001 * best + noise
+    if rank < (cap or size):  # one value less would lose too much
+        assert lost <= allowed
+    if rank > 1 and rel_error and rel_error > 1e-11:
+        assert float(torch.linalg.vector_norm(torch.linalg.svdvals(block)[rank - 1 :])) ** 2 > 0.999 * allowed

@@ -64,6 +64,22 @@ def test_limits_on_bonds_keep_no_zeros() -> None:
     assert product.truncation_error == pytest.approx(error, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_products_with_large_bonds_are_close_to_the_best(columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    legs, options = [2, 3, 2] * 4, {"generator": generator, "dtype": dtype}
+    operator = tn.MPO.random(legs, max_bond=7, **options)
+    state = tn.MPO.random(legs, [columns] * 12, max_bond=[2, 6, 9, 9, 9, 9, 9, 9, 9, 6, 2], **options)
+    exact = operator.to(torch.complex128) @ state.to(torch.complex128)
+    for cap in (4, 12):  # one is smaller than the product of a kept bond and the legs, the other is not
+        found = operator.apply(state, max_bond=cap)
+        assert max(found.bond_dims) == cap
+        error = float((found.to(torch.complex128) - exact).norm() / exact.norm())
+        assert found.truncation_error == pytest.approx(error, rel=1e-5)
+        assert error <= 1.05 * exact.round(max_bond=cap).truncation_error
+
+
 def test_products_of_norms_of_1e200_do_not_overflow() -> None:
     large = tn.MPO.random([2] * 8, max_bond=3, dtype=torch.float64) * 1e200
     state = tn.MPO.random([2] * 8, 1, max_bond=3, dtype=torch.float64) * 1e200
