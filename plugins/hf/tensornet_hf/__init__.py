@@ -16,6 +16,7 @@ from tensornet_hf.compress import CompressOptions, compress_folder, plan_folder
 from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.target import export
 from tensornet_hf.quantizer import TensorNetworkConfig
+from tensornet_hf.receipts import Receipt
 from tensornet_hf.recipes import Recipe, plan_recipe
 from tensornet_hf.rotation import rotate
 from tensornet_hf.specialist_files import PretrainedSpecialists, load_specialists, specialists
@@ -23,18 +24,21 @@ from tensornet_hf.specializing import SpecializeReport, specialize
 from tensornet_hf.stock_mixtures import stock_mixture
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
 from tensornet_hf.upcycling import UpcycleReport, upcycle
+from tensornet_hf.verify import Verification, verify
 
 __all__ = [
     "CompressOptions",
     "ExportReport",
     "GradientMaskCallback",
     "PretrainedSpecialists",
+    "Receipt",
     "Recipe",
     "RouterBiasCallback",
     "RouterStatsCallback",
     "SpecializeReport",
     "TensorNetworkConfig",
     "UpcycleReport",
+    "Verification",
     "compress_folder",
     "decompress",
     "export",
@@ -48,6 +52,7 @@ __all__ = [
     "specialize",
     "stock_mixture",
     "upcycle",
+    "verify",
 ]
 
 

@@ -66,8 +66,10 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 #: Files that are copied with a model (tokenizer, templates, license); weights, pickles and code are not.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
+#: Name of the receipt in a folder (see `receipts`).
+RECEIPT = "receipt.json"
 #: Small files that are not copied, since `save_pretrained` writes them or they describe the old weights.
-NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
+NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json", RECEIPT}
 #: File in which sentence-transformers lists its modules and their folders.
 MODULES = "modules.json"
 CARD = "README.md"
@@ -779,11 +781,11 @@ def copy_small_files(source: Path, destination: Path) -> list[str]:
 
 
 def other_files(folder: Path) -> list[str]:
-    """Return the relative paths of all files except config.json, index, weight files and hidden files."""
+    """Return the relative paths of all files but config.json, receipt, index, weights and hidden files."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        written = name == "config.json" or name.endswith(INDEX) or path.suffix in WEIGHT_SUFFIXES
+        written = name in ("config.json", RECEIPT) or name.endswith(INDEX) or path.suffix in WEIGHT_SUFFIXES
         if path.is_file() and not written and not any(x.startswith(".") for x in name.split("/")):
             found.append(name)
     return found

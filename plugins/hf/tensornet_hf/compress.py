@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
+import hashlib
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,14 @@ from tensornet_hf.checkpoint import (
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import held_out_batches
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
-from tensornet_hf.exporters.gguf import file_runtime
+from tensornet_hf.exporters.gguf import adapter_file, file_runtime
 from tensornet_hf.exporters.gguf_memory import CACHE_BITS, MemoryUse, check_cache_type
 from tensornet_hf.exporters.target import EXPORT_TARGETS, check_destination, export, find_target
 from tensornet_hf.file_sink import MAX_SHARD_BYTES, FileSink, PlannedModel
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
 from tensornet_hf.manifest import list_tensors, warn_of_left_out
 from tensornet_hf.model_folder import lay_out_folder
+from tensornet_hf.receipts import Receipt, digests_of, source_paths, written_paths
 from tensornet_hf.report import Page, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import ROTATED, rotated_folder
 from tensornet_hf.staging import (
@@ -85,6 +87,18 @@ SURVEY, PLAN, HEALING = "survey.safetensors", "plan.json", "healing.safetensors"
 COMPRESSED, DONE = "compressed", "done.json"
 #: Name that stands for the package's calibration text, as in `--calibration default`.
 DEFAULT = "default"
+#: Options that do not change the result, or that the plan contains; receipts leave them out.
+_NOT_RECORDED = (
+    "survey",
+    "workers",
+    "resume",
+    "report",
+    "force",
+    "executor",
+    "command",
+    "progress",
+    "export",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -242,7 +256,7 @@ def compress_folder(
         options: further options, such as the calibration text.
 
     Returns:
-        A report; `print` shows a short summary.
+        A report; `print` shows a short summary. A receipt is written with the result (see `verify`).
 
     Raises:
         FormatError: the source is not a model folder, or is damaged.
@@ -285,6 +299,7 @@ def compress_folder(
     with reading_or_writing(folder, path), staging(path) as work:
         check()  # another run may have written the destination since the first check
         done = _compress(folder, path, config, options, target, work, marks, check)
+        _receipt(done, folder, path, options, target).save(path)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
     return replace(done, source=str(source), destination=str(destination))
 
@@ -451,6 +466,44 @@ def _compress(
             write_report(Page(title, report, models, losses, made, notes, prompt), options.report)
     return replace(
         report, file_bytes_before=before, file_bytes_after=written, notes=notes, models=tuple(models)
+    )
+
+
+def _receipt(
+    report: CompressionReport, folder: Path, path: Path, options: CompressOptions, target: str | None
+) -> Receipt:
+    """Make the receipt of a written model.
+
+    Args:
+        report: report of the compression.
+        folder, path: the source and the destination.
+        options: the options; those that do not change the result are left out.
+        target: name of the export target, or None.
+    """
+    chosen = {
+        x.name: getattr(options, x.name)
+        for x in fields(options)
+        if x.name not in ("calibration", *_NOT_RECORDED) and getattr(options, x.name) != x.default
+    }
+    shown: dict[str, Any] = {
+        k: x if isinstance(x, bool | int) else Path(str(x)).name for k, x in chosen.items()
+    }
+    if options.calibration:
+        text, given = options.text, options.calibration
+        name = given.source if isinstance(given, ProvidedData) else options.source
+        digest = {} if text is None else {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+        shown["calibration"] = {"name": name, **digest}
+    return Receipt(
+        digests_of(written_paths(path, adapter_file(path) if options.networks == "lora" else None)),
+        display_name(folder),
+        digests_of(source_paths(folder, options.weights)),
+        target,
+        report.plan.to_dict(),
+        shown,
+        options.command,
+        versions(),
+        report.plan.predicted_loss_increase,
+        None if report.measured is None else asdict(report.measured),
     )
 
 

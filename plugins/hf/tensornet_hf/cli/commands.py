@@ -18,7 +18,7 @@ from tensornet._util import compact_bytes
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
-from tensornet.errors import TargetError
+from tensornet.errors import FormatError, TargetError
 from tensornet.nn import prepare_for_inference
 from tensornet.nn.int4_cpu import MAX_GROWTH
 from tensornet_hf.checkpoint import (
@@ -90,6 +90,8 @@ from tensornet_hf.text import (
     usual_context,
 )
 from tensornet_hf.upcycling import upcycle as upcycle_model
+from tensornet_hf.verify import TensorError
+from tensornet_hf.verify import verify as verify_model
 
 #: Prompt for the model of the demo.
 PROMPT = "And it came to pass in those days, that"
@@ -267,6 +269,45 @@ def inspect(path: Source, as_json: Json = False) -> None:
         print_lines("")
         header = ("layer", "scheme", "shape", "bytes", "bits a weight", "parameters", "dtype")
         print_table(header, rows)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="Folder or GGUF file that compress or export has written.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Dense model (folder or hub id) that it was made of: compare every tensor with it, one at a "
+            "time."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="GGUF file with the weights of --source.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check the files of a written model against its receipt, and its weights against the original.
+
+    Example: tensornet verify SMALL --source MODEL
+    """
+    if weights is not None and source is None:
+        raise typer.BadParameter("--weights are those of --source; add --source FOLDER.")
+    found = verify_model(path, source, weights=weights)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        rows = [(x.name, x.scheme, f"{x.error:.6f}", _explained(x)) for x in found.tensors]
+        if rows:
+            print_table(("tensor", "scheme", "error", "explained"), rows)
+            print_lines("")
+        print_lines(str(found))
+    if found.unexplained:
+        raise FormatError(
+            f"{len(found.unexplained)} tensors of {path} are further from {source} than its receipt explains."
+        )
+
+
+def _explained(tensor: TensorError) -> str:
+    return "trained" if tensor.largest is None else f"{tensor.largest:.6f}"
 
 
 def evaluate(

@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": commands.plan,
     "recipe": commands.recipe,
     "inspect": commands.inspect,
+    "verify": commands.verify,
     "eval": commands.evaluate,
     "generate": commands.generate,
     "decompress": commands.decompress,

@@ -37,6 +37,8 @@ from tensornet_hf.exporters.gptq import GPTQ_MENU, lay_out_gptq
 from tensornet_hf.exporters.gptq import KINDS as GPTQ_KINDS
 from tensornet_hf.exporters.mlx import MLX_MENU, lay_out_mlx, packed_kinds
 from tensornet_hf.file_sink import Files, FileSink, PlannedModel
+from tensornet_hf.receipts import Receipt, digests_of, receipt_path, source_paths, written_paths
+from tensornet_hf.report import display_name, versions
 from tensornet_hf.staging import reading_or_writing
 
 
@@ -237,7 +239,33 @@ def export(
         tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work,
     ):
         FileSink(files, path, Path(work), force=force, check=check).finish()
-    return written_report(files, Path(destination), name)
+        report = written_report(files, Path(destination), name)
+        _receipt(path, origin, name, report.adapter).save(path)
+    return report
+
+
+def _receipt(path: Path, origin: Path | None, target: str, adapter: Path | None) -> Receipt:
+    """Make the receipt of an exported model; the plan and its source are those of the compressed folder."""
+    written = Receipt(
+        digests_of(written_paths(path, adapter)),
+        target=target,
+        versions=versions(),
+        options={} if adapter is None else {"networks": "lora"},
+    )
+    if origin is None:
+        return written
+    name, files = display_name(origin), digests_of(source_paths(origin))
+    if not receipt_path(origin).is_file():
+        return replace(written, source=name, source_files=files)
+    earlier = Receipt.load(origin)
+    return replace(
+        earlier,
+        files=written.files,
+        target=target,
+        versions=written.versions,
+        options={**earlier.options, **written.options},
+        exported_from={"name": name, "files": files},
+    )
 
 
 def written_report(files: Files, destination: Path, target: str) -> ExportReport:
