@@ -1,7 +1,8 @@
 """Evaluate language models: perplexity, loss on a held-out text, and tasks of lm-evaluation-harness."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,7 @@ from tensornet._util import import_optional, in_eval_mode, without_cache
 from tensornet.calibration import label_losses
 from tensornet.calibration.batches import IGNORED, Batch
 from tensornet.calibration.losses import scores_next_token
+from tensornet.calibration.walk import Loaded, Walk, find_blocks, in_memory
 from tensornet.compression.loss_increase import (
     RecordedLosses,
     mean_and_error,
@@ -23,6 +25,7 @@ from tensornet.compression.loss_increase import (
 )
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet.softmax_losses import cross_entropies, kl_divergences
+from tensornet_hf.lazy_model import LazyModel
 from tensornet_hf.text import (
     bos_token,
     calibration_data,
@@ -169,7 +172,8 @@ def perplexity(
             label of the same position.
         NonFiniteError: the model's loss is NaN or infinite.
     """
-    batches = _windows(model, tokens, context, stride, batch_size, bos)
+    device = next(model.parameters()).device
+    batches = _windows(model, tokens, context, stride, batch_size, bos, device)
     total, count = 0.0, 0
     with in_eval_mode(model), without_cache(model):
         for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
@@ -184,7 +188,13 @@ def perplexity(
 
 
 def _windows(
-    model: nn.Module, tokens: Tensor, context: int, stride: int | None, batch_size: int, bos: int | None
+    model: nn.Module,
+    tokens: Tensor,
+    context: int,
+    stride: int | None,
+    batch_size: int,
+    bos: int | None,
+    device: torch.device,
 ) -> list[Batch]:
     """Cut a text into batches of windows for a causal language model, with the checks of `perplexity`."""
     if scores_next_token(model) is False:
@@ -199,7 +209,6 @@ def _windows(
         raise ValueError(f"context {context} is more than the {positions} positions of this model.")
     vocabulary = getattr(config, "vocab_size", None) or 1
     batch_size = min(batch_size, max(1, MOST_LOGITS // (max(context, 1) * vocabulary)))
-    device = next(model.parameters()).device
     return text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size, bos=bos)
 
 
@@ -276,29 +285,127 @@ def divergence(
         NonFiniteError: a prediction is NaN or infinite.
     """
     device = next(model.parameters()).device
-    batches = _windows(model, tokens, context, stride, batch_size, bos)
+    batches = _windows(model, tokens, context, stride, batch_size, bos, device)
+
+    def logits(number: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        ids, there = batch["input_ids"], next(reference.parameters()).device
+        return model(input_ids=ids).logits, reference(input_ids=ids.to(there)).logits.to(device)
+
+    with in_eval_mode(model), in_eval_mode(reference), without_cache(model), without_cache(reference):
+        return _compared(batches, logits, context, stride, progress=progress)
+
+
+@torch.no_grad()
+def divergence_by_block(
+    model: PreTrainedModel | LazyModel,
+    reference: PreTrainedModel | LazyModel,
+    tokens: Tensor,
+    *,
+    context: int,
+    stride: int | None = None,
+    batch_size: int = 16,
+    bos: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Divergence:
+    """Compute the same as `divergence`, with one block in memory of each model that is opened lazily.
+
+    One model after the other is walked over block by block, on all windows. From the two last hidden states,
+    both heads compute the predictions of one batch at a time.
+
+    Args:
+        model: the model to measure; in memory, or opened by `open_model`.
+        reference: the model to compare with.
+        tokens, context, stride, batch_size, bos, progress: see `perplexity`.
+        device: device on which models that are opened lazily run, and that others are on.
+
+    Raises:
+        ShapeError, ValueError, NonFiniteError: see `perplexity`.
+        TargetError: a model does not predict the next token or has no chain of blocks, or the vocabularies
+            differ.
+    """
+    pair = (model, reference)
+    ours, dense = (x.model if isinstance(x, LazyModel) else x for x in pair)
+    loaded = [_as_stored(x, device) if isinstance(x, LazyModel) else in_memory for x in pair]
+    batches = _windows(ours, tokens, context, stride, batch_size, bos, torch.device(device))
+    with in_eval_mode(ours), in_eval_mode(dense), without_cache(ours), without_cache(dense):
+        first, second = (
+            _walked(x, batches, how, progress) for x, how in zip((ours, dense), loaded, strict=True)
+        )
+
+        def logits(number: int, batch: Batch) -> tuple[Tensor, Tensor]:
+            found = []
+            for walk in (first, second):
+                with walk.leaving(number, walk.states[walk.position, number]):
+                    found.append(walk.model(input_ids=batch["input_ids"]).logits)
+            return found[0], found[1]
+
+        with loaded[0](first.ends), loaded[1](second.ends):
+            return _compared(batches, logits, context, stride, progress=progress)
+
+
+def _as_stored(lazy: LazyModel, device: torch.device | str) -> Loaded:
+    """Return the function that loads weights in the dtypes in which they are stored."""
+
+    def loaded(
+        modules: Iterable[nn.Module], *, dtype: torch.dtype | None = None
+    ) -> AbstractContextManager[Any]:
+        return lazy.loaded(modules, device=device, dtype=None)
+
+    return loaded
+
+
+def _walked(model: PreTrainedModel, batches: Sequence[Batch], loaded: Loaded, progress: bool) -> Walk:
+    """Run all blocks of a model on all batches, and return the walk, which has the last hidden states."""
+    given = [{"input_ids": batch["input_ids"]} for batch in batches]
+    names = find_blocks(model, {"input_ids": given[0]["input_ids"][:1]}, loaded)
+    if not names:
+        raise TargetError(
+            f"{type(model).__name__} has no single chain of blocks, so it cannot be compared block by block. "
+            "With memory for two models, use tensornet_hf.evaluate.divergence in Python."
+        )
+    walk = Walk(model, names, given, loaded=loaded)
+    with loaded([*walk.ends, *walk.block.modules()]):
+        walk.enter(skip=True)
+    for _ in tqdm(names, desc="running blocks", unit="block", disable=not progress):
+        with loaded(walk.block.modules()):
+            walk.advance()
+    return walk
+
+
+def _compared(
+    batches: Sequence[Batch],
+    logits: Callable[[int, Batch], tuple[Tensor, Tensor]],
+    context: int,
+    stride: int | None,
+    *,
+    progress: bool,
+) -> Divergence:
+    """Compare predictions.
+
+    Args:
+        batches: the windows.
+        logits: function of the number of a batch and the batch that returns the logits of the model and of
+            the reference, on one device.
+        context, stride, progress: see `perplexity`.
+    """
     losses: list[Tensor] = []
     divergences, same, increases = [], [], []
-    with in_eval_mode(model), in_eval_mode(reference), without_cache(model), without_cache(reference):
-        for batch in tqdm(batches, desc="divergence", unit="batch", disable=not progress):
-            ids = batch["input_ids"]
-            labels = batch.get("labels", ids)[:, 1:]
-            ours, dense = (
-                x(input_ids=ids.to(next(x.parameters()).device)).logits[:, :-1].to(device)
-                for x in (model, reference)
+    for number, batch in enumerate(tqdm(batches, desc="divergence", unit="batch", disable=not progress)):
+        labels = batch.get("labels", batch["input_ids"])[:, 1:]
+        ours, dense = (x[:, :-1] for x in logits(number, batch))
+        if ours.shape != dense.shape:
+            raise TargetError(
+                f"The models have vocabularies of {ours.shape[-1]} and {dense.shape[-1]} tokens; compare "
+                "a compressed model with its original."
             )
-            if ours.shape != dense.shape:
-                raise TargetError(
-                    f"The models have vocabularies of {ours.shape[-1]} and {dense.shape[-1]} tokens; compare "
-                    "a compressed model with its original."
-                )
-            scored = labels != IGNORED
-            ours, dense, labels = ours[scored], dense[scored], labels[scored]
-            divergences.append(kl_divergences(ours, dense).double().cpu())
-            same.append((ours.argmax(-1) == dense.argmax(-1)).double().cpu())
-            loss, before = (cross_entropies(x, labels).double().cpu() for x in (ours, dense))
-            losses.append(loss)
-            increases.append(loss - before)
+        scored = labels != IGNORED
+        ours, dense, labels = ours[scored], dense[scored], labels[scored]
+        divergences.append(kl_divergences(ours, dense).double().cpu())
+        same.append((ours.argmax(-1) == dense.argmax(-1)).double().cpu())
+        loss, before = (cross_entropies(x, labels).double().cpu() for x in (ours, dense))
+        losses.append(loss)
+        increases.append(loss - before)
     found, agreed, increase, every = (torch.cat(x) for x in (divergences, same, increases, losses))
     if not bool(found.isfinite().all()):
         raise NonFiniteError(

@@ -28,7 +28,7 @@ ARCHITECTURES = {
 DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def read_gguf(folder: Path, file: Path) -> Checkpoint:
+def read_gguf(folder: Path, file: Path, *, quantized: bool = False) -> Checkpoint:
     """Return the contents of a model folder, with the tensors of a GGUF file in place of its weight files.
 
     All tensors get the dtype of the largest matrix if this is exact, since converters store norms and other
@@ -38,10 +38,11 @@ def read_gguf(folder: Path, file: Path) -> Checkpoint:
     Args:
         folder: folder with `config.json`; it needs no weights.
         file: GGUF file with tensors in F32, F16 and BF16.
+        quantized: whether to read quantized tensors too, as float32.
 
     Raises:
-        FormatError: the file is damaged, is quantized, or belongs to another model; or the architecture is
-            not in `ARCHITECTURES`.
+        FormatError: the file is damaged, is quantized without `quantized`, or belongs to another model; or
+            the architecture is not in `ARCHITECTURES`.
         MissingDependencyError: the package `gguf` is not installed.
     """
     require(("gguf",), extra="gguf", user="Reading GGUF files")
@@ -69,7 +70,7 @@ def read_gguf(folder: Path, file: Path) -> Checkpoint:
         gguf.GGMLQuantizationType.BF16: "BF16",
     }
     for info in reader.tensors:
-        if info.tensor_type not in dtypes:
+        if info.tensor_type not in dtypes and not quantized:
             raise FormatError(
                 f"{file} stores {info.name} as {info.tensor_type.name}. Quantizing it again would add the "
                 "errors; give the file that was converted with F16, BF16 or F32."
@@ -91,7 +92,10 @@ def read_gguf(folder: Path, file: Path) -> Checkpoint:
     processor = gguf_utils.TENSOR_PROCESSORS.get(found, gguf_utils.TensorProcessor)(model.config.to_dict())
     names = gguf_utils.get_gguf_hf_weights_map(model, processor, model_type=found)
     matrices = [x for x in reader.tensors if len(x.shape) > 1]
-    main = dtypes[max(matrices, key=lambda x: int(x.n_bytes)).tensor_type] if matrices else "F32"
+    largest = max(matrices, key=lambda x: int(x.n_bytes), default=None)
+    main = "F32" if largest is None else dtypes.get(largest.tensor_type, "F32")
+    if any(x.tensor_type not in dtypes for x in reader.tensors):
+        main = "F32"
     stored = {main}
     for info in reader.tensors:
         if info.name in DERIVED:
@@ -104,7 +108,13 @@ def read_gguf(folder: Path, file: Path) -> Checkpoint:
         name = names.get(done.name) if done.name is not None else next(iter(parsed["tensors"]), None)
         if name is None:
             raise FormatError(f"{file} contains {info.name}, which a {type(model).__name__} does not have.")
-        start, dtype = int(info.data_offset), dtypes[info.tensor_type]
+        start, dtype = int(info.data_offset), dtypes.get(info.tensor_type)
+        if dtype is None:
+            part = Slice(file, "U8", (int(info.n_bytes),), start, start + int(info.n_bytes))
+            change = partial(_dequantized, processor, info.name, info.tensor_type, shape)
+            checkpoint.changes[name] = Change(change, "F32", tuple(np.shape(done.weights)))
+            checkpoint.tensors[name] = part
+            continue
         part = Slice(file, dtype, shape, start, start + int(info.n_bytes))
         if dtype != main:
             values = _changed(processor, info.name, "F32", read_slices([part]).reshape(shape))
@@ -117,6 +127,14 @@ def read_gguf(folder: Path, file: Path) -> Checkpoint:
         stored.add(dtype)
     config["dtype"] = str(FLOATS[main if len(stored) == 1 else "F32"]).removeprefix("torch.")
     return checkpoint
+
+
+def _dequantized(processor: Any, name: str, kind: Any, shape: tuple[int, ...], stored: Tensor) -> Tensor:
+    """Decode a quantized tensor, and undo what the converter did to it."""
+    import gguf
+
+    values = torch.from_numpy(gguf.quants.dequantize(stored.numpy(), kind).reshape(shape))
+    return _changed(processor, name, "F32", values)
 
 
 def _changed(processor: Any, name: str, dtype: str, stored: Tensor) -> Tensor:

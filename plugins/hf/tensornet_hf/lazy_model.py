@@ -212,7 +212,7 @@ class LazyModel:
             )
         else:
             return tensor.detach()
-        dtypes = {part.dtype for part in origin.parts}
+        dtypes = {origin.dtype} if origin.change else {part.dtype for part in origin.parts}
         if isinstance(tensor, nn.Parameter) and not dtypes <= FLOATS.keys():
             raise FormatError(
                 f"{name} is stored as {', '.join(sorted(dtypes))}, but weights are read from "
@@ -242,18 +242,26 @@ def _mark(file: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def read_source(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> Checkpoint:
+def read_source(
+    folder: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    quantized: bool = False,
+) -> Checkpoint:
     """Check the files of a dense model, and return their contents without reading weights.
 
     Args:
         folder: folder of the model.
         weights: GGUF file with the weights of the model; by default, the safetensors files of the folder.
+        quantized: whether this file may be quantized.
 
     Raises:
         FormatError: a file is invalid (see `read_checkpoint` and `read_gguf`).
         TargetError: the model is compressed already.
     """
-    return read_dense(Path(folder)) if weights is None else read_gguf(Path(folder), Path(weights))
+    if weights is None:
+        return read_dense(Path(folder))
+    return read_gguf(Path(folder), Path(weights), quantized=quantized)
 
 
 def open_lazily(source: Checkpoint) -> LazyModel:
@@ -352,19 +360,25 @@ def open_lazily(source: Checkpoint) -> LazyModel:
     return LazyModel(model.eval(), origins, others, surplus, source)
 
 
-def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> LazyModel:
+def open_model(
+    folder: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    quantized: bool = False,
+) -> LazyModel:
     """Open a model whose modules can be run within `LazyModel.loaded`.
 
     Args:
         folder: folder of the model.
         weights: GGUF file with the weights of the model; by default, the safetensors files of the folder.
+        quantized: whether this file may be quantized; its weights are then float32.
 
     Raises:
         FormatError: the folder or the file is invalid (see `read_source` and `open_lazily`), or transformers
             converts a stored tensor in other ways than joining it with others when it loads the model.
         TargetError: the model is compressed already.
     """
-    lazy = open_lazily(read_source(folder, weights))
+    lazy = open_lazily(read_source(folder, weights, quantized=quantized))
     model = lazy.model
     for name, parameter in model.named_parameters():
         if parameter.is_meta and id(parameter) not in lazy._known:

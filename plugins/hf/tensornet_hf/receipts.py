@@ -1,7 +1,7 @@
-"""Receipts: a JSON file beside each result that says what it was made of, with a digest of every file.
+"""Receipts: a JSON file with each result that says what it was made of, with the digest of each file.
 
-The receipt of a folder is the file `receipt.json` in it, that of `model.gguf` is `model.gguf.receipt.json`. It
-is written last: a result without a receipt may be that of a run that did not finish.
+The receipt of a folder is the file `receipt.json` in it, that of `model.gguf` is `model.gguf.receipt.json`.
+It is written last: a result without a receipt may be that of a run that did not finish.
 """
 
 import json

@@ -132,6 +132,7 @@ def test_everything_else_is_copied(tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "onnx/notes.txt",
+        "receipt.json",
         "tokenizer.json",
     }
     for name in ("README.md", "onnx/notes.txt", "tokenizer.json"):

@@ -65,12 +65,13 @@ from tensornet_hf.compress import (
     plan_folder,
 )
 from tensornet_hf.embedded import data_path, gpt2_path
-from tensornet_hf.evaluate import divergence, perplexity, run_tasks
+from tensornet_hf.evaluate import divergence_by_block, perplexity, run_tasks
 from tensornet_hf.exporters.base import GGUF
 from tensornet_hf.exporters.target import EXPORT_TARGETS
 from tensornet_hf.exporters.target import export as export_model
 from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder, inspect_specialists
+from tensornet_hf.lazy_model import LazyModel, open_model
 from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import display_command
 from tensornet_hf.specialist_files import (
@@ -365,7 +366,14 @@ def evaluate(
             raise typer.BadParameter(f"Add {needed}, or leave out {' and '.join(unused)}.")
     content = None if text is None else read_text(text)
     other = None if reference is None else resolve_folder(reference)
-    model, folder, specialists = _opened(path, device, specialist)
+    model: Any
+    folder, specialists, lazy = resolve_folder(path), None, None
+    if other is not None and tasks is None and not (folder / DESCRIPTION).is_file():
+        lazy = _opened_lazily(folder, other)
+    if lazy is not None:
+        model = lazy.model
+    else:
+        model, folder, specialists = _opened(path, device, specialist)
     if specialists is not None and specialist is None:
         raise typer.BadParameter(
             f"{path} is a folder of specialists; add --specialist with one of {', '.join(specialists.names)}."
@@ -383,7 +391,8 @@ def evaluate(
             if other is None:
                 measured = perplexity(model, ids, **windows)
             else:
-                compared = divergence(model, _loaded(other, device), ids, **windows)
+                dense = _opened_lazily(other) or _loaded(other, device)
+                compared = divergence_by_block(lazy or model, dense, ids, device=device, **windows)
                 measured = compared.perplexity
                 found["divergence"] = {"reference": reference, **asdict(compared)}
                 del found["divergence"]["perplexity"]  # the next statement adds it to `found`
@@ -427,6 +436,24 @@ def _opened(
     if specialist is not None:
         raise typer.BadParameter(f"{path} is not a folder of specialists; leave out --specialist.")
     return _loaded(folder, device), folder, None
+
+
+def _opened_lazily(path: Path, folder: Path | None = None) -> LazyModel | None:
+    """Open a model to be run block by block; None if it is compressed, or can only be loaded as a whole.
+
+    Args:
+        path: a model folder or a GGUF file.
+        folder: folder with the configuration of the model in the GGUF file.
+    """
+    if path.suffix == GGUF and (folder is None or folder.suffix == GGUF):
+        return None
+    if path.suffix != GGUF and read_checkpoint(path).compression is not None:
+        return None
+    try:
+        return open_model(path) if path.suffix != GGUF else open_model(folder or path, path, quantized=True)
+    except (FormatError, TargetError) as error:
+        note(f"note: {path} is loaded as a whole: {error}")
+        return None
 
 
 def _loaded(path: Path, device: torch.device) -> PreTrainedModel:
