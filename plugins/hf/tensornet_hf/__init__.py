@@ -24,7 +24,7 @@ from tensornet_hf.specializing import SpecializeReport, specialize
 from tensornet_hf.stock_mixtures import stock_mixture
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
 from tensornet_hf.upcycling import UpcycleReport, upcycle
-from tensornet_hf.verify import Verification, verify
+from tensornet_hf.verification import Verification, verify
 
 __all__ = [
     "CompressOptions",

@@ -91,8 +91,8 @@ from tensornet_hf.text import (
     usual_context,
 )
 from tensornet_hf.upcycling import upcycle as upcycle_model
-from tensornet_hf.verify import TensorError
-from tensornet_hf.verify import verify as verify_model
+from tensornet_hf.verification import TensorError
+from tensornet_hf.verification import verify as verify_model
 
 #: Prompt for the model of the demo.
 PROMPT = "And it came to pass in those days, that"

@@ -64,6 +64,12 @@ class Verification:
         receipt: the receipt.
         unlisted: files in the folder that the receipt does not list, such as some added later.
         tensors: errors of all tensors, if they were compared with the source.
+
+    Example:
+        >>> config = tn.CompressionConfig(formats=("int8",), method="nearest")
+        >>> _ = th.compress_folder(th.embedded.gpt2_path(), "eight", config)
+        >>> print(th.verify("eight"))
+        7 files, 1.50 MB, are those of the receipt
     """
 
     path: Path
