@@ -40,6 +40,15 @@ FLOATING = (
 )
 
 
+def refuse_transforms(tensor: Tensor, user: str) -> None:
+    """Raise RuntimeError if a transform of `torch.func` tracks a tensor, whose derivatives would be lost."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # PyTorch has no public function for this
+        raise RuntimeError(
+            f"{user} has no derivatives and cannot be vectorized: detach the matrix, or use MPO.from_matrix, "
+            "which is differentiable."
+        )
+
+
 def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
     """Raise ShapeError unless `value` is a dense floating-point or complex tensor with `ndim` dimensions.
 

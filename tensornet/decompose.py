@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensornet._util import check_dense, outside_autocast
+from tensornet._util import check_dense, outside_autocast, refuse_transforms
 from tensornet.als import fit_from_random
 from tensornet.budget import Budget
 from tensornet.errors import ShapeError, TopologyError
@@ -62,6 +62,8 @@ def decompose(
         12
     """
     budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
+    if isinstance(matrix, Tensor):
+        refuse_transforms(matrix, "decompose")
     if not isinstance(topology, Topology):
         return topology_family(topology).decompose(matrix, budget, **options)
     if not budget.unlimited or options:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tensornet import cross, interop
 from tensornet import mpo_algebra as algebra
 from tensornet import mpo_states as states
-from tensornet._util import check_dense, check_size, check_sizes, outside_autocast
+from tensornet._util import check_dense, check_size, check_sizes, outside_autocast, refuse_transforms
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, ShapeError
 from tensornet.linalg.svd import (
@@ -29,9 +29,10 @@ from tensornet.linalg.svd import (
     default_tolerance,
     frobenius,
     rounding_error,
+    safe_scale,
     working_dtype,
 )
-from tensornet.linalg.tt_svd import has_full_bonds, tt_svd_stack
+from tensornet.linalg.tt_svd import has_full_bonds, pad_matrix, tt_svd_stack
 from tensornet.mpo_product import SMALLEST_ERROR, compressed_product
 from tensornet.mpo_terms import Term, cores_of_terms
 from tensornet.network import TensorNetwork, random_cores
@@ -107,7 +108,10 @@ class MPO:
         param_ratio: float | None = None,
         method: Method = "auto",
     ) -> "MPO":
-        """Decompose a matrix into an MPO by TT-SVD (not differentiable).
+        """Decompose a matrix into an MPO by TT-SVD.
+
+        The cores are differentiable functions of the matrix, under the conditions of `round`. Detach the
+        matrix if you need no derivatives, since the SVDs of large matrices are then much faster.
 
         If no limit is given, or none that truncates anything, the relative error is at most `eps^(3/4)`:
         1.8e-12 in double and 6.4e-6 in single precision. The bonds are then the numerical ranks; an
@@ -146,8 +150,10 @@ class MPO:
         """
         matrix: Tensor = _from_numpy(w)
         check_dense(matrix, "MPO.from_matrix", "a matrix of shape (out, in)", 2)
-        (operator,) = cls.from_matrices(
-            matrix[None],
+        algebra.refuse_vmap([matrix])
+        live = algebra.needs_gradient([matrix])
+        (operator,) = cls._from_matrices(
+            matrix[None].detach() if live else matrix[None],
             out_dims=out_dims,
             in_dims=in_dims,
             sites=sites,
@@ -156,7 +162,7 @@ class MPO:
             param_ratio=param_ratio,
             method=method,
         )
-        return operator
+        return operator._decomposed_again(matrix, max_bond, rel_error, param_ratio) if live else operator
 
     @classmethod
     @outside_autocast
@@ -191,6 +197,31 @@ class MPO:
         """
         stacked: Tensor = _from_numpy(batch)
         check_dense(stacked, "MPO.from_matrices", "a stack of shape (items, out, in)", 3)
+        refuse_transforms(stacked, "MPO.from_matrices")
+        return cls._from_matrices(
+            stacked,
+            out_dims=out_dims,
+            in_dims=in_dims,
+            sites=sites,
+            max_bond=max_bond,
+            rel_error=rel_error,
+            param_ratio=param_ratio,
+            method=method,
+        )
+
+    @classmethod
+    def _from_matrices(
+        cls,
+        stacked: Tensor,
+        *,
+        out_dims: Sequence[int] | None,
+        in_dims: Sequence[int] | None,
+        sites: int | None,
+        max_bond: int | Sequence[int] | None,
+        rel_error: float | None,
+        param_ratio: float | None,
+        method: Method,
+    ) -> "list[MPO]":
         shape = (stacked.shape[1], stacked.shape[2])
         rows, columns = choose_dims(shape, out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
@@ -424,17 +455,31 @@ class MPO:
         return cls(random_cores(topology, generator=generator, dtype=dtype, device=device)).normalize()
 
     @classmethod
-    def product_state(cls, vectors: Sequence[Tensor | Array]) -> "MPO":
+    def product_state(cls, vectors: Sequence[Tensor | Array] | str) -> "MPO":
         """Build the Kronecker product of one vector for each site, a state with bonds of 1.
 
+        Args:
+            vectors: the vectors, or a string of bits for a basis state of sites of size 2, in torch's default
+                dtype.
+
         Raises:
-            ShapeError: an item is not a vector, or the vectors differ in dtype or device.
+            ShapeError: an item is not a vector, a character is not a bit, or the vectors differ in dtype or
+                device.
 
         Example:
+            >>> tn.MPO.product_state("010").to_matrix().flatten()
+            tensor([0., 0., 1., 0., 0., 0., 0., 0.])
             >>> up, down = torch.eye(2)
             >>> tn.MPO.product_state([up, down, up]).to_matrix().flatten()
             tensor([0., 0., 1., 0., 0., 0., 0., 0.])
         """
+        if isinstance(vectors, str):
+            if not vectors or set(vectors) - {"0", "1"}:
+                raise ShapeError(
+                    f"A basis state is a string of the bits 0 and 1, one for each site, got {vectors!r}; for "
+                    "sites of another size, give one vector for each site."
+                )
+            return cls.product_state([torch.eye(2)[int(bit)] for bit in vectors])
         cores = [_from_numpy(vector) for vector in vectors]
         for site, vector in enumerate(cores):
             check_dense(vector, "MPO.product_state", f"a vector at site {site}", 1)
@@ -449,7 +494,7 @@ class MPO:
         max_bond: int | Sequence[int] | None = None,
         rel_error: float | None = None,
     ) -> "MPO":
-        """Decompose a vector into a state, an MPO with in-legs of 1, by TT-SVD (not differentiable).
+        """Decompose a vector into a state, an MPO with in-legs of 1, by TT-SVD, as `from_matrix` does.
 
         Args:
             vector: the amplitudes, real or complex.
@@ -664,7 +709,7 @@ class MPO:
         torch promotes both.
 
         If `x` is an MPO, the result is `self @ x`, rounded as by `round`. For errors of at least 1e-6 the
-        bonds are truncated on the way (not differentiable), so the exact product is not built.
+        bonds are truncated on the way, so the exact product is not built unless derivatives are needed.
 
         Args:
             x: vectors, a state, or an operator.
@@ -802,7 +847,8 @@ class MPO:
     ) -> "MPO":
         budget = Budget(max_bond=max_bond, rel_error=rel_error)
         promised = SMALLEST_ERROR if rel_error is None and max_bond is not None else rel_error
-        if promised is None or promised < SMALLEST_ERROR:
+        derived = algebra.needs_gradient([*self.cores, *other.cores])
+        if derived or promised is None or promised < SMALLEST_ERROR:
             return (self @ other).round(max_bond=max_bond, rel_error=rel_error)
         left = MPO(self._left_of(other), out_features=self.shape[0])._masked
         right = MPO(other.cores, in_features=other.shape[1])._masked
@@ -1084,9 +1130,9 @@ class MPO:
         return algebra.bond_entropy(self._masked, k)
 
     def entropies(self) -> Tensor:
-        """Compute the entanglement entropy at every bond in nats, in one sweep (not differentiable).
+        """Compute the entanglement entropy at every bond in nats, differentiably.
 
-        `bond_entropy` is differentiable.
+        Without derivatives, one sweep computes all of them.
 
         Example:
             >>> tn.MPO.from_vector(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 1])).entropies()
@@ -1235,6 +1281,33 @@ class MPO:
         if self.shape == (math.prod(self.out_dims), math.prod(self.in_dims)):
             return self.cores
         return algebra.round_chain(self._masked, rel_error=rounding_error(self.dtype))[0]
+
+    def _decomposed_again(
+        self,
+        matrix: Tensor,
+        max_bond: int | Sequence[int] | None,
+        rel_error: float | None,
+        param_ratio: float | None,
+    ) -> "MPO":
+        """Repeat the decomposition that gave this MPO differentiably, within the same limits."""
+        sites, scale = len(self), safe_scale(matrix)
+        padded = pad_matrix(
+            matrix.to(working_dtype(matrix.dtype)) / scale, math.prod(self.out_dims), math.prod(self.in_dims)
+        )
+        axes = [axis for k in range(sites) for axis in (k, sites + k)]
+        cores, cut = algebra.round_dense(
+            padded.reshape(*self.out_dims, *self.in_dims).permute(axes),
+            0.0,
+            max_bond=max_bond if param_ratio is None else self.bond_dims,
+            rel_error=default_tolerance(matrix.dtype) if rel_error is None else rel_error,
+            dtype=self.dtype,
+        )
+        limits = {"max_bond": max_bond, "param_ratio": param_ratio}
+        check_rel_error(cut, rel_error, limits, matrix.dtype)
+        found = self._like(algebra.scale(cores, scale), error=cut)
+        found.truncation_error = cut
+        found._log_distance = math.log(cut) + math.log(frobenius(matrix)) if cut > 0 else None
+        return found
 
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)

@@ -270,7 +270,7 @@ def _canonical(
     With `unique`, the diagonal of each triangular factor is real and positive.
     """
     qr = _positive_qr if unique else torch.linalg.qr
-    _refuse_vmap(cores)
+    refuse_vmap(cores)
     work: list[Tensor] = []
     total: Tensor | float = 0.0
     for core in cores:
@@ -322,7 +322,7 @@ def round_chain(
     Derivatives treat the chosen ranks as constants. The gradient exists if, at every bond, the smallest kept
     singular value is positive and differs from the largest discarded one. For functions of the individual
     cores, rather than of the operator, the kept singular values must also be distinct. Otherwise the gradient
-    is finite but meaningless. There are no second derivatives.
+    is finite but meaningless. Forward-mode derivatives work, too. There are no second derivatives.
 
     Args:
         cores: the chain; each core has the shape `(left, out, in, right)`.
@@ -341,20 +341,18 @@ def round_chain(
     Reference:
         Oseledets 2011, algorithm 2.
     """
-    _refuse_vmap(cores)
+    refuse_vmap(cores)
     caps = caps_of_bonds(max_bond, len(cores) - 1)
-    needs_gradient, dtype = _needs_gradient(cores), result_dtype(cores[0].dtype)
+    live, dtype = needs_gradient(cores), result_dtype(cores[0].dtype)
     elements = math.prod(core.shape[1] * core.shape[2] for core in cores)
-    if not needs_gradient and elements <= max(core.numel() for core in cores):
+    if not live and elements <= max(core.numel() for core in cores):
         tensor, exponent = _contracted(_frozen(cores))
         return round_dense(tensor, exponent, max_bond=max_bond, rel_error=rel_error, dtype=dtype)
     with torch.no_grad():
         canonical, exponent = _canonical(_frozen(cores), 0)
         work, error = _truncated(canonical, caps, rel_error)
-    if needs_gradient:
-        live = _rounded_with_gradient(cores, canonical, work, exponent)
-        # Keep the values computed above: the added difference is zero, but autograd differentiates it.
-        work = [value + (same - same.detach()) for value, same in zip(work, live, strict=True)]
+    if live:
+        work = _with_values(work, _rounded_with_gradient(cores, canonical, work, exponent))
     return _with_exponent(work, exponent, len(work) - 1, dtype), error
 
 
@@ -386,10 +384,27 @@ def round_dense(
 ) -> tuple[Cores, float]:
     """Decompose a tensor of shape `(out, in, out, in, ...)`, times `2^exponent`, as `round_chain` does.
 
-    No derivative is propagated.
+    The tensor has double precision, and squares of its elements neither overflow nor underflow.
     """
     sites = tensor.ndim // 2
     caps = caps_of_bonds(max_bond, sites - 1)
+    work, error = _truncated_dense(tensor.detach(), caps, rel_error)
+    if needs_gradient([tensor]):
+        live, rest = [], tensor.reshape(1, -1)
+        for value in work[:-1]:
+            block = rest.reshape(value.shape[0] * value.shape[1] * value.shape[2], -1)
+            live.append(_leading_vectors(block, value))
+            rest = live[-1].flatten(0, 2).mH @ block
+        work = _with_values(work, [*live, rest.reshape(work[-1].shape)])
+    return _with_exponent(work, exponent, sites - 1, dtype), error
+
+
+@torch.no_grad()
+def _truncated_dense(
+    tensor: Tensor, caps: Sequence[int | None], rel_error: float | None
+) -> tuple[list[Tensor], float]:
+    """Truncate the bonds of a tensor `(out, in, out, in, ...)`, from the left to the right."""
+    sites = tensor.ndim // 2
     total = float(torch.linalg.vector_norm(tensor)) ** 2
     spent, work, rest = 0.0, [], tensor.reshape(1, -1)
     for k in range(sites - 1):
@@ -401,8 +416,7 @@ def round_dense(
         work.append(U.reshape(len(rest), out, in_, -1))
         rest = after
     work.append(rest.reshape(len(rest), *tensor.shape[-2:], 1))
-    error = math.sqrt(spent / total) if total > 0 else 0.0
-    return _with_exponent(work, exponent, sites - 1, dtype), error
+    return work, math.sqrt(spent / total) if total > 0 else 0.0
 
 
 def _truncated(
@@ -445,11 +459,7 @@ def _rounded_with_gradient(
     passed, result = -exponent, []
     for (core, of_core), value, end in zip(live[:-1], rounded[:-1], reversed(ends[1:]), strict=True):
         site = torch.tensordot(before, core, dims=1)
-        block = torch.tensordot(site, end, dims=1).flatten(0, 2)
-        U, *_ = _LeadingVectors.apply(block, value.shape[3])
-        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # give `U` the phases of `value`
-        phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
-        result.append((U * phase.conj()).reshape(value.shape))
+        result.append(_leading_vectors(torch.tensordot(site, end, dims=1).flatten(0, 2), value))
         before, more = tamed(result[-1].flatten(0, 2).mH @ site.flatten(0, 2))
         passed = passed + of_core + more
     last, of_last = live[-1]
@@ -457,9 +467,23 @@ def _rounded_with_gradient(
     return result
 
 
-_NO_FORWARD_MODE = (
-    "round, norm, log_norm, bond_spectrum and bond_entropy have no forward-mode derivatives and no second "
-    "derivatives: use torch.func.grad, vjp or jacrev once; inner(self, self).real.sqrt() is a norm with both."
+def _leading_vectors(block: Tensor, value: Tensor) -> Tensor:
+    """Compute leading left singular vectors differentiably, with the shape and phases of `value`."""
+    U, *_ = _LeadingVectors.apply(block, value.shape[3])
+    pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)
+    phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
+    return (U * phase.conj()).reshape(value.shape)
+
+
+def _with_values(values: Sequence[Tensor], live: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with the given values and the derivatives of `live`: the added difference is zero."""
+    return [value + (same - same.detach()) for value, same in zip(values, live, strict=True)]
+
+
+_NO_SECOND_DERIVATIVES = (
+    "from_matrix, round, norm, log_norm, bond_spectrum and bond_entropy have no second derivatives: use "
+    "torch.func.grad, vjp, jacrev, jvp or jacfwd once; inner(self, self).real.sqrt() is a norm with all "
+    "derivatives."
 )
 
 
@@ -487,21 +511,32 @@ class _LeadingVectors(torch.autograd.Function):
         matrix, ctx.rank = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(matrix, *output[1:])
+        ctx.save_for_forward(matrix, *output[1:])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        raise RuntimeError(_NO_FORWARD_MODE)
+    def _factors(S: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Compute `1 / (s_i^2 - s_j^2)`, shape `(k, rank)`, and `1 / s_i`; 0 where the denominator is."""
+        kept, floor = S[:rank], 10 * torch.finfo(S.dtype).eps * S[0]
+        gaps = kept.square() - S.square()[:, None]
+        return torch.where(gaps.abs() > floor * S[0], 1 / gaps, 0), torch.where(kept > floor, 1 / kept, 0)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        matrix, U, S, Vh = ctx.saved_tensors
+        factors, inverse = _LeadingVectors._factors(S, ctx.rank)
+        moved = tangent @ Vh.mH  # shape: (m, k)
+        along = U.mH @ moved
+        pairs = along * S + (along * S).mH
+        outside = (moved - U @ along)[:, : ctx.rank] * inverse
+        found = U @ (pairs[:, : ctx.rank] * factors) + outside
+        return _NoSecondDerivative.apply(matrix, found), None, None, None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         matrix, U, S, Vh = ctx.saved_tensors
-        gradient, rank = gradients[0].detach(), ctx.rank
-        kept = S[:rank]
-        floor = 10 * torch.finfo(S.dtype).eps * S[0]
+        gradient, rank = gradients[0], ctx.rank
+        factors, inverse = _LeadingVectors._factors(S, rank)
         along = U.mH @ gradient  # shape: (k, rank)
-        gaps = kept.square() - S.square()[:, None]
-        factors = torch.where(gaps.abs() > floor * S[0], 1 / gaps, 0).to(along.dtype)
-        inverse = torch.where(kept > floor, 1 / kept, 0)
         pairs = torch.nn.functional.pad(factors * along, (0, len(S) - rank))
         inner = pairs * S + (pairs * S[:, None]).mH
         outside = (gradient - U @ along) * inverse
@@ -538,7 +573,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor | float]:
     with torch.no_grad():
         frozen, exponent = _canonical(_frozen(cores), last)
         size = torch.linalg.vector_norm(frozen[last])
-    if not _needs_gradient(cores):
+    if not needs_gradient(cores):
         return size, exponent
     frozen[last] = frozen[last] / size if float(size) > 0 else frozen[last]
 
@@ -604,7 +639,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor | floa
         frozen, exponent = _canonical(_frozen(cores), bond)
         left, out, in_, right = frozen[bond].shape
         U, S, Vh = torch.linalg.svd(frozen[bond].reshape(-1, right), full_matrices=False)
-    if not _needs_gradient(cores):
+    if not needs_gradient(cores):
         return S, exponent
     frozen[bond] = U.reshape(left, out, in_, -1)
     frozen[bond + 1] = torch.tensordot(Vh, frozen[bond + 1], dims=1)
@@ -635,19 +670,33 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.project, _, *cores = inputs
+        ctx.project, value, *cores = inputs
         ctx.save_for_backward(*cores)
+        ctx.save_for_forward(value, *cores)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        raise RuntimeError(_NO_FORWARD_MODE)
+    def jvp(ctx: Any, _: None, __: Tensor | None, *tangents: Tensor | None) -> Tensor:
+        value, *cores = ctx.saved_tensors
+        known = [(core.detach(), tangent) for core, tangent in zip(cores, tangents, strict=True)]
+        with torch.enable_grad():
+            pull = torch.func.vjp(lambda *live: ctx.project(live), *(core for core, _ in known))[1]
+
+            # The gradient of a linear function of the cotangent: forward-mode derivatives cannot be nested.
+            def pairing(cotangent: Tensor) -> Tensor:
+                pairs = zip(pull(cotangent), tangents, strict=True)
+                return sum((x.conj() * y).real.sum() for x, y in pairs if y is not None)
+
+            found = torch.func.grad(pairing)(torch.zeros_like(value))
+        for core in cores:
+            found = _NoSecondDerivative.apply(core, found)
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cores = [core.detach() for core in ctx.saved_tensors]
         with torch.enable_grad():
             pull = torch.func.vjp(lambda *live: ctx.project(live), *cores)[1]
-            gradients = tuple(x.detach() for x in pull(gradient.detach()))
+            gradients = pull(gradient)
         if torch.is_grad_enabled():  # only with create_graph=True
             gradients = tuple(map(_NoSecondDerivative.apply, ctx.saved_tensors, gradients))
         return None, None, *gradients
@@ -668,14 +717,11 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        raise RuntimeError(_NO_FORWARD_MODE)
+        raise RuntimeError(_NO_SECOND_DERIVATIVES)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "round, norm, log_norm, bond_spectrum and bond_entropy have no second derivatives; "
-            "for those of the norm use inner(self, self).real.sqrt()."
-        )
+        raise RuntimeError(_NO_SECOND_DERIVATIVES)
 
 
 def _frozen(cores: Sequence[Tensor]) -> list[Tensor]:
@@ -683,12 +729,14 @@ def _frozen(cores: Sequence[Tensor]) -> list[Tensor]:
     return [core.detach() for core in cores]
 
 
-def _refuse_vmap(cores: Sequence[Tensor]) -> None:
+def refuse_vmap(cores: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if `torch.func.vmap` batches one of the tensors."""
     if any(map(_is_batched, cores)):
         raise RuntimeError(
-            "canonicalize, round, norm, log_norm, bond_spectrum and bond_entropy do not support "
-            "torch.func.vmap: they check values and choose ranks. Loop over the operators; `inner`, sums, "
-            "products and `apply` can be vectorized, and inner(self, self).real.sqrt() is the norm."
+            "from_matrix, canonicalize, round, apply with limits, norm, log_norm, bond_spectrum and "
+            "bond_entropy do not support torch.func.vmap: they check values and choose ranks. Loop over the "
+            "operators; `inner`, sums, products and `apply` can be vectorized, and "
+            "inner(self, self).real.sqrt() is the norm."
         )
 
 
@@ -702,7 +750,8 @@ def _is_batched(tensor: Tensor) -> bool:
     return False
 
 
-def _needs_gradient(cores: Sequence[Tensor]) -> bool:
+def needs_gradient(cores: Sequence[Tensor]) -> bool:
+    """Return True if derivatives with respect to one of the tensors may be computed."""
     if forward_ad._current_level >= 0:  # public only as the context manager `dual_level`
         return True
     return torch.is_grad_enabled() and any(core.requires_grad for core in cores)

@@ -17,6 +17,7 @@ from tensornet.mpo_algebra import (
     Cores,
     dense_matrix,
     multiply,
+    refuse_vmap,
     round_chain,
     round_dense,
     tamed,
@@ -63,6 +64,7 @@ def compressed_product(
     caps = caps_of_bonds(max_bond, sites - 1)
     kind = torch.promote_types(left[0].dtype, right[0].dtype)
     dtype = working_dtype(kind)
+    refuse_vmap([*left, *right])
     for core in (*left, *right):
         check_finite(core, "An operator of the product")
     shapes = [(*a.shape, *b.shape) for a, b in zip(left, right, strict=True)]

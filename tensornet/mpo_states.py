@@ -12,7 +12,14 @@ from torch import Tensor
 from tensornet._util import outside_autocast
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import result_dtype, working_dtype
-from tensornet.mpo_algebra import Cores, canonicalize, tamed, times_power_of_two
+from tensornet.mpo_algebra import (
+    Cores,
+    bond_entropy,
+    canonicalize,
+    needs_gradient,
+    tamed,
+    times_power_of_two,
+)
 
 
 @outside_autocast
@@ -55,9 +62,11 @@ def expectation(state: Sequence[Tensor], operator: Sequence[Tensor]) -> Tensor:
 
 
 @outside_autocast
-@torch.no_grad()
 def entropies(cores: Sequence[Tensor]) -> Tensor:
-    """Compute the entropy at every bond in nats, in one sweep. See `mpo_algebra.bond_entropy`."""
+    """Compute the entropy at every bond in nats, in one sweep, or differentiably bond by bond."""
+    if needs_gradient(cores):
+        found = [bond_entropy(cores, bond) for bond in range(len(cores) - 1)]
+        return torch.stack(found) if found else cores[0].new_zeros(0, dtype=torch.float64)
     work = list(canonicalize([core.to(working_dtype(core.dtype)) for core in cores], 0))
     found = []
     for k in range(len(work) - 1):

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tensornet._util import check_dense, check_size, outside_autocast
+from tensornet._util import check_dense, check_size, outside_autocast, refuse_transforms
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, NonFiniteError
 
@@ -328,6 +328,7 @@ def capped_svd(
 ) -> TruncatedSVD:
     """Compute `truncated_svd`, but keep `max_rank` values, without an error, if `rel_error` needs more."""
     check_dense(matrix, "truncated_svd", "a matrix of shape (m, n)", 2)
+    refuse_transforms(matrix, "truncated_svd")
     check_method(method)
     if max_rank is not None:
         max_rank = check_size("max_rank", max_rank, error=BudgetError)

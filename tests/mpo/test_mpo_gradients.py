@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import tensornet as tn
-from tensornet.testing import strategies
+from tensornet.errors import BudgetError
+from tensornet.testing import laws, reference, strategies
 
 SHAPES = [(1, 2, 2, 3), (3, 2, 3, 2), (2, 2, 2, 1)]
 
@@ -42,6 +46,12 @@ READINGS: dict[str, Callable[[tn.MPO], Tensor]] = {
     # Bonds of a sum are larger than its ranks, where a QR has no gradient.
     "rounded_sum": lambda operator: (operator + 0.5 * operator).round(max_bond=2).to_matrix(),
     "rounded_exactly": lambda operator: (operator + 0.5 * operator).round().to_matrix(),
+    "applied": lambda operator: operator.H.apply(operator, max_bond=(3, 2)).to_matrix(),
+    "decomposed": lambda operator: tn.MPO.from_matrix(
+        operator.to_matrix(), out_dims=(2, 2, 2), in_dims=(2, 3, 2), max_bond=(3, 1)
+    ).to_matrix(),
+    "entropies": lambda operator: operator.entropies(),
+    "energy": lambda operator: operator.expectation(operator @ operator.H),
 }
 
 
@@ -127,26 +137,81 @@ def test_transforms_give_the_gradients_of_autograd(reading: str, dtype: torch.dt
 
     places = tuple(range(len(cores)))
     expected = torch.autograd.grad(value(*cores), cores)
-    constants = [core.detach() for core in cores]
+    constants = tuple(core.detach() for core in cores)
     torch.testing.assert_close(torch.func.grad(value, places)(*constants), expected)
+
+    # Forward mode: the derivative along a tangent is the real inner product with the gradient.
+    generator = torch.Generator().manual_seed(1)
+    tangents = tuple(torch.randn(core.shape, generator=generator, dtype=dtype) for core in cores)
+    along = sum((g.conj() * t).real.sum() for g, t in zip(expected, tangents, strict=True))
+    same, found = torch.func.jvp(value, constants, tangents)
+    torch.testing.assert_close((same, found), (value(*constants), along))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(core, t) for core, t in zip(constants, tangents, strict=True)]
+        torch.testing.assert_close(forward_ad.unpack_dual(value(*duals)).tangent, along)
     if not dtype.is_complex:
         torch.testing.assert_close(torch.func.jacrev(value, places)(*constants), expected)
+        torch.testing.assert_close(torch.func.jacfwd(value, places)(*constants), expected)
 
 
-@pytest.mark.parametrize("reading", [name for name in READINGS if not name.startswith("canonical")])
+@pytest.mark.parametrize(
+    "reading", [name for name in READINGS if name != "energy" and not name.startswith("canonical")]
+)
 def test_transforms_that_would_be_wrong_are_refused(reading: str) -> None:
     cores = tuple(core.detach() for core in chain_cores())
     batches = [core.expand(2, *core.shape) for core in cores]
 
     def value(*cores: Tensor) -> Tensor:
-        return READINGS[reading](tn.MPO(cores)).sum()
+        return READINGS[reading](tn.MPO(cores)).sin().sum()
 
-    with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.jvp(value, cores, cores)
-    with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.hessian(value)(*cores)
+    def along(*cores: Tensor) -> Tensor:
+        return torch.func.jvp(value, cores, tuple(core.detach() for core in cores))[1]
+
+    places = tuple(range(len(cores)))
+    for second in (
+        torch.func.hessian(value, places),
+        torch.func.jacrev(torch.func.grad(value, places), places),
+    ):
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            second(*cores)
+    for derivative in (torch.func.grad(along), lambda *cores: torch.func.jvp(along, cores, cores)):
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            derivative(*cores)
     with pytest.raises(RuntimeError, match=r"do not support torch\.func\.vmap"):
         torch.func.vmap(value)(*batches)
+
+
+def test_mixed_second_derivatives_are_refused() -> None:
+    """The gradient depends on a parameter that the chain does not depend on."""
+    cores = tuple(core.detach() for core in chain_cores())
+
+    def gradient(factor: Tensor) -> Tensor:
+        return torch.func.grad(lambda core: factor * tn.MPO([core, *cores[1:]]).norm())(cores[0]).sum()
+
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.func.grad(gradient)(torch.tensor(2.0, dtype=torch.float64))
+
+
+def test_decompositions_without_derivatives_refuse_transforms() -> None:
+    matrix = torch.eye(4, dtype=torch.float64)
+    for function in (
+        lambda matrix: tn.truncated_svd(matrix).U.sum(),
+        lambda matrix: tn.decompose(matrix, "tucker").network.cores[0].sum(),
+        lambda matrix: tn.MPO.from_matrices(matrix[None], sites=2)[0].cores[0].sum(),
+    ):
+        for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+            with pytest.raises(RuntimeError, match="no derivatives"):
+                transform(function)(matrix)
+
+
+def test_entropies_of_degenerate_states_have_finite_gradients() -> None:
+    ghz = tn.MPO.from_vector(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 1], dtype=torch.float64))
+    cores = [core.clone().requires_grad_() for core in ghz.cores]
+    entropies = tn.MPO(cores).entropies()
+    torch.testing.assert_close(entropies.detach(), torch.full((2,), 2.0, dtype=torch.float64).log())
+    gradients = torch.autograd.grad(entropies.sum(), cores)
+    for gradient in gradients:  # equal singular values maximize the entropy
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 
 
 def test_algebra_can_be_vectorized() -> None:
@@ -158,6 +223,14 @@ def test_algebra_can_be_vectorized() -> None:
 
     expected = torch.stack([value(*(batch[k] for batch in batches)) for k in range(2)])
     torch.testing.assert_close(torch.func.vmap(value)(*batches), expected)
+
+    def applied(x: Tensor, *cores: Tensor) -> Tensor:
+        return (tn.MPO(cores).T @ tn.MPO(cores)).apply(x)
+
+    batches = [torch.stack([core, -1e20 * core]).detach() for core in chain_cores()]
+    vectors = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.stack([applied(vectors[k], *(batch[k] for batch in batches)) for k in range(2)])
+    torch.testing.assert_close(torch.func.vmap(applied)(vectors, *batches), expected)
 
 
 def test_gradients_know_no_scale() -> None:
@@ -173,12 +246,28 @@ def test_gradients_know_no_scale() -> None:
     torch.testing.assert_close(scaled[0].grad * 1e200, cores[0].grad)
 
 
-@given(matrix=strategies.matrices(dtype=torch.float64))
-def test_decompositions_carry_no_gradient(matrix: Tensor) -> None:
-    matrix.requires_grad_()
+@given(
+    matrix=strategies.matrices(max_size=8),
+    limits=st.sampled_from(({}, {"max_bond": 2}, {"rel_error": 0.3}, {"param_ratio": 0.7})),
+)
+def test_differentiable_decompositions_keep_the_same_limits(matrix: Tensor, limits: dict[str, Any]) -> None:
+    try:
+        plain = tn.MPO.from_matrix(matrix, sites=2, **limits)
+    except BudgetError:
+        return
+    found = tn.MPO.from_matrix(matrix.clone().requires_grad_(), sites=2, **limits)
+    assert all(core.requires_grad for core in found.cores)
+    assert (found.shape, found.bond_dims) == (plain.shape, plain.bond_dims)
+    slack = laws.tolerance(matrix.dtype)
+    assert found.error == pytest.approx(plain.error, rel=1e-2, abs=slack)
+    assert reference.relative_error(matrix, found.to_matrix().detach()) <= found.error + slack
+
+
+def test_decompositions_of_other_topologies_carry_no_gradient() -> None:
+    matrix = torch.randn(4, 6, requires_grad=True)
     factors = tn.truncated_svd(matrix, max_rank=2)
-    operator = tn.MPO.from_matrix(matrix, max_bond=2)
-    assert not any(x.requires_grad for x in (*operator.cores, factors.U, factors.S, factors.Vh))
+    cores = tn.decompose(matrix, "tucker", max_bond=2).network.cores
+    assert not any(x.requires_grad for x in (*cores, factors.U, factors.S, factors.Vh))
 
 
 @given(

@@ -133,7 +133,17 @@ def test_product_states_are_kronecker_products(state: tn.MPO) -> None:
     assert set(product.bond_dims) <= {1}
 
 
+@given(bits=st.text("01", min_size=1, max_size=6))
+def test_bit_strings_are_basis_states(bits: str) -> None:
+    expected = np.zeros(2 ** len(bits))
+    expected[int(bits, 2)] = 1
+    np.testing.assert_array_equal(np.asarray(tn.MPO.product_state(bits))[:, 0], expected)
+
+
 def test_wrong_states_are_refused() -> None:
+    for bits in ("", "012", "up"):
+        with pytest.raises(ShapeError, match="bits"):
+            tn.MPO.product_state(bits)
     with pytest.raises(ShapeError, match="vector at site 1"):
         tn.MPO.product_state([torch.ones(2), torch.ones(2, 2)])
     with pytest.raises(ShapeError, match="dtype"):
