@@ -92,3 +92,13 @@ def _seed() -> None:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """No test leaves another number of threads to those that follow."""
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before, f"The test left torch.set_num_threads({after}) behind; it began with {before}."

@@ -131,7 +131,8 @@ class CompressOptions:
             becomes a separate weight. See `tensornet_hf.rotate`.
         dtype: store weights in this dtype (default: keep their dtype).
         device: device on which the model runs: cpu, cuda, cuda:1, mps.
-        workers: number of processes that compress layers. With more than one, protect the code of a script by
+        workers: number of processes that compress layers (default: all cores on the command line, 1 in
+            scripts). The result does not depend on it. With more than one, protect the code of a script by
             `if __name__ == "__main__":`, as usual with multiprocessing.
         executor: executor that compresses the layers; `workers` is then ignored. Any
             `concurrent.futures.Executor` can be used, such as
@@ -173,7 +174,7 @@ class CompressOptions:
     rotate: bool = option(False, "layers", "flag")
     dtype: str | None = option(None, "output", choices=tuple(DTYPES))
     device: torch.device | str = option("cpu", "run", "device")
-    workers: int = option(1, "run", "integer")
+    workers: int | None = option(None, "run", "integer")
     resume: bool = option(True, "advanced", "flag")
     export: str | None = option(None, "output", name="to", choices=tuple(EXPORT_TARGETS))
     report: str | Path | None = option(None, "output", "path")
@@ -194,8 +195,8 @@ class CompressOptions:
             object.__setattr__(self, "calibration", given)
         texts = () if isinstance(given, ProvidedData) else given
         for name in ("workers", "max_shard_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
         for name, what in (("refine", "refits layers on"), ("heal", "trains on")):
             if getattr(self, name) and not texts:
                 raise OptionError(f"{name}= {what} the calibration text; add calibration=.")
@@ -383,7 +384,7 @@ def _compress(
             force = options.force or options.loads_result
             return FileSink(files, place, work, key=key, force=force, check=finishing)
 
-        with worker_processes(1 if options.executor is not None else options.workers) as own:
+        with worker_processes(1 if options.executor is not None else options.workers or 1) as own:
             executor = options.executor or own
             done = run(opened, planned, open_sink, data, executor=executor, progress=options.progress)
         plan, measured, uncorrected = done.plan, done.measured, done.uncorrected

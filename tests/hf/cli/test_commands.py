@@ -25,6 +25,7 @@ import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet_hf import CompressOptions, load, save
 from tensornet_hf.checkpoint import weight_bytes
+from tensornet_hf.cli import commands
 from tensornet_hf.cli.options import help_of, spelled
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text import load_tokenizer
@@ -181,6 +182,17 @@ def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
     assert (status, err) == (0, "")
     assert json.loads(out)["file_bytes_after"] == Path("streamed/model.safetensors").stat().st_size
     assert torch.allclose(logits(load("streamed")), logits(load("whole")), atol=1e-5)
+
+
+def test_all_cores_work_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device, processes would compete for it, so one is the default."""
+    cases: list[tuple[dict[str, object], int | None]]
+    cases = [({}, 3), ({"workers": 5}, 5), ({"device": "mps"}, None)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        for given, workers in cases:
+            assert commands._compress_options(given)[0].workers == workers
+    assert CompressOptions().workers is None
 
 
 @pytest.mark.slow

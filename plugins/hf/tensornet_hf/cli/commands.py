@@ -221,6 +221,8 @@ def _compress_options(given: Mapping[str, Any]) -> tuple[CompressOptions, dict[s
     """Convert the values of options to `CompressOptions` and to arguments of `CompressionConfig`."""
     command = display_command(["tensornet", *sys.argv[1:]])
     chosen = collect(CompressOptions, given)
+    if chosen.get("device", "cpu") == "cpu":
+        chosen.setdefault("workers", torch.get_num_threads())  # normally the number of cores
     options = CompressOptions(**chosen, command=command, progress=sys.stderr.isatty())
     return options, collect(CompressionConfig, given)
 
