@@ -42,10 +42,12 @@ def check_new_file(path: Path, *, force: bool) -> None:
 
 
 def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the entries that transformers 5 renamed, under the old names that other packages expect."""
+    """Return the entries that transformers 5 renamed or dropped, as other packages expect them."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}
     found["num_experts"] = getattr(config, "num_experts", None)
+    if config.model_type == "deepseek_v3":  # the only function that transformers computes
+        found["scoring_func"] = "sigmoid"
     return {name: value for name, value in found.items() if value is not None}
 
 

