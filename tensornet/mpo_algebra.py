@@ -105,7 +105,7 @@ def _site_by_site(
     left, right = _same_dtype(left, right)
     (left, of_left), (right, of_right) = _split_extremes(left), _split_extremes(right)
     products = (product(a, b) for a, b in zip(left, right, strict=True))
-    return _evened([core.flatten(4).flatten(0, 1) for core in products], of_left + of_right)
+    return _distributed([core.flatten(4).flatten(0, 1) for core in products], of_left + of_right)
 
 
 def kron(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:

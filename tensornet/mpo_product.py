@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tensornet._util import outside_autocast
 from tensornet.budget import caps_of_bonds
-from tensornet.linalg.svd import check_finite, choose_rank, result_dtype, working_dtype
+from tensornet.linalg.svd import choose_rank, result_dtype, working_dtype
 from tensornet.mpo_algebra import (
     Cores,
     dense_matrix,
@@ -65,8 +65,6 @@ def compressed_product(
     kind = torch.promote_types(left[0].dtype, right[0].dtype)
     dtype = working_dtype(kind)
     refuse_vmap([*left, *right])
-    for core in (*left, *right):
-        check_finite(core, "An operator of the product")
     shapes = [(*a.shape, *b.shape) for a, b in zip(left, right, strict=True)]
     if all(v * c <= _SMALL for _, _, _, v, _, _, _, c in shapes):
         wide = [[core.to(dtype) for core in chain] for chain in (left, right)]
@@ -86,7 +84,7 @@ def compressed_product(
     exponent: Tensor | float = 0.0
     factors = []
     for core, other in zip(left, right, strict=True):
-        (a, of_a), (b, of_b) = tamed(core.to(dtype)), tamed(other.to(dtype))
+        (a, of_a), (b, of_b) = (tamed(x.to(dtype), finite=True) for x in (core, other))
         factors.append((a, b))
         exponent = exponent + of_a + of_b
 

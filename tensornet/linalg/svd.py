@@ -104,6 +104,8 @@ _SAFE_RANGE = (1e-8, 1e8)
 
 #: Largest matrices, by their smaller side, for which `leading_basis` does not use a Gram matrix.
 _SMALL = 16
+#: Largest matrices, by their longer side, for which a QR decomposition before the SVD does not pay.
+_LONG = 128
 #: Eigenvalues of a Gram matrix are accurate enough to choose a rank at energies above this number times
 #: `size * eps` of the total.
 _RESOLVED = 4
@@ -222,8 +224,9 @@ OF_LAYER = "check the checkpoint, or leave this layer out with exclude_modules"
 def largest_element(tensor: Tensor) -> float:
     """Find the largest absolute value of all real and imaginary parts; NaN if the tensor contains NaN."""
     parts = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    low, high = (x.item() for x in torch.aminmax(parts.detach()))
-    return max(-low, high) if low == low else math.nan
+    least, most = torch.aminmax(parts.detach())
+    low, high = least.item(), most.item()
+    return max(-low, high) if low == low else math.nan  # only NaN differs from itself
 
 
 def safe_scale(tensor: Tensor) -> float:
@@ -555,7 +558,8 @@ def leading_basis(
     cap = min(cap or size, size)
     found = _basis_by_gram(block, total, cap, allowed) if size > _SMALL and total > 0 else None
     if found is None:
-        U, S, Vh = _lapack_svd(block)
+        long = max(block.shape) > max(_TALL * size, _LONG)
+        U, S, Vh = _exact(block, size, None)[:3] if long else _lapack_svd(block)
         rank, lost = choose_rank([value * value for value in reversed(S.tolist())], cap, allowed)
         found = U[:, :rank], S[:rank, None] * Vh[:rank], lost
     U, rest, lost = found

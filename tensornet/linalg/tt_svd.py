@@ -28,6 +28,7 @@ from tensornet.linalg.svd import (
     is_single,
     iterated_basis,
     keep_rank,
+    leading_basis,
     result_dtype,
     rounding_error,
     safe_scale,
@@ -98,6 +99,11 @@ def split_block(
             return _whole(block, total, last)
         if method == "auto" and (fast := _fast(block, total, cap, last)) is not None:
             return fast
+    alone = block.shape[:-2] == (1,) and not ordered and method == "auto"
+    if alone and allowed is not None and not worth_iterating(min(rows, columns), cap):
+        work = block[0].to(working_dtype(block.dtype))
+        basis, after, discarded = leading_basis(work, float(total), cap, float(allowed))
+        return Split(basis[None], after[None], energy(after[None]), torch.full_like(total, discarded))
     found = factorize(block.to(working_dtype(block.dtype)), cap, allowed, method=method, single=single)
     U, Vh = fix_signs(found.U, found.Vh)
     energies = found.S.square()
