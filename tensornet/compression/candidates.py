@@ -55,6 +55,20 @@ ROUNDED_ROWS = 128
 Counts = dict[tuple[Topology, Topology, int, Storage, torch.dtype], list[tuple[int, int]]]
 
 
+class Priced(NamedTuple):
+    """A weight whose candidates are to be found.
+
+    Args:
+        name: name of the weight, for errors.
+        matrix: the weight, shape `(out, in)`.
+        sensitivity: sensitivity of the loss to errors of the weight; None if errors do not change the loss.
+    """
+
+    name: str
+    matrix: Tensor
+    sensitivity: Sensitivity | None
+
+
 def find_candidates(
     targets: Sequence[Target],
     config: CompressionConfig,
@@ -75,6 +89,19 @@ def find_candidates(
         BudgetError: a layer has no candidate left.
         FormatError: a layer is complex, and none of the configured formats stores complex numbers.
     """
+    counts: Counts = {}
+    for group in groups_by_inputs(targets, config, objective, stats):
+        yield from candidates_of_group(group, config, objective, families, counts)
+
+
+def groups_by_inputs(
+    targets: Sequence[Target], config: CompressionConfig, objective: str, stats: CalibrationStats | None
+) -> Iterator[list[Priced]]:
+    """Yield groups of neighbouring layers with the same inputs; the arguments are those of `find_candidates`.
+
+    Raises:
+        FormatError: see `find_candidates`.
+    """
     if config.formats and not config.number_formats:
         raise FormatError(
             f"The menu {config.formats!r} has no number formats: the program of this target rounds weights "
@@ -88,31 +115,55 @@ def find_candidates(
                     "stores. Add it, as in formats=('float', 'int8'), or leave out the layer "
                     f"(exclude_modules={target.name!r})."
                 )
-    counts: Counts = {}
 
     def inputs(target: Target) -> int:
         """Return a number that neighbouring layers have in common if they have the same inputs."""
         moment = None if stats is None else stats.columns.get(target.name)
         return id(target if moment is None else moment)
 
-    def of_target(target: Target) -> list[Candidate]:
-        seen = layer_sensitivity(target, objective, stats, config.rounding)
-        if config.fixed:
-            return [_given(target, seen, config)]
-        if seen is None:
-            return _insensitive(target.matrix, config)
-        return _of_layer(target, seen, config, objective, counts, families)
+    for _, some in groupby(targets, inputs):
+        with remembering():  # their sensitivities share the damped moment of the inputs
+            group = [
+                Priced(x.name, x.matrix, layer_sensitivity(x, objective, stats, config.rounding))
+                for x in some
+            ]
+        yield group
 
+
+def candidates_of_group(
+    group: Sequence[Priced],
+    config: CompressionConfig,
+    objective: str,
+    families: Sequence[str] | None = None,
+    counts: Counts | None = None,
+) -> list[list[Candidate]]:
+    """Find the candidates of layers with the same inputs; all of them meet the limits on single layers.
+
+    Args:
+        group: the layers.
+        config, objective, families: see `find_candidates`.
+        counts: cache of the sizes of networks.
+
+    Raises:
+        BudgetError: a layer has no candidate left.
+    """
+    counts = {} if counts is None else counts
+    found = []
     # Layers with the same inputs share a factorized moment, and all number formats need the same
     # decompositions of a layer. Both are cached, and since they are large, not for longer.
-    for _, some in groupby(targets, inputs):
-        with remembering():
-            found = [of_target(target) for target in some]
-        yield from found
+    with remembering():
+        for layer in group:
+            if config.fixed:
+                found.append([_given(layer, config)])
+            elif layer.sensitivity is None:
+                found.append(_insensitive(layer.matrix, config))
+            else:
+                found.append(_of_layer(layer, layer.sensitivity, config, objective, counts, families))
+    return found
 
 
 def _of_layer(
-    target: Target,
+    layer: Priced,
     sensitivity: Sensitivity,
     config: CompressionConfig,
     objective: str,
@@ -124,7 +175,7 @@ def _of_layer(
     Raises:
         BudgetError: no candidate is left.
     """
-    matrix = target.matrix
+    matrix = layer.matrix
     pivoted = config.method == "auto" and objective != "weight"  # baselines are stored as published
     # With calibration data, chains are not planned, since low rank is better. Nor are residual networks:
     # their losses are known only after rounding, so planning would take six times as long, for 1 % less loss.
@@ -150,23 +201,23 @@ def _of_layer(
         found = keep_promise(found, matrix, sensitivity.weighting, config.rel_error)
     if not found:
         raise BudgetError(
-            f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
+            f"Layer {layer.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
             f"most rel_error={config.rel_error}."
         )
     return pruned(found) if objective == "curvature" else found  # other objectives have no common budget
 
 
-def _given(target: Target, sensitivity: Sensitivity | None, config: CompressionConfig) -> Candidate:
+def _given(layer: Priced, config: CompressionConfig) -> Candidate:
     """Make the only candidate of a layer for whose shape the configuration gives a topology."""
-    matrix, seen = target.matrix, sensitivity or Sensitivity(Weighting(), Weighting())
+    matrix, seen = layer.matrix, layer.sensitivity or Sensitivity(Weighting(), Weighting())
     shape = (matrix.shape[0], matrix.shape[1])
-    topology = topology_of_shape(config.fixed, shape, f"Layer {target.name!r}")
+    topology = topology_of_shape(config.fixed, shape, f"Layer {layer.name!r}")
     storage = Storage().for_topology(topology)
     made = topology_family(topology.family).fit(matrix, topology, seen.weighting)
     losses = _losses(matrix, made.network.to_matrix(), seen)
     sizes = storage.num_bytes(topology, matrix.dtype), storage.num_params(topology)
     found = Candidate(topology, storage, *sizes, losses.predicted_loss, made.error, losses.cost)
-    return found if sensitivity is not None else found.scaled(0.0)
+    return found if layer.sensitivity is not None else found.scaled(0.0)
 
 
 def _insensitive(matrix: Tensor, config: CompressionConfig) -> list[Candidate]:

@@ -79,6 +79,7 @@ def make_plan(
     stats: CalibrationStats | None = None,
     survey: Survey | str | os.PathLike[str] | None = None,
     tokens: int | None = None,
+    executor: Executor | None = None,
     progress: bool = False,
 ) -> Planned:
     """Survey a model and plan its compression.
@@ -89,11 +90,11 @@ def make_plan(
         data: batches, their name and the loss function; without batches, the errors of the weights decide.
         stats: statistics in place of batches.
         survey: a survey of this model; or a file, which is read if it exists and written otherwise.
-        tokens: see `survey`.
+        tokens, executor: see `survey`.
         progress: whether to show progress bars.
 
     Raises:
-        TargetError, BudgetError, NonFiniteError, FormatError: see `survey` and `Survey.plan`.
+        TargetError, BudgetError, NonFiniteError, FormatError, WorkerError: see `survey` and `Survey.plan`.
     """
     finished = isinstance(config, CompressionPlan)
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
@@ -118,6 +119,7 @@ def make_plan(
             loaded=source.loaded,
             device=source.device,
             find=dense_only if finished else None,
+            executor=executor,
             progress=progress,
         )
     if isinstance(config, CompressionPlan):

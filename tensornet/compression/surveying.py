@@ -3,9 +3,13 @@
 import hashlib
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,15 +41,16 @@ from tensornet.calibration.walk import (
     walk_dtype,
 )
 from tensornet.compression.allocate import Candidate, SurveyedLayer
-from tensornet.compression.candidates import find_candidates
+from tensornet.compression.candidates import groups_by_inputs
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import unfit_formats, without_unseen
 from tensornet.compression.sensitivity import is_known
 from tensornet.compression.shared_cores import SharedCandidate, candidates_of
 from tensornet.compression.survey import Survey, untargeted_sizes
+from tensornet.compression.tasks import Calls, price_group
 from tensornet.errors import BudgetError
-from tensornet.linalg.svd import OF_LAYER, check_finite, singular_values
+from tensornet.linalg.svd import OF_LAYER, check_finite
 from tensornet.nn.extension import shared_candidates
 from tensornet.nn.storage import PLAIN
 from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
@@ -88,6 +93,7 @@ def survey_model(
     device: torch.device | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     find: FindCandidates | None = None,
+    executor: Executor | None = None,
     progress: bool = False,
 ) -> Survey:
     """Predict the loss increase of every network and number format of all targeted layers.
@@ -117,6 +123,9 @@ def survey_model(
             matrix. They replace the moments of the inputs, of which only the diagonal is then known.
         find: function that finds the candidates of layers from the configuration and the moments; by
             default `find_candidates`.
+        executor: executor that finds the candidates while this process runs the next block; by default, this
+            process finds them, too. The survey does not depend on the number of workers. Moments of two
+            blocks are then in memory.
         progress: whether to show a progress bar.
 
     Raises:
@@ -125,6 +134,7 @@ def survey_model(
         NonFiniteError: a weight, inputs or gradients of a layer are not finite; the message names the layer.
         BudgetError: a layer has no candidate that keeps the limits of the configuration.
         FormatError: no number format fits any layer.
+        WorkerError: a process of the executor died.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -144,7 +154,8 @@ def survey_model(
     tokens = tokens or SURVEY_TOKENS[config.survey_kind]
     objective = "activation" if config.objective == "activation" else "curvature"
     families = () if config.survey_kind == "fast" or find is dense_only else config.families
-    find = find or partial(find_candidates, objective=objective, families=families)
+    # A lazy source is priced by one thread, so that the result does not depend on the number of workers.
+    alone = executor is not None or loaded is not in_memory
     device = device or device_of(model)
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
@@ -169,6 +180,14 @@ def survey_model(
 
         # Find the candidates of every block as soon as its moments are known, then drop the moments.
         surveyed: dict[str, SurveyedLayer] = {}
+        begun: deque[tuple[list[SurveyedLayer], Calls]] = deque()  # blocks whose candidates are being found
+
+        def collect() -> None:
+            some, calls = begun.popleft()
+            facts = chain.from_iterable(calls.results())
+            for layer, (found, spectrum) in zip(some, facts, strict=True):
+                surveyed[layer.name] = replace(layer, candidates=tuple(found), spectrum=tuple(spectrum))
+
         stacks: dict[tuple[str, ...], Sequence[SharedCandidate]] = {}
         factors: dict[str, Tensor] = {}
         heads: dict[str, Tensor] = {}
@@ -177,7 +196,10 @@ def survey_model(
         loss: float | None = None
         count = sum(map(tokens_of, given))
         visits = len(names) * (2 if loss_fn is not None else 1) + 1
-        with block_bar("surveying", visits, count, progress=progress) as visited:
+        with (
+            block_bar("surveying", visits, count, progress=progress) as visited,
+            ExitStack() as unfinished,
+        ):
             for name, stats in (
                 inputs_by_block(walk, recorder, precision=precision)
                 if loss_fn is None
@@ -197,10 +219,19 @@ def survey_model(
                 with loaded([module for x in known for module in x.modules], dtype=None):
                     for target in known:
                         check_finite(target.matrix, f"Layer {target.name!r}", OF_LAYER)
-                    found = find(known, config, stats=stats)
-                    spectra = [singular_values(x.matrix).tolist() if families else [] for x in known]
-                    for target, *facts_of in zip(known, found, spectra, strict=True):
-                        surveyed[target.name] = SurveyedLayer.of(target, *facts_of)
+                    layers = [SurveyedLayer.of(x, ()) for x in known]
+                    surveyed |= {x.name: x for x in layers}
+                    if find is None:
+                        groups = list(groups_by_inputs(known, config, objective, stats))
+                        arguments = [(group, config, objective, families, alone) for group in groups]
+                        weights = [sum(x.matrix.numel() for x in group) for group in groups]
+                        calls = Calls(price_group, arguments, weights, executor)
+                        unfinished.callback(calls.cancel)
+                        begun.append((layers, calls))
+                        del groups, arguments, calls
+                    else:
+                        for layer, found in zip(layers, find(known, config, stats=stats), strict=True):
+                            surveyed[layer.name] = replace(layer, candidates=tuple(found))
                     if config.share_experts and find is not dense_only:
                         stacks |= shared_candidates(known, stats, config)
                 unrouted += [x.name for x in known if all(stats.counts.get(y) == 0 for y in x.names)]
@@ -209,7 +240,11 @@ def survey_model(
                 seen |= seen_inputs(known, stats)
                 loss = stats.loss
                 del stats  # the moments of a block need more memory than anything else
+                while len(begun) > (executor is not None):
+                    collect()
                 visited()
+            while begun:
+                collect()
     kept, unseen = without_unseen(targets, [x for x in targets if x.name not in surveyed])
     template = CompressionPlan(
         (),
@@ -223,7 +258,7 @@ def survey_model(
         unrouted=tuple(unrouted),
         unfit=unfit,
     )
-    layers = tuple(surveyed[x.name] for x in kept)
+    surveyed_layers = tuple(surveyed[x.name] for x in kept)
     key = {"tokens": str(count), "text": tensor_digest(given), "inputs": tensor_digest([inputs or {}])}
     losses = tuple(float(f"{x:.4g}") for part in walk.losses for x in part.tolist())
     sizes = untargeted_sizes(model, kept)
@@ -231,7 +266,7 @@ def survey_model(
         samples = weight_samples(list_weights(model))
     return Survey(
         config,
-        layers,
+        surveyed_layers,
         template,
         sizes,
         key=key,

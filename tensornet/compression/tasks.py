@@ -1,4 +1,4 @@
-"""Compress several matrices, in this process or with an executor.
+"""Compress several matrices, or find their candidates, in this process or with an executor.
 
 Without error feedback between the outputs, the rows of a dense matrix are rounded independently. So a large
 matrix is split into parts of its rows, which several processes can round at the same time. The parts depend
@@ -9,8 +9,8 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from multiprocessing import get_context, parent_process
@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from tensornet._util import remembering
+from tensornet.compression.allocate import Candidate
 from tensornet.compression.apply import compress_layer
+from tensornet.compression.candidates import Priced, candidates_of_group
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import LayerPlan
 from tensornet.errors import WorkerError
-from tensornet.linalg.svd import energy
+from tensornet.linalg.svd import energy, singular_values
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_stored
 from tensornet.nn.storage import PackedCore
@@ -126,19 +129,84 @@ def results(tasks: Sequence[Task], compress: Callable[..., Any], executor: Execu
             with remembering():  # tasks with the same inputs share the factorized moment
                 found += [compress(*task) for task in some]
         return found
-    # The largest tasks begin first, so that no worker is left with one of them when all others have finished.
-    order = sorted(range(len(tasks)), key=lambda k: tasks[k].matrix.numel(), reverse=True)
-    futures = {k: executor.submit(compress, *tasks[k]) for k in order}
-    try:
-        return [futures[k].result() for k in range(len(tasks))]
-    except BrokenExecutor as error:
-        raise WorkerError(
-            f"A worker died ({error}), most likely because memory ran out. Use fewer workers. Finished "
-            "layers are kept; run the same command again to continue."
-        ) from error
-    finally:
-        for future in futures.values():
+    return Calls(compress, tasks, [x.matrix.numel() for x in tasks], executor).results()
+
+
+class Calls:
+    """Calls of a function that an executor has begun, or that this process has finished.
+
+    Args:
+        function: the function; for an executor with processes, it must be at the top level of a module.
+        arguments: arguments of each call.
+        sizes: number of weights of each call. The largest calls begin first, so that no worker is left with
+            one of them when all others have finished.
+        executor: executor that calls the function; if None, this process does so at once.
+
+    Raises:
+        WorkerError: a process of the executor died.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Sequence[Any]],
+        sizes: Sequence[int],
+        executor: Executor | None,
+    ) -> None:
+        self.done = [] if executor is not None else [function(*x) for x in arguments]
+        self.futures: dict[int, Future[Any]] = {}
+        if executor is not None:
+            with self._watched():
+                for k in sorted(range(len(arguments)), key=lambda k: sizes[k], reverse=True):
+                    self.futures[k] = executor.submit(function, *arguments[k])
+
+    def results(self) -> list[Any]:
+        """Wait for the calls, and return their results in the order of the arguments.
+
+        Raises:
+            WorkerError: a process of the executor died.
+        """
+        try:
+            with self._watched():
+                return self.done + [self.futures[k].result() for k in range(len(self.futures))]
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Cancel the calls that have not begun."""
+        for future in self.futures.values():
             future.cancel()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenExecutor as error:
+            raise WorkerError(
+                f"A worker died ({error}), most likely because memory ran out. Use fewer workers. Finished "
+                "layers are kept; run the same command again to continue."
+            ) from error
+
+
+def price_group(
+    group: Sequence[Priced],
+    config: CompressionConfig,
+    objective: str,
+    families: Sequence[str],
+    alone: bool,
+) -> list[tuple[list[Candidate], list[float]]]:
+    """Find the candidates of layers with the same inputs, and the singular values of their weights.
+
+    Args:
+        group: the layers.
+        config, objective: see `find_candidates`.
+        families: families of the networks among the candidates; without any, no singular values are computed.
+        alone: whether to use a single thread (see `compress_alone`).
+    """
+    with one_thread() if alone else nullcontext():
+        found = candidates_of_group(group, config, objective, families)
+        spectra = [singular_values(x.matrix).tolist() if families else [] for x in group]
+    return list(zip(found, spectra, strict=True))
 
 
 def _inputs(task: Task) -> int:

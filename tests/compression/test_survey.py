@@ -6,6 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from tensornet.compression import Survey, survey_from_stats
 from tensornet.compression.candidates import find_candidates
 from tensornet.compression.survey import content_digest, untargeted_sizes
 from tensornet.compression.write import moment_of
-from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError
+from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError, WorkerError
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 
@@ -115,6 +116,79 @@ def test_survey_equals_that_from_statistics_of_the_whole_model(make: Any, effort
             assert mine.predicted_loss == pytest.approx(theirs.predicted_loss, rel=2e-2, abs=1e-9)
             assert mine.cost == pytest.approx(theirs.cost, rel=2e-2, abs=1e-9)
             assert mine.error == pytest.approx(theirs.error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "effort", "workers"), [(llama, "fast", 1), (llama, "fast", 3), (perceptron, "thorough", 3)]
+)
+def test_prices_do_not_depend_on_workers(make: Any, effort: Any, workers: int) -> None:
+    torch.manual_seed(0)
+    model, batches = make().eval(), [MODELS[make](seed) for seed in range(2)]
+    config = replace(CONFIG, effort=effort)
+    with ThreadPoolExecutor(workers) as executor:
+        found = tn.survey(model, batches, config, executor=executor)
+    expected = tn.survey(model, batches, config)
+    assert found.layers == expected.layers
+    assert found.plan() == expected.plan()
+
+
+class Later(Executor):
+    """Executor that calls a function when its result is asked for, and counts the calls that wait."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.fault, self.waiting, self.most = fault, 0, 0
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        executor = self
+
+        class Asked(Future[Any]):
+            def result(self, timeout: float | None = None) -> Any:
+                executor.waiting -= 1
+                if executor.fault is not None:
+                    raise executor.fault
+                return function(*args, **kwargs)
+
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        self.futures.append(Asked())
+        return self.futures[-1]
+
+
+def test_candidates_of_at_most_two_blocks_wait() -> None:
+    """Each of the three blocks has four groups of layers with the same inputs."""
+    torch.manual_seed(0)
+    executor, model = Later(), llama().eval()
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    model.config.num_hidden_layers = 3
+    survey = tn.survey(model, [text(1)], CONFIG, executor=executor)
+    assert len(executor.futures) == 3 * 4 + 2  # and the embedding, and the head
+    assert executor.most == 2 * 4
+    assert survey.layers == tn.survey(model, [text(1)], CONFIG).layers
+
+
+def test_a_survey_whose_worker_dies_says_so() -> None:
+    executor = Later(BrokenExecutor("it was killed"))
+    with pytest.raises(WorkerError, match=r"A worker died .*it was killed.*Use fewer workers"):
+        tn.survey(llama().eval(), [text(1)], CONFIG, executor=executor)
+    assert all(future.cancelled() for future in executor.futures)
+
+
+class Interrupted(dict[tuple[int, int], Tensor]):
+    """Hidden states of a survey that is interrupted when the last of two blocks has been visited."""
+
+    def __delitem__(self, key: tuple[int, int]) -> None:
+        if key[0] == 1:
+            raise KeyboardInterrupt
+        super().__delitem__(key)
+
+
+def test_a_survey_that_is_interrupted_cancels_what_waits() -> None:
+    executor = Later()
+    with pytest.raises(KeyboardInterrupt):
+        tn.survey(llama().eval(), [text(1)], CONFIG, executor=executor, states=Interrupted())
+    assert len(executor.futures) == 4
+    assert all(future.cancelled() for future in executor.futures)
 
 
 def test_plan_equals_that_from_statistics() -> None:

@@ -9,9 +9,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -131,10 +131,10 @@ class CompressOptions:
             becomes a separate weight. See `tensornet_hf.rotate`.
         dtype: store weights in this dtype (default: keep their dtype).
         device: device on which the model runs: cpu, cuda, cuda:1, mps.
-        workers: number of processes that compress layers (default: all cores on the command line, 1 in
-            scripts). The result does not depend on it. With more than one, protect the code of a script by
-            `if __name__ == "__main__":`, as usual with multiprocessing.
-        executor: executor that compresses the layers; `workers` is then ignored. Any
+        workers: number of processes that survey and compress layers (default: all cores on the command line,
+            1 in scripts). The result does not depend on it. With more than one, protect the code of a script
+            by `if __name__ == "__main__":`, as usual with multiprocessing.
+        executor: executor that surveys and compresses the layers; `workers` is then ignored. Any
             `concurrent.futures.Executor` can be used, such as
             `dask.distributed.Client(...).get_executor()`.
         resume: continue an interrupted run. If False, its files are deleted.
@@ -359,37 +359,36 @@ def _compress(
     # Plan, and compress block by block. A result that is still to be changed or measured is a model folder.
     place = work / COMPRESSED if options.loads_result else path
     lazy, opened = open_source(folder, options, work, runs=reads_data)
-    planned = _plan(lazy, opened, config, data, options, work)
-    if options.loads_result and (work / DONE).is_file():
-        plan, measured, uncorrected = _read_done(work / DONE)
-    else:
+    with workers_of(options) as executor:
+        planned = _plan(lazy, opened, config, data, options, work, executor)
+        if options.loads_result and (work / DONE).is_file():
+            plan, measured, uncorrected = _read_done(work / DONE)
+        else:
 
-        def finishing() -> None:
-            check_unchanged(marks, file_marks(folder, options.weights))
-            check()
+            def finishing() -> None:
+                check_unchanged(marks, file_marks(folder, options.weights))
+                check()
 
-        def open_sink(plan: CompressionPlan) -> FileSink:
-            # A model that ran may have left states in its modules, which cannot be copied.
-            about = {"networks": options.networks, "max_shard_bytes": options.max_shard_bytes}
-            title = folder.resolve().name
-            model = PlannedModel.of(open_lazily(lazy.source), plan, folder=folder, title=title, **about)
-            exports = None if target is None or options.loads_result else EXPORT_TARGETS[target]
-            files = lay_out_folder(model) if exports is None else exports.lay_out(model)
-            stored = {name for layout in files.layouts.values() for name in layout.places}
-            for name, why in files.dense.items():
-                if name in stored:
-                    warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
-            key = json_digest([plan.to_dict(), options.max_shard_bytes, target])
-            # Without its record, the result of a run that was killed at its end is written again.
-            force = options.force or options.loads_result
-            return FileSink(files, place, work, key=key, force=force, check=finishing)
+            def open_sink(plan: CompressionPlan) -> FileSink:
+                # A model that ran may have left states in its modules, which cannot be copied.
+                about = {"networks": options.networks, "max_shard_bytes": options.max_shard_bytes}
+                title = folder.resolve().name
+                model = PlannedModel.of(open_lazily(lazy.source), plan, folder=folder, title=title, **about)
+                exports = None if target is None or options.loads_result else EXPORT_TARGETS[target]
+                files = lay_out_folder(model) if exports is None else exports.lay_out(model)
+                stored = {name for layout in files.layouts.values() for name in layout.places}
+                for name, why in files.dense.items():
+                    if name in stored:
+                        warnings.warn(f"{name} is not stored as integers: {why}.", stacklevel=2)
+                key = json_digest([plan.to_dict(), options.max_shard_bytes, target])
+                # Without its record, the result of a run that was killed at its end is written again.
+                force = options.force or options.loads_result
+                return FileSink(files, place, work, key=key, force=force, check=finishing)
 
-        with worker_processes(1 if options.executor is not None else options.workers or 1) as own:
-            executor = options.executor or own
             done = run(opened, planned, open_sink, data, executor=executor, progress=options.progress)
-        plan, measured, uncorrected = done.plan, done.measured, done.uncorrected
-        if options.loads_result:
-            _write_done(work / DONE, done)
+            plan, measured, uncorrected = done.plan, done.measured, done.uncorrected
+            if options.loads_result:
+                _write_done(work / DONE, done)
     # Report.
     parts = [part for key, part in lazy.source.tensors.items() if key not in lazy.surplus]
     params, size = sum(part.numel for part in parts), sum(part.nbytes for part in parts)
@@ -508,6 +507,13 @@ def _receipt(
     )
 
 
+@contextmanager
+def workers_of(options: CompressOptions) -> Iterator[Executor | None]:
+    """Yield the executor that the options give or ask for; None for a single worker."""
+    with worker_processes(1 if options.executor is not None else options.workers or 1) as own:
+        yield options.executor or own
+
+
 def _plan(
     lazy: LazyModel,
     opened: Source,
@@ -515,6 +521,7 @@ def _plan(
     data: ProvidedData,
     options: CompressOptions,
     work: Path,
+    executor: Executor | None,
 ) -> Planned:
     """Plan the compression of a model that is opened lazily.
 
@@ -538,7 +545,15 @@ def _plan(
     ]
     tokens = options.calibration_tokens
     with one_thread() if not reads_data else nullcontext(), lazy.loaded(unmapped, dtype=None):
-        planned = make_plan(opened, config, data, survey=survey, tokens=tokens, progress=options.progress)
+        planned = make_plan(
+            opened,
+            config,
+            data,
+            survey=survey,
+            tokens=tokens,
+            executor=executor,
+            progress=options.progress,
+        )
     shutil.rmtree(work / SURVEYED, ignore_errors=True)
     if plan_file is not None:
         write_file(plan_file, [json.dumps(planned.plan.to_dict()).encode()])
@@ -720,7 +735,8 @@ def plan_folder(
             needed = _needed(model, folder, options)
             checked = for_target(options.export, checked, model, folder, needed)
         data = calibration_batches(model, folder, checked, options, options.text) if runs else None
-        planned = _plan(lazy, opened, checked, data or ProvidedData([], ""), options, work)
+        with workers_of(options) as executor:
+            planned = _plan(lazy, opened, checked, data or ProvidedData([], ""), options, work, executor)
     plan = planned.plan
 
     params, size = model_size(model)
