@@ -12,7 +12,7 @@ Reference:
     resources"; Shoham, Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from tensornet.compression.config import DEFAULT_FORMATS, CompressionConfig
 from tensornet.errors import BudgetError
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target
+from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
 _Choice = TypeVar("_Choice")
@@ -361,6 +362,7 @@ def choose_candidates(
     *,
     untargeted: tuple[int, int, int] = (0, 0, 0),
     names: Sequence[str] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> tuple[list[int], str]:
     """Choose one candidate for each layer, so that all budgets of a configuration are met.
 
@@ -372,12 +374,13 @@ def choose_candidates(
         untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
             other bytes of the model's file; they count in budgets of the whole model.
         names: name of each layer or group, for error messages; by default, the names of the layers.
+        shares: share of the tokens that are multiplied with each layer or group; by default 1.
 
     Returns:
         Index of the candidate of each layer, and the name of the tightest budget.
 
     Raises:
-        BudgetError: the budgets cannot be met.
+        BudgetError: the budgets cannot be met, or the speed of a number format is not known.
     """
     if objective != "curvature" or not (config.param_ratio is not None or config.needs_curvature):
         if config.formats:
@@ -395,6 +398,8 @@ def choose_candidates(
         add("param_ratio", "params", config.param_ratio * sum(x.numel for x in layers))
     for name, allowed in allowed_bytes(config, layers, untargeted).items():
         add(name, "num_bytes", allowed, entry_bytes(config, name, layers))
+    if config.tokens_per_second is not None:
+        caps.append(_time_cap(candidates, shares or [1.0] * len(candidates), config, untargeted[1]))
     if not caps:
         assert config.loss_increase is not None
         curves = [curve_of(found, "num_bytes" if config.formats else "params") for found in candidates]
@@ -488,6 +493,42 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
             ) from error
     best = min(kept, key=lambda chosen: total_cost(caps[0].curves, chosen))
     return best, max(caps, key=lambda cap: cap.use(best)).name
+
+
+def _time_cap(
+    candidates: Sequence[Sequence[Candidate]],
+    shares: Sequence[float],
+    config: CompressionConfig,
+    untargeted_bytes: int,
+) -> Cap:
+    """Limit the seconds in which a runtime reads all weights once (see `CompressionConfig.speeds`).
+
+    Raises:
+        BudgetError: the speed of a format is not known; or the parameters that are not targeted take longer.
+    """
+    speeds, wanted = config.speeds, config.tokens_per_second
+    assert isinstance(speeds, Mapping)
+    assert wanted is not None
+    formats = {x.number_format for found in candidates for x in found}
+    known = {name: NumberFormat.parse(name).name for name in formats if name}
+    if missing := sorted({known.get(name, "networks") for name in formats} - speeds.keys()):
+        raise BudgetError(
+            f"tokens_per_second needs the speed of {', '.join(missing)}; speeds has {', '.join(speeds)}. Add "
+            "it, or name the formats to plan with: formats=('gguf', 'int4:g32:float16')."
+        )
+    others = untargeted_bytes / speeds.get("float", max(speeds.values()))
+    allowed = 1 / wanted - others
+    if allowed <= 0:
+        raise BudgetError(
+            f"tokens_per_second={wanted:g} cannot be reached: tensors that are not compressed already take "
+            f"{others:.3g} s for a token. Lower it, or target more layers."
+        )
+    curves = []
+    for found, share in zip(candidates, shares, strict=True):
+        seconds = [share * x.num_bytes / speeds[known[x.number_format]] for x in found]
+        costs = torch.tensor([x.cost for x in found], dtype=torch.float64)
+        curves.append(CostCurve(torch.tensor(seconds, dtype=torch.float64), costs))
+    return Cap("tokens_per_second", curves, allowed)
 
 
 def entry_bytes(config: CompressionConfig, budget: str, layers: Sequence[SurveyedLayer]) -> int:

@@ -5,8 +5,12 @@ The options of the command line are made from the fields of `CompressionConfig` 
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
+import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tensornet._util import check_number, check_size, check_type
@@ -38,9 +42,9 @@ Effort = Literal["fast", "thorough"]
 EFFORTS = get_args(Effort)
 AUTO = "auto"
 #: Budgets for all layers together; they need the sensitivity of the loss to errors in each layer.
-SHARED_BUDGETS = ("bits_per_weight", "max_bytes", "loss_increase")
-#: Budgets that limit bytes.
-BYTE_BUDGETS = ("bits_per_weight", "max_bytes")
+SHARED_BUDGETS = ("bits_per_weight", "max_bytes", "loss_increase", "tokens_per_second")
+#: Budgets that limit bytes, or the time that it takes to read them.
+BYTE_BUDGETS = ("bits_per_weight", "max_bytes", "tokens_per_second")
 #: Number formats to plan with if a budget of bytes is given without formats.
 DEFAULT_FORMATS = (
     "float",
@@ -112,13 +116,19 @@ class CompressionConfig(LayerSelection):
             registers the menus `"gguf"`, `"mlx"`, `"gptq"` and `"compressed-tensors"`. They contain the
             formats of these file types, and sizes are then the bytes in such a file. `"gguf-fast"` is the
             part of `"gguf"` for which llama.cpp has fast kernels, `"openvino"` the part that OpenVINO GenAI
-            reads; `"vllm"` is the part of `"compressed-tensors"` that vLLM computes on all devices. Menus of
+            reads; `"vllm"` is the part of `"compressed-tensors"` that vLLM computes on any GPU. Menus of
             GGUF and MLX plan embeddings and heads too. If formats follow the name of a menu, only these
             formats of the menu are used, as in `("gguf", "int4:g32:float16", "float")`. The formats `"mxfp4"`
             and `"nvfp4"` of the menus `"gguf"` and `"compressed-tensors"` are planned only if they are named
             so.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             calibration data. Without another budget, the smallest model within this limit is planned.
+        tokens_per_second: least speed at which the weights alone let a runtime generate text, such as 30. It
+            needs calibration data and `speeds`. A token reads the rows of embeddings, and its own experts,
+            so these are counted by the share of the tokens that read them.
+        speeds: JSON file with the bytes of weights that a runtime reads and computes in a second, by number
+            format; benchmarks/speeds.py measures those of llama.cpp. In Python, a dictionary such as
+            `{"float": 9e9, "int4:g32:float16": 8e9}`.
         method: how to compress: auto minimizes the predicted loss increase; gptq, nearest and svd are the
             usual baselines. `"auto"` divides budgets among the layers, and rounds integers with error
             feedback along inputs and outputs. Without calibrated gradients it minimizes the errors of the
@@ -161,6 +171,8 @@ class CompressionConfig(LayerSelection):
     max_bytes: int | None = option(None, "budget", "size")
     formats: str | Sequence[str] | None = option(None, "advanced", "names")
     loss_increase: float | None = option(None, "budget", "number")
+    tokens_per_second: float | None = option(None, "budget", "number")
+    speeds: Mapping[str, float] | str | os.PathLike[str] | None = option(None, "advanced", "text")
     method: Method = option("auto", "advanced", choices=METHODS)
     share_experts: bool = option(False, "layers", "flag")
     effort: Effort = option("fast", "budget", choices=EFFORTS)
@@ -179,6 +191,7 @@ class CompressionConfig(LayerSelection):
                 raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
         if not isinstance(self.share_experts, bool):
             raise ValueError(f"share_experts must be True or False, got {self.share_experts!r}.")
+        object.__setattr__(self, "speeds", _checked_speeds(self))
         self._check_budgets()
         if self.share_experts:
             self._check_sharing()
@@ -190,6 +203,7 @@ class CompressionConfig(LayerSelection):
             "rel_error": self.rel_error is not None,
             "topology": bool(self.fixed),
             "method": self.method != "auto",
+            "tokens_per_second": self.tokens_per_second is not None,
         }
         if conflicts := [name for name, is_set in apart.items() if is_set]:
             raise BudgetError(
@@ -295,7 +309,8 @@ class CompressionConfig(LayerSelection):
     @property
     def one_format_keeps(self) -> bool:
         """True if a plan without calibration data can meet the budgets: one number format for all layers."""
-        return self.formats is not None and self.param_ratio is None and self.loss_increase is None
+        others = (self.param_ratio, self.loss_increase, self.tokens_per_second)
+        return self.formats is not None and all(x is None for x in others)
 
     @property
     def survey_kind(self) -> str:
@@ -380,6 +395,35 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
             "family."
         )
     return found
+
+
+def _checked_speeds(config: CompressionConfig) -> dict[str, float] | None:
+    """Read and check the speeds of number formats; the result has the canonical names of the formats.
+
+    Raises:
+        BudgetError: there are no speeds, but a budget needs them; or the file, or a speed, is not valid.
+        FormatError: a number format is unknown.
+    """
+    given: Any = config.speeds
+    if given is None:
+        if config.tokens_per_second is not None:
+            raise BudgetError(
+                "tokens_per_second needs speeds: a JSON file, or a dictionary, with the bytes of weights "
+                "that a runtime computes in a second in each format. benchmarks/speeds.py measures them."
+            )
+        return None
+    if isinstance(given, str | os.PathLike):
+        try:
+            given = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BudgetError(f"speeds={str(config.speeds)!r} cannot be read: {error}.") from error
+    if not isinstance(given, Mapping) or not given:
+        raise BudgetError(f"speeds must map number formats to bytes in a second, got {given!r:.100}.")
+    for name, speed in given.items():
+        check_number(f"speeds[{name!r}]", speed)
+        if not 0 < speed < math.inf:
+            raise BudgetError(f"speeds[{name!r}] must be above 0 and finite, got {speed!r}.")
+    return {NumberFormat.parse(name).name: float(speed) for name, speed in given.items()}
 
 
 def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:

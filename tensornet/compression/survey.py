@@ -98,14 +98,15 @@ class Survey:
         """Compute the plan of least predicted loss for one budget.
 
         Args:
-            budget: any of `param_ratio`, `bits_per_weight`, `max_bytes` and `loss_increase`; they
-                replace the budgets of the configuration.
+            budget: any of `param_ratio`, `bits_per_weight`, `max_bytes`, `loss_increase` and
+                `tokens_per_second`; they replace the budgets of the configuration. `speeds` replace its
+                speeds.
 
         Raises:
             BudgetError: the budget cannot be met; or it contains another limit, such as `max_bond`, which
                 cannot be changed because the candidates depend on it.
         """
-        if unknown := sorted(budget.keys() - set(BUDGETS)):
+        if unknown := sorted(budget.keys() - {*BUDGETS, "speeds"}):
             raise BudgetError(
                 f"The budget of a plan can be {', '.join(BUDGETS)}; got {', '.join(unknown)}. Survey "
                 "the model again with other options."
@@ -137,12 +138,25 @@ class Survey:
             objective,
             untargeted=self.untargeted,
             names=[", ".join(names[k] for k in group) for group in groups],
+            shares=[self._share([self.layers[k] for k in group]) for group in groups],
         )
         chosen = [0] * len(names)
         for group, (_, places), index in zip(groups, options, found, strict=True):
             for k, place in zip(group, places[index], strict=True):
                 chosen[k] = place
         return self.planned(chosen, bound_by)
+
+    def _share(self, layers: Sequence[SurveyedLayer]) -> float:
+        """Compute the share of tokens that are multiplied with the weights of a group of layers.
+
+        It is 0 for tables, of which a token reads a row, and below 1 for the experts of a mixture.
+        """
+        tokens = int(self.key.get("tokens", 0))
+        total = 0.0
+        for layer in layers:
+            count = self.inputs[layer.name][1] if layer.name in self.inputs else 0
+            total += layer.numel * min(1.0, count / max(tokens, 1))
+        return total / sum(x.numel for x in layers)
 
     def planned(
         self, chosen: Sequence[int], bound_by: str, shared: Sequence[SharedCandidate] = ()
@@ -185,7 +199,7 @@ class Survey:
             BudgetError: the survey depends on an option that differs; the message names it.
         """
         for x in fields(config):
-            if x.name not in BUDGETS and getattr(config, x.name) != getattr(self.config, x.name):
+            if x.name not in (*BUDGETS, "speeds") and getattr(config, x.name) != getattr(self.config, x.name):
                 raise BudgetError(
                     f"The survey was made with {x.name}={getattr(self.config, x.name)!r}, not "
                     f"{getattr(config, x.name)!r}. Use the same option, or survey the model again."

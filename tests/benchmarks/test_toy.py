@@ -46,6 +46,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "mpoe_vs_switch": (9, {"loss", "bytes", "seconds_per_step", "expert_parameters"}),
     "scale": (5, {"question", "case"}),
     "specialists": (3, {"loss", "losses", "ninth", "lost", "rate", "seconds"}),
+    "speeds": (3, {"format", "bytes", "seconds"}),
     "any_size": (
         1,
         {"shape", "blocks", "workers", "block_seconds", "processor_seconds", "peak_gb", "disk_gb"},

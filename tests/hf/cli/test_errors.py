@@ -81,6 +81,8 @@ FAILED = [
     ("compress GPT2 out CHAIN --topology-option sites=30 --calibration text.txt", "at most 25 legs"),
     ("compress GPT2 out CHAIN --topology-option colour=red", "does not know the options colour.*in_dims"),
     ("compress GPT2 out --bits 4 --formats int9", "Unknown number format 'int9'"),
+    ("compress GPT2 out --tokens-per-second 9", "needs speeds: a JSON file"),
+    ("compress GPT2 out --tokens-per-second 9 --speeds no.json", "--speeds no.json cannot be read"),
     ("compress GPT2 out --bits 4 --formats gguf-slow", "Menus are gguf, gguf-fast"),
     ("compress GPT2 out --topology-option rel_error=0.5 --report no/r.html", "report cannot be written"),
     ("compress GPT2 out --plan empty.txt", "Cannot read a compression plan"),

@@ -91,7 +91,7 @@ register_target(
         adapter=export_peft_adapter,
     ),
 )
-#: Formats for which vLLM has kernels on all its devices: those of 3, 5, 6 and 7 bits need Humming (CUDA).
+#: Formats for which vLLM has kernels on any GPU; 3, 5, 6 and 7 bits need Humming. On a CPU it has int4 alone.
 _VLLM = ("float", "int8", "int8:g128", "int4:g32", "int4", "int4:g128")
 MENUS.add("vllm", replace(COMPRESSED_TENSORS_MENU, formats=_VLLM, on_request=("nvfp4",)))
 register_target(
