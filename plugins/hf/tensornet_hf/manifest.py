@@ -13,10 +13,12 @@ from tensornet_hf.lazy_model import LazyModel
 
 #: What becomes of a tensor that is not written.
 LEFT_OUT = "left out"
+#: What tensors of draft heads are called.
+DRAFT = "draft head (MTP)"
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 #: Patterns of names of tensors that classes of transformers do not have, and what these tensors are.
 _KINDS = (
-    (re.compile(r"(^|[._])(mtp|nextn)|eh_proj"), "draft head (MTP)"),
+    (re.compile(r"(^|[._])(mtp|nextn)|eh_proj"), DRAFT),
     (re.compile(r"vision|visual|image|multi_modal"), "vision tower or its projector"),
     (re.compile(r"audio|speech"), "audio tower"),
     (re.compile(r"inv_freq|rotary|attn\.(masked_)?bias$"), "constant that the model computes itself"),
@@ -34,10 +36,27 @@ def why_left_out(name: str, layers: int | None) -> str:
     """
     found = _LAYER.search(name)
     if found is not None and layers is not None and int(found[1]) >= layers:
-        return "draft head (MTP)"
+        return DRAFT
     return next(
         (what for pattern, what in _KINDS if pattern.search(name)), "not in the model of transformers"
     )
+
+
+def draft_heads(lazy: LazyModel) -> dict[int, list[str]]:
+    """Return the names of the stored tensors of draft heads, by number of their block in llama.cpp's files.
+
+    There, draft heads follow the other blocks, also if they are stored under a name of their own (`mtp`).
+    """
+    layers = getattr(lazy.model.config.get_text_config(), "num_hidden_layers", None)
+    if layers is None:
+        return {}
+    blocks: dict[int, list[str]] = defaultdict(list)
+    for name in lazy.surplus:
+        if why_left_out(name, layers) == DRAFT:
+            found = _LAYER.search(name)
+            number = 0 if found is None else int(found[1])
+            blocks[number if number >= layers else layers + number].append(name)
+    return dict(blocks)
 
 
 def warn_of_left_out(lazy: LazyModel) -> None:

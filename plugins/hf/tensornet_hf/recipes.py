@@ -47,6 +47,7 @@ from tensornet_hf.exporters.base import refuse_mixtures
 from tensornet_hf.exporters.gguf import Place, empty_layout, find_places
 from tensornet_hf.exporters.gguf_converter import ConvertedTensor
 from tensornet_hf.imatrix import Importance, read_imatrix
+from tensornet_hf.manifest import draft_heads
 
 #: Types of llama.cpp that recipes use, by increasing size.
 TYPES = (
@@ -57,6 +58,8 @@ TYPES = (
 NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 #: Type of matrices that are not planned.
 UNPLANNED = "BF16"
+#: Type of draft heads: transformers does not run them, so that nothing is known about their inputs.
+DRAFT_TYPE = "Q8_0"
 #: Menu of plans for `llama-quantize`. It has no number formats, since the program rounds weights itself.
 LLAMA_QUANTIZE = "llama-quantize"
 MENUS.add(LLAMA_QUANTIZE, Menu((), whole_model=True))
@@ -99,6 +102,7 @@ class Recipe:
         unit: meaning and unit of `predicted`, such as `"loss increase in nats per token"`.
         notes: remarks about the recipe for the user.
         importance: importance matrix of the model, by name of the tensor, if inputs were observed.
+        drafts: bytes of draft heads in `DRAFT_TYPE`, by number of their block.
 
     Example:
         >>> name = "blk.0.attn_q.weight"
@@ -114,6 +118,7 @@ class Recipe:
     unit: str
     notes: tuple[str, ...] = ()
     importance: Mapping[str, Importance] = field(default_factory=dict, compare=False, repr=False)
+    drafts: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -135,6 +140,7 @@ class Recipe:
                 )
             pattern = _SPECIAL.sub(r"\\\1", name)
             lines.append(f"^{pattern}$={kind.lower()}")
+        lines += [rf"^blk\.{block}\..*weight$={DRAFT_TYPE.lower()}" for block in self.drafts]
         return "\n".join(lines)
 
     def command(self, recipe: str = "plan.txt", imatrix: str = "im.gguf") -> str:
@@ -166,6 +172,7 @@ class Recipe:
             "file_bytes": self.num_bytes,
             "predicted": self.predicted,
             "unit": self.unit,
+            "draft_bytes": dict(self.drafts),
             "notes": list(self.notes),
         }
 
@@ -643,7 +650,21 @@ def plan_recipe(
             )
 
     surveyed = [with_types(x, kinds) for x in sum_over_layers(layers, places, shapes)]
-    return _recipe(writer, tensors, surveyed, config, unit, notes, importance)
+    drafts = {
+        block: sum(_draft_bytes(lazy.source.tensors[name].shape) for name in names)
+        for block, names in draft_heads(lazy).items()
+    }
+    notes += [
+        f"draft head (MTP) in block {block}, {compact_bytes(size)}, gets {DRAFT_TYPE}: transformers does not "
+        "run it, so nothing is known about its inputs"
+        for block, size in drafts.items()
+    ]
+    return _recipe(writer, tensors, surveyed, config, unit, notes, importance, drafts)
+
+
+def _draft_bytes(shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor of a draft head; vectors are stored in float32."""
+    return (type_bytes(DRAFT_TYPE, shape) if len(shape) > 1 else None) or 4 * math.prod(shape)
 
 
 def _recipe(
@@ -654,6 +675,7 @@ def _recipe(
     unit: str,
     notes: Sequence[str],
     importance: Mapping[str, Importance],
+    drafts: Mapping[int, int],
 ) -> Recipe:
     """Choose the types of a file's tensors. Matrices not surveyed keep 16 bits, and vectors are float32.
 
@@ -661,7 +683,7 @@ def _recipe(
         writer, tensors: results of `find_places`.
         surveyed: the tensors of which some types have a predicted loss.
         config: the budget.
-        unit, notes, importance: see `Recipe`.
+        unit, notes, importance, drafts: see `Recipe`.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -671,7 +693,7 @@ def _recipe(
     smallest = {name: min(x.sizes, key=x.sizes.__getitem__) for name, x in known.items()}
     layout = empty_layout(writer, tensors, smallest | dict.fromkeys(kept, UNPLANNED))
     fixed = layout.nbytes - sum(layout.parts[name][1] for name in known)
-    fixed += IMATRIX_METADATA if importance else 0
+    fixed += (IMATRIX_METADATA if importance else 0) + sum(drafts.values())
     weights = sum(math.prod(tensors[name].shape) for name in known)
     if config.max_bytes is None:
         assert config.bits_per_weight is not None
@@ -698,6 +720,7 @@ def _recipe(
         unit,
         tuple(notes),
         importance,
+        drafts,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from sharded_folders import save
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf.manifest import why_left_out
+from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.lazy_model import open_lazily, read_source
+from tensornet_hf.manifest import draft_heads, why_left_out
 
 CONFIG = tn.CompressionConfig(target_modules=["*.mlp.*"], formats=("int8",), method="nearest")
 
@@ -59,3 +63,51 @@ def test_a_plan_names_what_would_be_left_out(tmp_path: Path) -> None:
 )
 def test_kinds_of_tensors_are_told_apart(name: str, kind: str) -> None:
     assert kind in why_left_out(name, 4)
+
+
+def test_draft_heads_follow_the_blocks(tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "dense", shard="1GB")
+    layers = th.load(source).config.num_hidden_layers
+    tensors = load_file(source / "model.safetensors")
+    first, second = f"model.layers.{layers}.eh_proj.weight", "mtp.layers.1.fc.weight"
+    names = (first, second, "mtp.norm.weight", "extra.weight")
+    tensors |= {name: torch.ones(8, 16) for name in names}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    found = draft_heads(open_lazily(read_source(source)))
+    assert {block: sorted(x) for block, x in found.items()} == {
+        layers: sorted([first, "mtp.norm.weight"]),
+        layers + 1: [second],
+    }
+
+
+def test_draft_heads_have_eight_bits_in_a_recipe() -> None:
+    recipe = th.Recipe(
+        {"blk.0.attn_q.weight": "Q4_K"}, {"blk.0.attn_q.weight": 9}, 99, 0.1, "nats", drafts={2: 9}
+    )
+    patterns = [line.split("=") for line in recipe.text.split("\n")]
+    kinds = {
+        name: next((kind for pattern, kind in patterns if re.search(pattern, name)), None)
+        for name in (
+            "blk.0.attn_q.weight",
+            "blk.2.attn_q.weight",
+            "blk.2.nextn.eh_proj.weight",
+            "blk.22.x.weight",
+        )
+    }
+    assert list(kinds.values()) == ["q4_k", "q8_0", "q8_0", None]
+
+
+@pytest.mark.slow  # needs the extra `gguf`
+def test_a_recipe_counts_and_names_draft_heads(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(gpt2_path(), tmp_path / "dense"))
+    options = {"calibration": "default", "calibration_tokens": 256, "formats": ("q8_0", "q4_0")}
+    before = th.plan_recipe(source, max_bytes=1_300_000, **options)
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {"mtp.fc.weight": torch.ones(64, 32), "mtp.norm.weight": torch.ones(64)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    after = th.plan_recipe(source, max_bytes=1_300_000, **options)
+    block = th.load(gpt2_path()).config.num_hidden_layers
+    assert after.drafts == {block: 64 * 34 + 4 * 64}
+    assert any("draft head" in note for note in after.notes)
+    assert before.drafts == {}
+    assert after.num_bytes <= 1_300_000
