@@ -34,6 +34,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
         },
     ),
     "codebooks": (2, {"type", "method", "loss_increase", "kl", "bits_per_weight", "seconds", "commit"}),
+    "fp4": (2, {"type", "method", "loss_increase", "kl", "bytes", "predicted", "seconds"}),
     "maps": (1, {"mix", "plan", "ratio", "sum_over_file", "rank_correlation", "cross_ratio", "seconds"}),
     "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
     "generation": (13, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
