@@ -28,7 +28,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
-PACKAGES = ("torch", "numpy", "opt_einsum", "transformers", "torchTT", "tensorly", "tensorly-torch", "quimb")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "opt_einsum",
+    "transformers",
+    "torchTT",
+    "tensorly",
+    "tensorly-torch",
+    "quimb",
+    "TensorKrowch",
+    "tntorch",
+)
 
 
 @dataclass(frozen=True)

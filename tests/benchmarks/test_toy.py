@@ -38,6 +38,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "maps": (1, {"mix", "plan", "ratio", "sum_over_file", "rank_correlation", "cross_ratio", "seconds"}),
     "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
     "generation": (13, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
+    "chains": (14, {"task", "sites", "milliseconds", "over_tensornet"}),
     "cross": (2, {"case", "package", "error", "evaluations", "bytes", "seconds"}),
     "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),
     "forward": (3, {"milliseconds", "bytes", "over_dense"}),
