@@ -47,6 +47,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "moe_from_scratch": (12, {"bytes", "seconds", "history", "flops_per_token"}),
     "mpoe_vs_switch": (9, {"loss", "bytes", "seconds_per_step", "expert_parameters"}),
     "scale": (5, {"question", "case"}),
+    "schedule": (7, {"workers", "played", "clock", "ratio", "of_perfect", "main_process", "task_seconds"}),
     "specialists": (3, {"loss", "losses", "ninth", "lost", "rate", "seconds"}),
     "speeds": (3, {"format", "bytes", "seconds"}),
     "any_size": (
