@@ -88,7 +88,7 @@ class Outcome:
 
 Decompose = Callable[[Tensor, Budget], Outcome]
 
-#: Largest ratio of a certificate to the true error that `check_tight` allows.
+#: Largest ratio of a certificate to the true error that `check_tight` allows for up to four bonds.
 LOOSEST = 2.0
 #: Number of examples for `check_name_does_not_matter`; few, since this law is slow to check.
 _RENAMED = 2
@@ -148,8 +148,11 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
     )
 
 
-def check_tight(decompose: Decompose, matrix: Tensor, budget: Budget, factor: float = LOOSEST) -> None:
+def check_tight(decompose: Decompose, matrix: Tensor, budget: Budget, factor: float | None = None) -> None:
     """Check that the certified error is at most `factor` times the true error, up to rounding errors.
+
+    The default is the square root of the number of bonds, at least 2: each bond has at most the true error,
+    and the certificate is the root of the sum of their squares.
 
     Errors in the padding of `Outcome.topology` count as true errors, since certificates include them.
 
@@ -160,6 +163,8 @@ def check_tight(decompose: Decompose, matrix: Tensor, budget: Budget, factor: fl
         >>> laws.check_tight(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
     outcome, budget = _within(decompose, matrix, budget)
+    if factor is None:
+        factor = max(LOOSEST, math.sqrt(len(outcome.bonds)))
     error, topology = _true_error(matrix, outcome), outcome.topology
     if topology is not None and not topology.terms and topology.padded_shape != topology.shape:
         rows, columns = topology.padded_shape

@@ -264,3 +264,18 @@ def test_a_family_that_asks_for_its_name_is_found_out(family: TopologyFamily, sa
     with pytest.raises(AssertionError, match=said):
         laws.check_name_does_not_matter(family, matrix)
     laws.check_name_does_not_matter(MPOFamily(), matrix)
+
+
+def test_loose_certificates_may_exceed_the_error_by_the_root_of_the_number_of_bonds() -> None:
+    matrix = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+
+    def decompose(bonds: int, factor: float) -> laws.Decompose:
+        found = laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=2))
+        loose = replace(found, error=factor * found.error, bonds=(1,) * bonds)
+        return lambda matrix, budget: loose
+
+    laws.check_tight(decompose(16, 3.9), matrix, Budget(max_bond=2))
+    laws.check_tight(decompose(1, 1.9), matrix, Budget(max_bond=2))
+    for bonds, factor in ((16, 4.1), (1, 2.1)):
+        with pytest.raises(AssertionError, match="more than"):
+            laws.check_tight(decompose(bonds, factor), matrix, Budget(max_bond=2))
