@@ -116,6 +116,13 @@ class SurveyedLayer:
         return self.names[0]
 
     @property
+    def grid(self) -> str | None:
+        """Name of the smallest number format on whose grid the weight lies; None if there is none."""
+        exact = [x for x in self.candidates if x.error == 0 and x.storage.quantized and x.number_format]
+        best = min(exact, key=lambda x: x.num_bytes, default=None)
+        return None if best is None else best.storage.number_format.name
+
+    @property
     def numel(self) -> int:
         """Number of elements of the weight."""
         return self.shape[0] * self.shape[1]

@@ -31,7 +31,8 @@ from tensornet.network import TensorNetwork
 from tensornet.nn.storage import PLAIN, Storage, decode, encode
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
-from tensornet.quantization.menus import bytes_for
+from tensornet.quantization.grids import GRIDS, grid_of, on_some_grid, recover
+from tensornet.quantization.menus import MENUS, bytes_for
 from tensornet.quantization.predict import is_predictable, range_losses, spaced_rows
 from tensornet.quantization.scales import scale_fault, storable_formats
 from tensornet.topologies import TopologyFamily, dense, topology_family
@@ -188,6 +189,8 @@ def _of_layer(
     else:
         formats = layer_formats([matrix], [sensitivity], config)
         found = dense_candidates(matrix, sensitivity, formats, config.number_formats, config.menu)
+        if (grid := grid_of(matrix, _grids_beside(config))) is not None:
+            found += dense_candidates(matrix, sensitivity, [grid], target=config.menu)
         limited = config.rel_error is not None or config.param_ratio is not None
         rivals = [] if limited else found  # with these limits, larger networks may be better
         for family in families if objective != "weight" else []:
@@ -205,6 +208,20 @@ def _of_layer(
             f"most rel_error={config.rel_error}."
         )
     return pruned(found) if objective == "curvature" else found  # other objectives have no common budget
+
+
+def _grids_beside(config: CompressionConfig) -> list[str]:
+    """List the formats that are planned only for layers whose weights lie on their grid.
+
+    These are formats of the export target that are not on its menu or, for files of this library, all formats
+    of `GRIDS`. Formats that the user has listed are not extended.
+    """
+    names: Sequence[str] = ()
+    if config.method == "auto" and config.formats == DEFAULT_FORMATS:
+        names = list(GRIDS)
+    elif config.method == "auto" and isinstance(config.formats, str):
+        names = MENUS[config.formats].on_request
+    return [x for x in names if NumberFormat.parse(x) not in config.number_formats]
 
 
 def _given(layer: Priced, config: CompressionConfig) -> Candidate:
@@ -493,6 +510,7 @@ def format_losses(
 ) -> list[FormatLosses]:
     """Predict the losses of a dense matrix in each number format, in the order of `formats`.
 
+    - Integers and levels on whose grid all weights lie already: zero (see `grids`).
     - Floats, and integers whose scales are out of range: the matrix is rounded.
     - Integers and levels of at least `PREDICTED_BITS` bits: see `predict_losses`.
     - Fewer bits, and formats with a codebook: some rows are rounded, since clamping, the search for scales
@@ -504,14 +522,19 @@ def format_losses(
         sensitivity: sensitivity of the loss to errors of the weight.
         formats: number formats.
     """
-    integers = [x for x in formats if x.is_integer and not scale_fault(matrix, x, sensitivity.weighting)]
+    exact: list[NumberFormat] = []
+    if sensitivity.rounding == "two_sided" and on_some_grid(matrix):
+        exact = [x for x in formats if recover(matrix, x) is not None]
+    integers = [x for x in formats if x.is_integer and x not in exact]
+    integers = [x for x in integers if not scale_fault(matrix, x, sensitivity.weighting)]
     many = [x for x in integers if x.points.run == 1 and x.points.bits >= PREDICTED_BITS]
     if many and not is_predictable(matrix, _fed_back(sensitivity), **_options(sensitivity)):
         many = []
     few = [x for x in integers if x not in many]
     found = dict(zip(many, _predicted(matrix, sensitivity, many), strict=True))
     found |= dict(zip(few, _losses_of_rows(matrix, sensitivity, few), strict=True))
-    for number_format in (x for x in formats if x not in integers):
+    found |= dict.fromkeys(exact, FormatLosses(0.0, 0.0, 0.0))
+    for number_format in (x for x in formats if x not in found):
         topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
         storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
         stored = round_trip(network, storage, matrix.dtype, sensitivity.weighting, sensitivity.rounding)

@@ -19,6 +19,7 @@ from tensornet.io import write_file
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.nn.targets import shortened
 from tensornet.quantization import NumberFormat, Rounding
+from tensornet.quantization.grids import grid_name
 from tensornet.quantization.menus import MENUS, bytes_for
 from tensornet.quantization.rounding import ROUNDINGS
 from tensornet.topologies import dense
@@ -64,6 +65,8 @@ class LayerPlan:
         target: export target in whose files the bytes are counted; None for files of this library.
         shared_core: name of a core that the network shares with those of other weights, and the name of the
             weight that stores it, whose sizes include it; None if the network shares nothing.
+        grid: name of the smallest considered number format on whose grid the weight lies already, so that it
+            loses nothing in this format; None if there is none.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -86,6 +89,7 @@ class LayerPlan:
     sample: tuple[float, ...] = ()
     target: str | None = None
     shared_core: tuple[str, str] | None = None
+    grid: str | None = None
 
     @property
     def params_before(self) -> int:
@@ -130,6 +134,11 @@ class LayerPlan:
         """Number formats, topology family and bonds, or `"dense"`."""
         shared = "" if self.shared_core is None else f", core {self.shared_core[0]} shared"
         return scheme_name(self.topology, self.storage) + shared
+
+    @property
+    def keeps_grid(self) -> bool:
+        """True if the weight lies on the grid of a number format, and is stored without loss."""
+        return self.grid is not None and self.error == 0
 
     @property
     def has_large_error(self) -> bool:
@@ -491,6 +500,7 @@ class CompressionPlan:
                 "received no token, so planned with the mean moments of the other experts of their layer: "
                 f"{shortened(self.unrouted)}"
             )
+        lines += self.grid_lines()
         for layers in dict.fromkeys(self.unfit.values()):
             names = [name for name, others in self.unfit.items() if others == layers]
             lines.append(f"{', '.join(names)} not planned, since they do not fit: {shortened(layers)}")
@@ -509,6 +519,18 @@ class CompressionPlan:
         if self.coverage is not None:
             lines.append(str(self.coverage))
         return "\n".join(lines)
+
+    def grid_lines(self) -> list[str]:
+        """Describe the layers whose weights lie on the grid of a number format, a line for each format."""
+        found: dict[tuple[str, bool], list[str]] = {}
+        for layer in self.layers:
+            if layer.grid is not None:
+                found.setdefault((layer.grid, layer.keeps_grid), []).append(layer.name)
+        return [
+            f"{shortened(names)}: weights lie on {grid_name(grid)}"
+            + (": kept without loss" if kept else ", but the budget or other options need another format")
+            for (grid, kept), names in found.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready dict, which also has the predictions and the sizes of the whole model."""
@@ -649,6 +671,8 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
                 _check_finite(f"{name} {where}", value, least=-_ROUNDING)
         for value in (*layer.sample, *(loss for _, loss in layer.curve)):
             _check_finite(f"sample and curve {where}", value)
+        if layer.grid is not None:
+            NumberFormat.parse(layer.grid)
         if layer.target is not None:
             _ = MENUS[layer.target]  # raises an error that lists the targets
         if layer.topology is not None:

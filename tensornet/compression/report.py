@@ -181,6 +181,7 @@ class CompressionReport:
                 kinds[one.reason] += one.num_bytes
             sizes = [f"{kind} {compact_bytes(size)}" for kind, size in kinds.items()]
             lines.append(f"left out    {len(left)} tensors: {', '.join(sizes)}")
+        lines += [f"grid        {line}" for line in plan.grid_lines()]
         if self.memory:
             parts = {"file": self.file_bytes_after or 0, **self.memory}
             said = " + ".join(f"{name} {compact_bytes(size)}" for name, size in parts.items())

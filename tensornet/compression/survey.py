@@ -188,6 +188,7 @@ class Survey:
                 sample=layer.sample,
                 target=self.config.menu,
                 shared_core=None if stack is None else (stack.core, stack.names[0]),
+                grid=layer.grid,
             )
             layers.append(planned.with_baseline(layer.spectrum) if layer.spectrum else planned)
         return replace(self.template, layers=tuple(layers))

@@ -15,6 +15,7 @@ from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding, round_weight
+from tensornet.quantization.grids import recover
 from tensornet.topologies.base import (
     Decomposition,
     Ladder,
@@ -76,7 +77,8 @@ def round_dense(
 
     As in the literature, rounding to nearest uses no moments, and one-sided rounding (GPTQ) uses only the
     moment of the inputs; neither is followed by coordinate descent. Scales are not refitted, since they are
-    found for the residuals that feedback leaves.
+    found for the residuals that feedback leaves. With feedback between rows, a matrix whose values are on the
+    grid already is stored without any change.
 
     Args:
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
@@ -97,6 +99,8 @@ def round_dense(
             column_damping=DENSE_COLUMN_DAMPING,
             refits=0,
         )
+    if (exact := recover(matrix, number_format)) is not None:
+        return exact
     sweeps = _SWEEPS.get(number_format.bits or 0, 0)
     if number_format.points.run > 1:
         sweeps = 0 if weighting.full else _CODEBOOK_SWEEPS
