@@ -79,14 +79,14 @@ from tensornet_hf.staging import (
     reading_or_writing,
     staging,
 )
-from tensornet_hf.text import calibration_data, mix_texts, read_text
+from tensornet_hf.text import calibration_data, load_tokenizer, mix_texts, own_text, read_text
 
 #: Files in a staging folder: the survey, the plan of a run without data, and the checkpoint of healing.
 SURVEY, PLAN, HEALING = "survey.safetensors", "plan.json", "healing.safetensors"
 #: The compressed model as a folder, if it is still to be changed or measured, and its plan and measured loss.
 COMPRESSED, DONE = "compressed", "done.json"
-#: Name that stands for the package's calibration text, as in `--calibration default`.
-DEFAULT = "default"
+#: Names that stand for the package's calibration text, and for text that the model writes itself.
+DEFAULT, OWN = "default", "own"
 #: Options that do not change the result, or that the plan contains; receipts leave them out.
 _NOT_RECORDED = (
     "survey",
@@ -112,8 +112,9 @@ class CompressOptions:
     """Options of `compress_folder` that `CompressionConfig` does not have: texts, corrections, files.
 
     Args:
-        calibration: file with text like the model's later input; 'default' is the embedded text, the King
-            James Bible. Pieces of several files alternate. For models that do not read text alone, batches
+        calibration: file with text like the model's later input; 'own' is text that a causal language model
+            writes itself (which needs memory for the model), 'default' is the embedded text, the King James
+            Bible. Pieces of several files alternate. For models that do not read text alone, batches
             (`tn.nn.ProvidedData`). Not needed with `method="nearest"` or `"svd"`.
         calibration_tokens: number of calibration tokens on which the loss is differentiated (default: 4,096
             or 1,024 passages; with effort thorough 32,768).
@@ -227,16 +228,39 @@ class CompressOptions:
         return () if isinstance(self.calibration, ProvidedData) else tuple(self.calibration)  # type: ignore[arg-type]
 
     @property
-    def text(self) -> str | None:
-        """The calibration text, in which pieces of several files alternate; None if no file is given."""
-        texts = [calibration_text() if x == DEFAULT else read_text(Path(x)) for x in self.texts]
-        return mix_texts(texts) if texts else None
-
-    @property
     def source(self) -> str:
         """Names of the calibration texts, for reports."""
-        embedded = "the embedded text (King James Bible)"
-        return " and ".join(embedded if x == DEFAULT else Path(x).name for x in self.texts)
+        names = {DEFAULT: "the embedded text (King James Bible)", OWN: "text that the model wrote itself"}
+        return " and ".join(names.get(str(x)) or Path(x).name for x in self.texts)
+
+
+def text_of(options: CompressOptions, folder: Path) -> str | None:
+    """Return the calibration text, in which pieces of several texts alternate; None if no text is given.
+
+    Args:
+        options: the options.
+        folder: folder of the model, which writes its own text if asked for.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message lists the other possibilities.
+        TargetError: the model cannot write text.
+    """
+    texts = []
+    for name in options.texts:
+        if name == OWN:
+            model = on_device(open_dense(folder, options.weights), options.device)
+            texts.append(own_text(model.eval(), load_tokenizer(folder)))
+            del model
+        elif name == DEFAULT:
+            texts.append(calibration_text())
+        elif not Path(name).exists():
+            raise FileNotFoundError(
+                f"There is no file {name}. Give a text file, '{OWN}' for text that the model writes itself, "
+                f"or '{DEFAULT}' for the embedded text."
+            )
+        else:
+            texts.append(read_text(Path(name)))
+    return mix_texts(texts) if texts else None
 
 
 def compress_folder(
@@ -326,7 +350,7 @@ def _compress(
         check: function that raises an error if the destination may not be written.
     """
     started = time.perf_counter()
-    text, reads_data = options.text, reads_text(config, options)
+    text, reads_data = text_of(options, folder), reads_text(config, options)
     held_out = None if options.held_out is None else read_text(Path(options.held_out))
 
     # Open the model and make its batches: an invalid model or text raises before anything is written.
@@ -489,7 +513,9 @@ def _receipt(
         k: x if isinstance(x, bool | int) else Path(str(x)).name for k, x in chosen.items()
     }
     if options.calibration:
-        text, given = options.text, options.calibration
+        given = options.calibration
+        # Text that the model writes follows from the model and would have to be written again.
+        text = None if OWN in options.texts else text_of(options, folder)
         name = given.source if isinstance(given, ProvidedData) else options.source
         digest = {} if text is None else {"sha256": hashlib.sha256(text.encode()).hexdigest()}
         shown["calibration"] = {"name": name, **digest}
@@ -734,7 +760,8 @@ def plan_folder(
         if options.export is not None:
             needed = _needed(model, folder, options)
             checked = for_target(options.export, checked, model, folder, needed)
-        data = calibration_batches(model, folder, checked, options, options.text) if runs else None
+        text = text_of(options, folder) if runs else None
+        data = calibration_batches(model, folder, checked, options, text) if runs else None
         with workers_of(options) as executor:
             planned = _plan(lazy, opened, checked, data or ProvidedData([], ""), options, work, executor)
     plan = planned.plan
@@ -835,7 +862,7 @@ def _check_data(
         return replace(config, method="nearest" if config.formats else "svd")
     raise BudgetError(
         "A calibration text is needed, to measure how errors of the weights affect the loss. Give text like "
-        "the model's later input with calibration=FILE, or use the embedded text with calibration='default'. "
+        "the model's later input with calibration=FILE, or let the model write it with calibration='own'. "
         "method='nearest' (formats) and method='svd' (networks) need no text, but lose more quality."
     )
 

@@ -42,7 +42,7 @@ from tensornet.nn.unfuse import unfused
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet.quantization.predict import spaced_rows
 from tensornet_hf.checkpoint import resolve_folder
-from tensornet_hf.compress import CompressOptions, OptionError, calibration_batches, open_source
+from tensornet_hf.compress import CompressOptions, OptionError, calibration_batches, open_source, text_of
 from tensornet_hf.exporters.base import refuse_mixtures
 from tensornet_hf.exporters.gguf import Place, empty_layout, find_places
 from tensornet_hf.exporters.gguf_converter import ConvertedTensor
@@ -613,7 +613,7 @@ def plan_recipe(
         # Predict the losses of every layer in all types.
         notes: list[str] = []
         if options.calibration:
-            data = calibration_batches(model, folder, config, options, options.text)
+            data = calibration_batches(model, folder, config, options, text_of(options, folder))
             assert data is not None
             # Types are chosen for each tensor of the file, so a survey is needed, but no plan for layers.
             made = survey_or_load(

@@ -416,6 +416,72 @@ def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str,
     )
 
 
+#: Number of texts that a model writes at a time, and their length in tokens.
+_WRITTEN_BATCH, _WRITTEN_LENGTH = 32, 512
+#: Text is refused if its loss is above this share of that of random tokens, or if less than this share of its
+#: sequences of four tokens are distinct.
+_RANDOM_SHARE, _DISTINCT_SHARE = 0.8, 0.2
+
+
+@torch.no_grad()
+def own_text(model: PreTrainedModel, tokenizer: Any, *, tokens: int = 16_384, seed: int = 0) -> str:
+    """Let a causal language model write text on which it can be calibrated, by sampling.
+
+    Half of the texts begin with the start of a conversation if the tokenizer has a chat template; the others
+    begin with the token that begins or ends a text. Writing goes on after a text or a message has ended.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        tokens: approximate number of tokens to write.
+        seed: seed for sampling; the state of the global generator is restored afterwards.
+
+    Raises:
+        TargetError: the model is no causal language model, or what it writes is random or repeats itself.
+
+    Reference:
+        Xu et al. 2024, "Magpie" (a chat template without a message).
+    """
+    require_causal(model)
+    first = next((x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None), 0)
+    starts = [torch.tensor([first])]
+    if tokenizer.chat_template:
+        mark = "MESSAGE"
+        said = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+        starts.append(token_ids(tokenizer, said.partition(mark)[0]))
+    generate: Any = model.generate
+    written: list[Tensor] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while sum(x.numel() for x in written) < tokens:
+            start = starts[len(written) % len(starts)]
+            length = usual_context(model, limit=_WRITTEN_LENGTH)
+            rows = min(_WRITTEN_BATCH, math.ceil(tokens / (length * len(starts))))
+            prompt = start.to(model.device).expand(rows, -1)
+            # No token has the number -1, so that the end of a message does not end the text.
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": -1}
+            found = generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max(1, length - prompt.shape[1]),
+                pad_token_id=first,
+                **options,
+            )
+            written.append(found.cpu())
+    some = torch.cat([x[:4, : min(y.shape[1] for y in written)] for x in written]).to(model.device)
+    loss = float(model(input_ids=some, labels=some).loss)
+    random = math.log(text_config(model).vocab_size)
+    runs = torch.cat([x.unfold(1, min(4, x.shape[1]), 1).flatten(0, 1) for x in written])
+    distinct = len(runs.unique(dim=0)) / len(runs)
+    if not loss < _RANDOM_SHARE * random or distinct < _DISTINCT_SHARE:
+        raise TargetError(
+            f"{type(model).__name__} writes no text that can be used for calibration: its loss on it is "
+            f"{loss:.2f} nats a token (random tokens: {random:.2f}), and {distinct:.0%} of the sequences of "
+            "four tokens are distinct. Give a text file like the model's later input (calibration=FILE)."
+        )
+    return "\n\n".join(tokenizer.decode(row[1:]) for batch in written for row in batch)
+
+
 #: Number of characters in a piece of text, enough for a few windows.
 PIECE = 6_000
 

@@ -15,6 +15,7 @@ from transformers import (
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet_hf.compress import text_of
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.text import mix_texts
 
@@ -78,7 +79,7 @@ def test_several_texts_are_mixed(tmp_path: Path) -> None:
     for name, text in texts.items():
         (tmp_path / f"{name}.txt").write_text(text)
     options = th.CompressOptions(calibration=[tmp_path / f"{name}.txt" for name in texts])
-    assert options.text == mix_texts(list(texts.values()))
+    assert text_of(options, tmp_path) == mix_texts(list(texts.values()))
     assert options.source == "one.txt and other.txt"
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
-        _ = th.CompressOptions(calibration=tmp_path / "absent.txt").text
+        text_of(th.CompressOptions(calibration=tmp_path / "absent.txt"), tmp_path)

@@ -19,7 +19,7 @@ from tensornet.compression import road
 from tensornet.compression.report import model_size
 from tensornet.errors import BudgetError, DestinationError
 from tensornet.nn.extension import ProvidedData
-from tensornet_hf.compress import calibration_batches
+from tensornet_hf.compress import calibration_batches, text_of
 from tensornet_hf.embedded import calibration_text, gpt2_path
 from tensornet_hf.file_sink import FileSink
 from tensornet_hf.staging import StatesOnDisk, staging_folder
@@ -146,7 +146,7 @@ def test_a_plan_is_made_without_loading_the_model(monkeypatch: pytest.MonkeyPatc
     options = th.CompressOptions(calibration="default", calibration_tokens=256)
     config = tn.CompressionConfig(max_bytes=1_100_000, formats=("int4", "int8"), method="nearest")
     model = th.load(gpt2_path())
-    data = calibration_batches(model, gpt2_path(), config, options, options.text)
+    data = calibration_batches(model, gpt2_path(), config, options, text_of(options, gpt2_path()))
     assert data is not None
     expected = tn.survey(model, data.batches, config, loss_fn=data.loss_fn, tokens=256).plan()
     monkeypatch.delattr("tensornet_hf.compress.load")
