@@ -104,7 +104,7 @@ def grid_of(weight: Tensor, names: Iterable[str] = GRIDS) -> NumberFormat | None
 
     Example:
         >>> from tensornet.quantization.grids import grid_of
-        >>> scales = 0.01 * torch.rand(8, 1).bfloat16().float()
+        >>> scales = (0.01 * torch.rand(8, 1)).bfloat16().float()
         >>> print(grid_of(scales * torch.randint(-7, 8, (8, 256))))
         int4:row
         >>> print(grid_of(torch.randn(8, 256)))
@@ -140,6 +140,7 @@ def on_some_grid(weight: Tensor) -> bool:
 def grid_name(name: str) -> str:
     """Return the name of a number format for reports, with that of the GGUF type that has this grid, if any.
 
+    >>> from tensornet.quantization.grids import grid_name
     >>> grid_name("int4:g32:float16")
     'int4:g32:float16 (Q4_0)'
     """
