@@ -190,6 +190,7 @@ class LayerPlan:
         topology, dtype = data["topology"], getattr(torch, data["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
             raise ValueError(f"unknown dtype {data['dtype']!r}, expected a float dtype such as 'float32'")
+        data = {"grid": None, **data}  # files written before grids were found have no such entry
         known = {field.name: data[field.name] for field in fields(cls)}
         known |= {
             "shape": (data["shape"][0], data["shape"][1]),
