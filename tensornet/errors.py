@@ -61,8 +61,19 @@ class ShapeError(TensorNetError, ValueError):
     """
 
 
+class ContractionError(TensorNetError, ValueError):
+    """There is no optimizer of contraction orders of this name, or a contraction order is invalid.
+
+    Example:
+        >>> tn.decompose(torch.eye(4), "low_rank", max_bond=1).network.to_matrix(optimize="fastest")
+        Traceback (most recent call last):
+            ...
+        tensornet.errors.ContractionError: There is no optimizer 'fastest' of contraction orders. ...
+    """
+
+
 class MemoryLimitError(TensorNetError, MemoryError):
-    """A result does not fit in the memory that is available.
+    """A result does not fit in the memory that is available, or in the limit that was given.
 
     Example:
         >>> tn.MPO.identity([2] * 24).to_matrix()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from tensornet import interop
 from tensornet._util import check_memory, check_size, import_optional
 from tensornet.contraction.cost import default_machine
-from tensornet.contraction.plan import contract_with_input, plan_matrix, plan_operator, run
+from tensornet.contraction.plan import contract_with_input, plan_apply, plan_matrix, plan_operator, run
+from tensornet.contraction.search import Optimizer
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.topology import Topology
 
@@ -59,26 +61,37 @@ class TensorNetwork:
         """Number of stored elements, padding included."""
         return self.topology.num_params
 
-    def to_matrix(self) -> Tensor:
+    def to_matrix(self, *, optimize: Optimizer = "auto") -> Tensor:
         """Contract the cores to the dense matrix, shape `(out_features, in_features)`.
 
+        Args:
+            optimize: what finds the contraction order: `"auto"`, `"cotengra"`, a name or an optimizer object
+                of opt_einsum or cotengra, or a path; see `tensornet.contraction.search.find_path`.
+
         Raises:
+            ContractionError: there is no such optimizer, or its path is invalid.
             MemoryLimitError: the matrix and the intermediate results do not fit in memory.
         """
-        plan = plan_matrix(self.topology)
+        plan = plan_matrix(self.topology, optimize=optimize)
         size = max(plan.largest_intermediate(1), math.prod(self.topology.padded_shape))
         what = f"The dense matrix of shape {self.shape}"
         check_memory(size, self.cores[0], what, "use `apply` to multiply by vectors without the matrix")
         dense = run(plan, self.cores)
         return dense[: self.shape[0], : self.shape[1]]
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, *, optimize: Optimizer = "auto") -> Tensor:
         """Apply the operator to `x: (..., in_features)` without building its matrix.
+
+        Args:
+            x: the input.
+            optimize: what finds the contraction order, as for `to_matrix`; `"auto"` chooses among orders by
+                the predicted time.
 
         Returns:
             Tensor of shape `(..., out_features)`.
 
         Raises:
+            ContractionError: there is no such optimizer, or its path is invalid.
             ShapeError: `x` is not a tensor, its last dimension is not `in_features`, or its dtype (except
                 under autocast) or device differs from that of the cores.
             MemoryLimitError: the output and the intermediate results do not fit in memory.
@@ -100,8 +113,12 @@ class TensorNetwork:
                 f'move it with x.to("{core.device}").'
             )
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
-        machine = default_machine(core.device)
-        route = plan.fastest(tokens, machine, core.element_size(), rebuild=False)
+        if isinstance(optimize, str) and optimize == "auto":
+            machine = default_machine(core.device)
+            route = plan.fastest(tokens, machine, core.element_size(), rebuild=False)
+        else:
+            plan = replace(plan, applies=(plan_apply(self.topology, tokens, optimize),))
+            route = 0
         size = max(plan.applies[route].largest_intermediate(tokens), tokens * plan.padded_shape[0])
         what = f"Applying the operator of shape {self.shape} to {tokens} vector{'s' if tokens > 1 else ''}"
         check_memory(size, core, what, "apply it to fewer vectors at once, or round the operator")

@@ -1,6 +1,6 @@
 """Plan a contraction once, and run it as pairwise matrix products.
 
-`opt_einsum` finds the order of the contraction. "Lowering" converts this order to permutations, reshapes and
+`search.py` finds the order of the contraction. "Lowering" converts this order to permutations, reshapes and
 (batched) matrix products. These work with `torch.compile(fullgraph=True)` and autocast, unlike calls of
 opt_einsum inside `forward`. Indices of size 1 are removed first, so a low-rank layer is exactly two matmuls.
 """
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import opt_einsum
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -27,6 +26,7 @@ from tensornet.contraction.cost import (
     dense_seconds,
     product_seconds,
 )
+from tensornet.contraction.search import Optimizer, find_path
 from tensornet.topology import Topology
 
 # --- a lowered contraction as data, and its execution ---------------------------------------------
@@ -411,7 +411,7 @@ def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int
     return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)
 
 
-# --- finding a path -------------------------------------------------------------------------------
+# --- planning an einsum ---------------------------------------------------------------------------
 
 
 def plan_contraction(
@@ -419,7 +419,7 @@ def plan_contraction(
     output: tuple[str, ...],
     size_of: Mapping[str, int],
     *,
-    optimize: str = "auto",
+    optimize: Optimizer = "auto",
 ) -> ContractionPlan:
     """Plan `einsum(operands -> output)`.
 
@@ -427,36 +427,15 @@ def plan_contraction(
         operands: labels of each operand.
         output: labels of the result; every other label is summed.
         size_of: size of each label; the size of `TOKEN` is the expected number of tokens.
-        optimize: name of an optimizer of `opt_einsum`. `"auto"` tries all orders of up to 4 operands, but
-            only some orders of more operands.
+        optimize: what finds the contraction order; see `tensornet.contraction.search.find_path`.
 
     Returns:
         A plan for `run`.
+
+    Raises: as `find_path`.
     """
     path = find_path(operands, output, size_of, optimize)
     return lower_path(operands, output, size_of, path)
-
-
-def find_path(
-    operands: Sequence[tuple[str, ...]],
-    output: tuple[str, ...],
-    size_of: Mapping[str, int],
-    optimize: str = "auto",
-) -> list[tuple[int, int]]:
-    """Find a pairwise contraction order with few multiply-adds; see `plan_contraction` for the arguments."""
-    if len(operands) == 1:
-        return []
-    squeezed = [tuple(x for x in labels if x == TOKEN or size_of[x] > 1) for labels in operands]
-    kept = tuple(x for x in output if x == TOKEN or size_of[x] > 1)
-    symbol: dict[str, str] = {}
-    for labels in (*squeezed, kept):
-        for label in labels:
-            symbol.setdefault(label, opt_einsum.get_symbol(len(symbol)))
-    terms = ["".join(symbol[x] for x in labels) for labels in squeezed]
-    equation = ",".join(terms) + "->" + "".join(symbol[x] for x in kept)
-    shapes = [tuple(size_of[x] for x in labels) for labels in squeezed]
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
-    return [(min(step), max(step)) for step in path]
 
 
 # --- linear operators: apply the cores one by one, or rebuild the matrix first --------------------
@@ -565,21 +544,51 @@ def _applies_sum(topology: Topology) -> tuple[ContractionPlan, ...]:
     return tuple(found.values())
 
 
+def plan_apply(topology: Topology, tokens: int, optimize: Optimizer) -> ContractionPlan:
+    """Plan the application of an operator to `tokens` inputs in the order that an optimizer finds."""
+    terms = []
+    for positions, part in topology.parts:
+        operands = [(TOKEN, *part.in_labels), *(core.labels for core in part.cores)]
+        sizes = {**part.size_of, TOKEN: tokens}
+        plan = plan_contraction(operands, (TOKEN, *part.out_labels), sizes, optimize=optimize)
+        shaped = _with_shape(plan, (-1, topology.padded_shape[0]))
+        terms.append(((0, *(k + 1 for k in positions)), shaped))  # operand 0 is the input
+    return plan_sum(terms)
+
+
+def plan_matrix(topology: Topology, *, optimize: Optimizer = "auto") -> ContractionPlan:
+    """Plan the contraction of the cores to the padded matrix.
+
+    Args:
+        topology: topology of the operator.
+        optimize: what finds the contraction order; see `find_path`. `"auto"` also tries the order of the
+            cores, and chooses by the predicted time; these plans are cached.
+
+    Raises: as `find_path`.
+    """
+    if isinstance(optimize, str) and optimize == "auto":
+        return _fastest_matrix(topology)
+    return _plan_matrix(topology, {}, optimize)
+
+
 @lru_cache(maxsize=4096)
-def plan_matrix(topology: Topology) -> ContractionPlan:
-    """Plan the contraction of the cores to the padded matrix, in the fastest of several orders."""
+def _fastest_matrix(topology: Topology) -> ContractionPlan:
     return _plan_matrix(topology, {})
 
 
-def _plan_matrix(topology: Topology, widths: Mapping[str, int]) -> ContractionPlan:
+def _plan_matrix(
+    topology: Topology, widths: Mapping[str, int], optimize: Optimizer = "auto"
+) -> ContractionPlan:
     """Plan the contraction to the padded matrix, or to a block of rows with the leg sizes `widths`."""
     if topology.terms:
-        parts = [(places, _plan_matrix(part, widths)) for places, part in topology.parts]
+        parts = [(places, _plan_matrix(part, widths, optimize)) for places, part in topology.parts]
         return plan_sum(parts)
     cores = [core.labels for core in topology.cores]
     output = (*topology.out_labels, *topology.in_labels)
     sizes = {**topology.size_of, **widths}
-    paths = [find_path(cores, output, sizes), *_sweeps(len(cores))]
+    paths = [find_path(cores, output, sizes, optimize)]
+    if isinstance(optimize, str) and optimize == "auto":
+        paths += _sweeps(len(cores))
     plans = [lower_path(cores, output, sizes, path) for path in dict.fromkeys(map(tuple, paths))]
     best = min(plans, key=lambda plan: plan.seconds(1, CPU))
     return _with_shape(best, (-1, topology.padded_shape[1]))

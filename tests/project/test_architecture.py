@@ -31,7 +31,7 @@ PACKAGES = {
     "tensornet_hf": ROOT / "plugins" / "hf" / "tensornet_hf",
 }
 #: Optional packages of the core: imported inside the function that needs them, never with the package.
-OPTIONAL = {"quimb", "tensorly", "matplotlib", "jinja2", "hypothesis", "pytest"}
+OPTIONAL = {"cotengra", "quimb", "tensorly", "matplotlib", "jinja2", "hypothesis", "pytest"}
 HUGGING_FACE = {"transformers", "accelerate", "peft", "typer", "rich"}
 
 

@@ -41,6 +41,7 @@ class Extra:
 EXTRAS = {
     "hf": Extra(("transformers", "accelerate"), "import tensornet_hf"),
     "viz": Extra(("matplotlib",), "import matplotlib.pyplot, jinja2"),
+    "paths": Extra(("cotengra",), "import cotengra"),
     "interop": Extra(("quimb", "tensorly"), "import quimb.tensor, tensorly"),
     "testing": Extra(
         ("hypothesis",), "from tensornet.testing.strategies import register_profiles; register_profiles()"

@@ -16,9 +16,6 @@ from tensornet.topology import Topology
 #: Label of the expert index; when a plan is used again, only the size of this label may differ.
 EXPERT = TOKEN
 
-#: Largest number of cores for which all contraction orders are tried; a heuristic is used for more.
-_EXHAUSTIVE_CORES = 7
-
 
 def _described(topology: Topology) -> str:
     return f"{topology.family!r} of shape {topology.shape} with legs {topology.out_dims} x {topology.in_dims}"
@@ -78,8 +75,7 @@ def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) ->
     legs = (*topology.out_labels, *topology.in_labels)
     output = legs if len(shared) == len(cores) else (EXPERT, *legs)
     sizes = {**topology.size_of, EXPERT: num_experts}
-    optimize = "optimal" if len(cores) <= _EXHAUSTIVE_CORES else "auto"
-    return StackPlan(topology, shared, plan_contraction(cores, output, sizes, optimize=optimize))
+    return StackPlan(topology, shared, plan_contraction(cores, output, sizes))
 
 
 def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: int) -> Tensor:
