@@ -37,6 +37,7 @@ PACKAGES = (
     "tensorly",
     "tensorly-torch",
     "quimb",
+    "cotengra",
     "TensorKrowch",
     "tntorch",
 )

@@ -12,8 +12,17 @@ from torch import Tensor
 from tensornet import interop
 from tensornet._util import check_memory, check_size, import_optional
 from tensornet.contraction.cost import default_machine
-from tensornet.contraction.plan import contract_with_input, plan_apply, plan_matrix, plan_operator, run
+from tensornet.contraction.plan import (
+    TOKEN,
+    check_input,
+    contract_with_input,
+    plan_apply,
+    plan_matrix,
+    plan_operator,
+    run,
+)
 from tensornet.contraction.search import Optimizer
+from tensornet.contraction.slicing import plan_slices, run_slices
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.topology import Topology
 
@@ -61,17 +70,29 @@ class TensorNetwork:
         """Number of stored elements, padding included."""
         return self.topology.num_params
 
-    def to_matrix(self, *, optimize: Optimizer = "auto") -> Tensor:
+    def to_matrix(self, *, optimize: Optimizer = "auto", max_bytes: int | None = None) -> Tensor:
         """Contract the cores to the dense matrix, shape `(out_features, in_features)`.
 
         Args:
             optimize: what finds the contraction order: `"auto"`, `"cotengra"`, a name or an optimizer object
                 of opt_einsum or cotengra, or a path; see `tensornet.contraction.search.find_path`.
+            max_bytes: largest size of an intermediate result in bytes, the matrix included. Larger ones are
+                computed in slices, for one value of some bonds at a time, which takes more time.
 
         Raises:
             ContractionError: there is no such optimizer, or its path is invalid.
-            MemoryLimitError: the matrix and the intermediate results do not fit in memory.
+            MemoryLimitError: the matrix and the intermediate results do not fit in memory; or no slices keep
+                `max_bytes`.
+            ValueError: `max_bytes` is not a positive integer.
+
+        Example:
+            >>> network = tn.decompose(torch.randn(64, 64), "mpo", sites=3).network
+            >>> dense = network.to_matrix(max_bytes=4 * 64 * 64)
+            >>> torch.allclose(dense, network.to_matrix(), atol=1e-5)
+            True
         """
+        if max_bytes is not None:
+            return self._in_slices(None, optimize, max_bytes)
         plan = plan_matrix(self.topology, optimize=optimize)
         size = max(plan.largest_intermediate(1), math.prod(self.topology.padded_shape))
         what = f"The dense matrix of shape {self.shape}"
@@ -79,22 +100,26 @@ class TensorNetwork:
         dense = run(plan, self.cores)
         return dense[: self.shape[0], : self.shape[1]]
 
-    def apply(self, x: Tensor, *, optimize: Optimizer = "auto") -> Tensor:
+    def apply(self, x: Tensor, *, optimize: Optimizer = "auto", max_bytes: int | None = None) -> Tensor:
         """Apply the operator to `x: (..., in_features)` without building its matrix.
 
         Args:
             x: the input.
             optimize: what finds the contraction order, as for `to_matrix`; `"auto"` chooses among orders by
                 the predicted time.
+            max_bytes: largest size of an intermediate result in bytes, the output included, as for
+                `to_matrix`.
 
         Returns:
             Tensor of shape `(..., out_features)`.
 
         Raises:
             ContractionError: there is no such optimizer, or its path is invalid.
+            ValueError: `max_bytes` is not a positive integer.
             ShapeError: `x` is not a tensor, its last dimension is not `in_features`, or its dtype (except
                 under autocast) or device differs from that of the cores.
-            MemoryLimitError: the output and the intermediate results do not fit in memory.
+            MemoryLimitError: the output and the intermediate results do not fit in memory; or no slices keep
+                `max_bytes`.
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__
@@ -112,6 +137,10 @@ class TensorNetwork:
                 f"The input of apply is on {x.device}, but the cores are on {core.device}; "
                 f'move it with x.to("{core.device}").'
             )
+        if max_bytes is not None:
+            check_input(x, self.shape[1])
+            rows = self._in_slices(x.reshape(-1, self.shape[1]), optimize, max_bytes)
+            return rows.reshape(*x.shape[:-1], self.shape[0])
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
         if isinstance(optimize, str) and optimize == "auto":
             machine = default_machine(core.device)
@@ -123,6 +152,30 @@ class TensorNetwork:
         what = f"Applying the operator of shape {self.shape} to {tokens} vector{'s' if tokens > 1 else ''}"
         check_memory(size, core, what, "apply it to fewer vectors at once, or round the operator")
         return contract_with_input(plan, self.cores, x, route=route)
+
+    def _in_slices(self, x: Tensor | None, optimize: Optimizer, max_bytes: int) -> Tensor:
+        """Contract to the matrix, or apply to `x` of shape `(tokens, in_features)`, in slices."""
+        most = check_size("max_bytes", max_bytes, error=ValueError) // self.cores[0].element_size()
+        topology, total = self.topology, None
+        rows, columns = topology.padded_shape
+        for positions, part in topology.parts:
+            operands, output, sizes = [core.labels for core in part.cores], part.out_labels, part.size_of
+            tensors = [self.cores[k] for k in positions]
+            if x is None:
+                output, shape = (*output, *part.in_labels), (rows, columns)
+            else:
+                padded = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
+                operands, output = [(TOKEN, *part.in_labels), *operands], (TOKEN, *output)
+                tensors, sizes = (
+                    [padded.reshape(-1, *part.in_dims), *tensors],
+                    {**sizes, TOKEN: max(len(x), 1)},
+                )
+                shape = (len(x), rows)
+            sliced = plan_slices(operands, output, sizes, most, optimize=optimize)
+            result = run_slices(sliced, tensors).reshape(shape)
+            total = result if total is None else total + result
+        assert total is not None
+        return total[: self.shape[0], : self.shape[1]] if x is None else total[:, : self.shape[0]]
 
     def flops(self, tokens: int) -> int:
         """Count the floating-point operations of `apply` on `tokens` vectors; a multiply-add counts as two.
