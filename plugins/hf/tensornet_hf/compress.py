@@ -862,7 +862,8 @@ def _check_data(
         return replace(config, method="nearest" if config.formats else "svd")
     raise BudgetError(
         "A calibration text is needed, to measure how errors of the weights affect the loss. Give text like "
-        "the model's later input with calibration=FILE, or let the model write it with calibration='own'. "
+        "the model's later input with calibration=FILE, let the model write it with calibration='own', or "
+        "use the embedded text with calibration='default'. "
         "method='nearest' (formats) and method='svd' (networks) need no text, but lose more quality."
     )
 
