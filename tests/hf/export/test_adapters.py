@@ -307,9 +307,10 @@ def test_two_files_are_one_destination(tmp_path: Path, monkeypatch: pytest.Monke
         adapter.write_text("old")
         report = th.export(changed, file, networks=networks, force=True)
         assert (report.adapter, report.adapter_bytes) == (None, 0)
-        assert [x.name for x in tmp_path.iterdir()] == ["model.gguf"]
+        assert {x.name for x in tmp_path.iterdir()} == {"model.gguf", "model.gguf.receipt.json"}
     # So an adapter that is alone is not given another model without force.
     file.rename(adapter)
+    (tmp_path / "model.gguf.receipt.json").unlink()
     with pytest.raises(DestinationError, match=r"model-lora\.gguf exists"):
         th.export(model, file)
     assert [x.name for x in tmp_path.iterdir()] == ["model-lora.gguf"]
