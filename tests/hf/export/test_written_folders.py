@@ -62,7 +62,7 @@ def test_the_same_folder_as_an_export(target: str, name: str, tmp_path: Path) ->
     th.export(model, tmp_path / "theirs", target=target, source=source)
     ours, theirs = contents(tmp_path / "ours"), contents(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
-    assert {name for name in ours if ours[name] != theirs[name]} == set()
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"receipt.json"}  # says how it was made
 
 
 def test_what_no_target_can_store(tmp_path: Path) -> None:
