@@ -39,7 +39,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
     "generation": (13, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
     "chains": (14, {"task", "sites", "milliseconds", "over_tensornet"}),
-    "paths": (3, {"network", "multiply_adds", "width", "over_cotengra", "sliced_over_cotengra"}),
+    "paths": (3, {"network", "over_cotengra", "width_over_cotengra", "sliced_over_cotengra"}),
     "cross": (2, {"case", "package", "error", "evaluations", "bytes", "seconds"}),
     "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),
     "forward": (3, {"milliseconds", "bytes", "over_dense"}),
