@@ -14,12 +14,18 @@ import tensornet_moe as tm
 from tensornet.topologies import mpo
 
 #: Written by each process at its end, into a file of its own because the processes share one output:
-#: a thread that waits for Python while it ends aborts the process.
+#: a thread that waits for Python while it ends aborts the process. Linux lists a thread for a moment after it
+#: has been joined, so that the count is taken again until one thread is left.
 THREADS = """
-import os
-tasks = "/proc/self/task"
+import os, time
+def threads():
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) if os.path.isdir(tasks) else 1
+until = time.monotonic() + 60
+while threads() > 1 and time.monotonic() < until:
+    time.sleep(0.01)
 with open(f"threads.{os.environ['RANK']}", "w") as written:
-    written.write(str(len(os.listdir(tasks)) if os.path.isdir(tasks) else 1))
+    written.write(str(threads()))
 """
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "train_mixtures.md"
 
