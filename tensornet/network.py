@@ -81,8 +81,8 @@ class TensorNetwork:
 
         Raises:
             ContractionError: there is no such optimizer, or its path is invalid.
-            MemoryLimitError: the matrix and the intermediate results do not fit in memory; or no slices keep
-                `max_bytes`.
+            MemoryLimitError: the matrix and the intermediate results do not fit in memory; or not even
+                65,536 slices keep `max_bytes`.
             ValueError: `max_bytes` is not a positive integer.
 
         Example:
@@ -118,8 +118,8 @@ class TensorNetwork:
             ValueError: `max_bytes` is not a positive integer.
             ShapeError: `x` is not a tensor, its last dimension is not `in_features`, or its dtype (except
                 under autocast) or device differs from that of the cores.
-            MemoryLimitError: the output and the intermediate results do not fit in memory; or no slices keep
-                `max_bytes`.
+            MemoryLimitError: the output and the intermediate results do not fit in memory; or not even
+                65,536 slices keep `max_bytes`.
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__

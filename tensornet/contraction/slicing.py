@@ -3,7 +3,8 @@
 If a summed index of size `n` is fixed, a contraction falls into `n` smaller ones, whose results add up to the
 result. Products that do not have the index are computed in each of them, so slicing takes time. Indices are
 chosen greedily: each time that index of a too large product with which all slices together need the fewest
-multiply-adds. Any limit can be kept that the result itself keeps.
+multiply-adds. Any limit can be kept that the result itself keeps, if no more than `MOST_SLICES` slices are
+needed for it.
 
 Reference:
     Gray and Kourtis 2021, "Hyper-optimized tensor network contraction", section on slicing.
@@ -23,6 +24,9 @@ from tensornet._util import transforms_active
 from tensornet.contraction.plan import ContractionPlan, lower_path, run
 from tensornet.contraction.search import SECONDS, Labels, Optimizer, Problem, Tree, bits, find_path, refine
 from tensornet.errors import MemoryLimitError
+
+#: Most slices of a contraction: more would take minutes for their overhead alone.
+MOST_SLICES = 2**16
 
 
 class SlicedPlan(NamedTuple):
@@ -61,7 +65,8 @@ def plan_slices(
         optimize: what finds the contraction order; see `find_path`.
 
     Raises:
-        MemoryLimitError: the result has more elements; the message says how many.
+        MemoryLimitError: the result has more elements, or more than `MOST_SLICES` slices are needed; the
+            message says how many elements to allow.
     """
     problem = Problem.of(operands, output, size_of)
     tree = Tree.of_path(problem, find_path(operands, output, size_of, optimize))
@@ -79,7 +84,7 @@ def slice_tree(tree: Tree, most: int) -> tuple[Tree, int]:
         The tree of a slice, and the set of the sliced indices.
 
     Raises:
-        MemoryLimitError: the result has more elements.
+        MemoryLimitError: see `plan_slices`.
     """
     volumes, output, chosen = tree.problem.volumes, tree.problem.output, 0
     while tree.width > most:
@@ -94,6 +99,11 @@ def slice_tree(tree: Tree, most: int) -> tuple[Tree, int]:
                 "least, the size of the result itself. Allow as many."
             )
         best = min(trials, key=lambda k: (trials[k].cost * volumes[1 << k], k))
+        if volumes[chosen | 1 << best] > MOST_SLICES:
+            raise MemoryLimitError(
+                f"More than {MOST_SLICES:,} slices are needed to keep all results of the contraction at "
+                f"{most:,} elements. Allow {tree.width:,} elements, for {volumes[chosen]:,} slices."
+            )
         tree, chosen = trials[best], chosen | 1 << best
     refined = tree.without(0)
     refine(refined, random.Random(0), deadline=time.thread_time() + SECONDS)

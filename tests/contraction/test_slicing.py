@@ -14,7 +14,7 @@ from labelled_networks import cost, einsum, grid, random_network, tensors_of, wi
 import tensornet as tn
 from tensornet.contraction.plan import TOKEN
 from tensornet.contraction.search import find_path
-from tensornet.contraction.slicing import plan_slices, run_slices
+from tensornet.contraction.slicing import MOST_SLICES, plan_slices, run_slices
 from tensornet.errors import MemoryLimitError
 
 
@@ -112,3 +112,12 @@ def test_what_no_slices_reach() -> None:
     for wrong in (0, -1, 2.5):
         with pytest.raises(ValueError, match="max_bytes"):
             network.to_matrix(max_bytes=wrong)  # type: ignore[arg-type]
+
+
+def test_a_limit_that_needs_too_many_slices_names_one_that_does_not() -> None:
+    network = grid(6, 6, 8)
+    with pytest.raises(MemoryLimitError, match=r"More than 65,536 slices .* at 8 elements\. Allow") as error:
+        plan_slices(*network, 8)
+    enough = int(str(error.value).split("Allow ")[1].split(" elements")[0].replace(",", ""))
+    sliced = plan_slices(*network, enough)
+    assert 1 < np.prod(list(sliced.sliced.values())) <= MOST_SLICES
