@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+import sys
 import warnings
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,8 @@ EXCLUDED, HEAD, TABLE = "excluded by the configuration", "output head", "embeddi
 ADAPTER = "of an adapter"
 UNSEEN = "never ran in calibration"
 BIAS, UNKNOWN = "bias", "no layer kind"
+#: The same for a stack of matrices that the plugin for transformers, which is not imported, would expose.
+STACKED = "import tensornet_hf to compress it"
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,9 @@ def list_weights(model: nn.Module) -> list[Target]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 bias = id(parameter) in biases or isinstance(module, Compound)
-                skip = BIAS if bias else reason_against(module) or UNKNOWN
+                stacked = parameter.ndim == 3 and type(module).__module__.startswith("transformers.")
+                unknown = STACKED if stacked and "tensornet_hf" not in sys.modules else UNKNOWN
+                skip = BIAS if bias else reason_against(module) or unknown
                 full = f"{name}.{key}".lstrip(".")
                 found.append(Target((full,), (module,), (), skip=skip, parameter=parameter))
     return found

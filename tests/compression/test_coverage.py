@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,27 @@ def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
     assert str(coverage).removeprefix("covers ") in str(streamed)
     assert coverage.excluded.keys() == {"Embedding"}
     assert coverage.unknown.keys() == {"LayerNorm", "biases"}
+
+
+@pytest.mark.slow
+def test_experts_of_transformers_need_the_plugin() -> None:
+    """Without `import tensornet_hf`, the report says what to import; with it, the experts are covered."""
+    code = """
+import tensornet as tn
+{plugin}
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, head_dim=16)
+heads = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_experts=4)
+model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads))
+config = tn.CompressionConfig(formats=("int8",), method="nearest")
+print(tn.compress(model, config, progress=False).coverage)
+"""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(plugin=x)], check=True, capture_output=True, text=True
+        )
+        for x in ("", "import tensornet_hf")
+    ]
+    hint = "Qwen3MoeExperts (import tensornet_hf to compress it)"
+    assert hint in printed[0].stdout
+    assert "Qwen3MoeExperts" not in printed[1].stdout
