@@ -25,7 +25,7 @@ from harness import RECORDS, processor_seconds, record
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf.embedded import gpt2_path, heldout_text
+from tensornet_hf.embedded import data_path, gpt2_path, heldout_text
 from tensornet_hf.evaluate import divergence_by_block
 from tensornet_hf.lazy_model import open_model
 from tensornet_hf.text import load_tokenizer, token_ids
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for method in ("nearest", "ours"):
             how: dict[str, Any] = {"method": "nearest"} if method == "nearest" else {}
             config = tn.CompressionConfig(formats=(FORMATS[kind],), target_modules="all", **how)
-            data: dict[str, Any] = {"calibration": "default", "calibration_tokens": tokens}
+            data: dict[str, Any] = {"calibration": data_path("calibration.txt"), "calibration_tokens": tokens}
             options = th.CompressOptions(**({} if method == "nearest" else data))
             with tempfile.TemporaryDirectory() as folder:
                 start, file = processor_seconds(), Path(folder) / "model.gguf"

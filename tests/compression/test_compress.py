@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import tensornet as tn
 from tensornet.nn.targets import find_targets
 from tensornet_hf.embedded import gpt2_path, heldout_text
-from tensornet_hf.text import embedded_text, load_tokenizer, token_ids
+from tensornet_hf.text import default_batches, load_tokenizer, token_ids
 
 HALF = tn.CompressionConfig(param_ratio=0.5, method="svd")
 
@@ -238,7 +238,7 @@ def test_data_that_is_needed_is_asked_for(option: dict[str, object]) -> None:
     ],
     ids=str,
 )
-def test_methods_without_data_do_not_read_the_embedded_text(options: dict[str, object]) -> None:
+def test_methods_without_data_do_not_read_the_packages_text(options: dict[str, object]) -> None:
     model = AutoModelForCausalLM.from_pretrained(gpt2_path())
     config = tn.CompressionConfig("*.h.0.mlp.*", topology="low_rank", **options)  # type: ignore[arg-type]
     report = tn.compress(model, config, progress=False)
@@ -246,16 +246,16 @@ def test_methods_without_data_do_not_read_the_embedded_text(options: dict[str, o
 
 
 @pytest.mark.slow
-def test_a_language_model_is_calibrated_on_the_embedded_text() -> None:
+def test_a_language_model_is_calibrated_on_the_packages_text() -> None:
     """And is then far better than by the error of its weights, on text that neither saw."""
     dense = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     ids = token_ids(load_tokenizer(gpt2_path()), heldout_text())[: 24 * 128].reshape(24, 128)
     models = [copy.deepcopy(dense) for _ in range(2)]
     options = {"param_ratio": 0.5}
-    with pytest.warns(tn.errors.CalibrationWarning, match="embedded text"):
+    with pytest.warns(tn.errors.CalibrationWarning, match="package's text"):
         report = tn.compress(models[0], tn.CompressionConfig(**options), progress=False)  # type: ignore[arg-type]
     assert report.plan.calibration is not None
-    assert "King James" in report.plan.calibration
+    assert "package's text" in report.plan.calibration
     tn.compress(models[1], tn.CompressionConfig(**options, method="svd"), progress=False)  # type: ignore[arg-type]
     with torch.no_grad():
         losses = [float(model(input_ids=ids, labels=ids).loss) for model in (dense, *models)]
@@ -270,14 +270,14 @@ def test_a_model_of_the_hub_has_its_tokenizer_in_the_cache(
     model = AutoModelForCausalLM.from_pretrained(gpt2_path())
     model.name_or_path = "owner/tiny"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert embedded_text(model) is None
+    assert default_batches(model) is None
     repository = tmp_path / "models--owner--tiny"
     shutil.copytree(gpt2_path(), repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
-    found = embedded_text(model)
+    found = default_batches(model)
     assert found is not None
-    assert "King James" in found.source
+    assert "package's text" in found.source
 
 
 @pytest.mark.parametrize("method", ["svd", "gptq", "auto"])

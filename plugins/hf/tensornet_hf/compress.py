@@ -56,7 +56,6 @@ from tensornet_hf.checkpoint import (
     upload,
     weight_bytes,
 )
-from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import held_out_batches
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
 from tensornet_hf.exporters.gguf import adapter_file, file_runtime
@@ -79,7 +78,7 @@ from tensornet_hf.staging import (
     reading_or_writing,
     staging,
 )
-from tensornet_hf.text import calibration_data, load_tokenizer, mix_texts, own_text, read_text
+from tensornet_hf.text import calibration_data, default_text, load_tokenizer, mix_texts, own_text, read_text
 
 #: Files in a staging folder: the survey, the plan of a run without data, and the checkpoint of healing.
 SURVEY, PLAN, HEALING = "survey.safetensors", "plan.json", "healing.safetensors"
@@ -113,9 +112,9 @@ class CompressOptions:
 
     Args:
         calibration: file with text like the model's later input; 'own' is text that a causal language model
-            writes itself (which needs memory for the model), 'default' is the embedded text, the King James
-            Bible. Pieces of several files alternate. For models that do not read text alone, batches
-            (`tn.nn.ProvidedData`). Not needed with `method="nearest"` or `"svd"`.
+            writes itself (which needs memory for the model), 'default' is the package's text of many kinds
+            (prose, 16 languages, code, dialogues). Pieces of several files alternate. For models that do not
+            read text alone, batches (`tn.nn.ProvidedData`). Not needed with `method="nearest"` or `"svd"`.
         calibration_tokens: number of calibration tokens on which the loss is differentiated (default: 4,096
             or 1,024 passages; with effort thorough 32,768).
         survey: file with the predicted loss of every number format of every layer: read if it exists, written
@@ -230,7 +229,7 @@ class CompressOptions:
     @property
     def source(self) -> str:
         """Names of the calibration texts, for reports."""
-        names = {DEFAULT: "the embedded text (King James Bible)", OWN: "text that the model wrote itself"}
+        names = {DEFAULT: "the package's text", OWN: "text that the model wrote itself"}
         return " and ".join(names.get(str(x)) or Path(x).name for x in self.texts)
 
 
@@ -252,11 +251,11 @@ def text_of(options: CompressOptions, folder: Path) -> str | None:
             texts.append(own_text(model.eval(), load_tokenizer(folder)))
             del model
         elif name == DEFAULT:
-            texts.append(calibration_text())
+            texts.append(default_text(load_tokenizer(folder)))
         elif not Path(name).exists():
             raise FileNotFoundError(
                 f"There is no file {name}. Give a text file, '{OWN}' for text that the model writes itself, "
-                f"or '{DEFAULT}' for the embedded text."
+                f"or '{DEFAULT}' for the package's text."
             )
         else:
             texts.append(read_text(Path(name)))
@@ -863,7 +862,7 @@ def _check_data(
     raise BudgetError(
         "A calibration text is needed, to measure how errors of the weights affect the loss. Give text like "
         "the model's later input with calibration=FILE, let the model write it with calibration='own', or "
-        "use the embedded text with calibration='default'. "
+        "use the package's text with calibration='default'. "
         "method='nearest' (formats) and method='svd' (networks) need no text, but lose more quality."
     )
 

@@ -1,9 +1,9 @@
-"""Two small trained models that are part of the package, with calibration and held-out text.
+"""Texts and two small trained models that are part of the package.
 
 The models are a GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible.
-With them the demo and the tests run without network access. `data/README.md` and the `training.json` of each
-folder describe the models and their quality. Every function raises FileNotFoundError if the package was
-installed without its data.
+With them the demo and the tests run without network access. A text of many kinds calibrates other models.
+`data/README.md` and the `training.json` of each folder describe texts, models and their quality. Every
+function raises FileNotFoundError if the package was installed without its data.
 """
 
 import json
@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["calibration_text", "gpt2_path", "heldout_text", "t5_pairs", "t5_path"]
+__all__ = ["calibration_text", "dialogues", "gpt2_path", "heldout_text", "mixed_text", "t5_pairs", "t5_path"]
 
 
 def data_path(name: str) -> Path:
@@ -69,6 +69,27 @@ def heldout_text() -> str:
         True
     """
     return data_path("heldout.txt").read_text(encoding="utf-8")
+
+
+def mixed_text() -> str:
+    """Return about 200 kB of text of many kinds: novels, one text in 16 languages, code, documentation.
+
+    Example:
+        >>> len(th.embedded.mixed_text().encode()) > 200_000
+        True
+    """
+    return data_path("mixed.txt").read_text(encoding="utf-8")
+
+
+def dialogues() -> list[list[dict[str, str]]]:
+    """Return 38 dialogues of a user and an assistant, as messages for chat templates.
+
+    Example:
+        >>> th.embedded.dialogues()[0][0]["role"]
+        'user'
+    """
+    lines = data_path("dialogues.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from tensornet.nn.extension import ModelExtension, ProvidedData, register_extens
 from tensornet.nn.layer_kinds import LayerKind, is_plain, register_layer_kind
 from tensornet_hf.experts import experts_apart, tell_padding
 from tensornet_hf.quantizer import prepare_for_saving
-from tensornet_hf.text import embedded_text
+from tensornet_hf.text import default_batches
 
 #: Reason why the layers of `READ_OUTSIDE` stay dense.
 READ_REASON = "weight read outside of the layer"
@@ -52,8 +52,8 @@ class TransformersExtension(ModelExtension):
         return prepare_for_saving(model)
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return calibration batches from the package's text, or None (see `embedded_text`)."""
-        return embedded_text(model)
+        """Return calibration batches from the package's text, or None (see `default_batches`)."""
+        return default_batches(model)
 
     def dense_layers(self, model: nn.Module) -> dict[str, str]:
         """Return the layers of `READ_OUTSIDE`, whose weight transformers reads outside of the layer."""

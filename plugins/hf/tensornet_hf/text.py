@@ -24,7 +24,7 @@ from tensornet.calibration.batches import Batch, BatchLike, as_batch
 from tensornet.calibration.losses import IGNORED, TokenLosses
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.extension import ProvidedData
-from tensornet_hf.embedded import calibration_text
+from tensornet_hf.embedded import dialogues, mixed_text
 
 
 def read_text(path: Path) -> str:
@@ -509,12 +509,27 @@ def _pieces(text: str) -> Iterator[str]:
         yield piece if piece.endswith("\n") else piece + "\n"
 
 
+def default_text(tokenizer: Any) -> str:
+    """Return the package's text of many kinds for calibration.
+
+    It contains novels, one text in 16 languages, code and documentation; and dialogues, in the chat template
+    of the tokenizer if it has one.
+    """
+
+    def transcript(messages: list[dict[str, str]]) -> str:
+        if tokenizer.chat_template:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return "".join(f"{x['role'].capitalize()}: {x['content']}\n\n" for x in messages)
+
+    return mix_texts([mixed_text(), "\n".join(map(transcript, dialogues()))])
+
+
 #: Number of tokens of the package's text that are used for calibration if no other data is given.
 DEFAULT_TOKENS = 16_384
 
 
-def embedded_text(model: nn.Module) -> ProvidedData | None:
-    """Make calibration batches from the package's text (King James Bible) for a causal language model.
+def default_batches(model: nn.Module) -> ProvidedData | None:
+    """Make calibration batches from the package's text for a causal language model.
 
     Returns:
         The batches; None for other models, or if the model's folder or hub cache has no tokenizer.
@@ -524,7 +539,8 @@ def embedded_text(model: nn.Module) -> ProvidedData | None:
     if not model.name_or_path:
         return None
     try:
-        data = calibration_data(model, Path(model.name_or_path), calibration_text(), tokens=DEFAULT_TOKENS)
+        folder = Path(model.name_or_path)
+        data = calibration_data(model, folder, default_text(load_tokenizer(folder)), tokens=DEFAULT_TOKENS)
     except FormatError:
         return None
-    return ProvidedData(data.batches, f"{data.tokens:,} tokens of the embedded text (King James Bible)")
+    return ProvidedData(data.batches, f"{data.tokens:,} tokens of the package's text")

@@ -85,7 +85,7 @@ def test_compress_inspect_decompress(tensornet: Run) -> None:
     bits = float(out.partition("layers      2, ")[2].partition(" bits a weight")[0])
     assert 0 < bits <= 16  # half of float32; within the keep ratio of 0.5
     assert "written to  small" in out
-    assert "tokens of the embedded text (King James Bible)" in out
+    assert "tokens of the package's text" in out
     assert "measured    loss increase" in out
     page = Path("r.html").read_text()
     assert "predicted</em>" in page  # no held-out text was given
