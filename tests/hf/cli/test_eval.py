@@ -13,7 +13,7 @@ import torch
 
 import tensornet_hf as th
 from tensornet.errors import TargetError
-from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text, mixed_text
 from tensornet_hf.evaluate import TaskError, run_tasks
 from tensornet_hf.text import load_tokenizer
 
@@ -116,6 +116,25 @@ def test_without_the_harness_the_pip_line_is_named(tensornet: Run, monkeypatch: 
     assert (status, out) == (1, "")
     assert "tensornet eval --tasks needs lm_eval" in err
     assert "pip install 'tensornet-torch[eval]'" in err
+
+
+def test_several_texts_are_listed_worst_first(tensornet: Run) -> None:
+    Path("verses.txt").write_text(heldout_text()[:6_000])
+    Path("mixed.txt").write_text(mixed_text()[:6_000])
+    status, _, err = tensornet("compress", gpt2_path(), "small", "--formats", "int4", "--method", "nearest")
+    assert status == 0, err
+    texts = ("--text", "verses.txt", "--text", "mixed.txt")
+    status, out, err = tensornet("eval", "small", "--reference", gpt2_path(), *texts, "--json")
+    assert status == 0, err
+    found = json.loads(out)["texts"]
+    assert [x["text"] for x in found] == ["mixed.txt", "verses.txt"]  # GPT-2 knows verses alone
+    alone = json.loads(tensornet("eval", "small", "--reference", gpt2_path(), *texts[:2], "--json")[1])
+    assert {name: alone[name] for name in found[1]} == found[1]
+    status, out, _ = tensornet("eval", "small", *texts)
+    assert status == 0
+    header, *rows = out.splitlines()
+    assert header.split() == ["text", "loss", "perplexity", "tokens"]
+    assert [row.split()[:2] for row in rows] == [[x["text"], f"{x['loss']:.4f}"] for x in found]
 
 
 @pytest.mark.slow

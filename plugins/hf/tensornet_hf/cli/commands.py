@@ -4,7 +4,7 @@ Most options of `compress` are fields of dataclasses; see `with_options`.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -56,7 +56,6 @@ from tensornet_hf.cli.options import (
     with_options,
 )
 from tensornet_hf.compress import (
-    DEFAULT,
     CompressOptions,
     OptionError,
     compress_folder,
@@ -65,7 +64,7 @@ from tensornet_hf.compress import (
     plan_folder,
 )
 from tensornet_hf.embedded import data_path, gpt2_path
-from tensornet_hf.evaluate import divergence_by_block, perplexity, run_tasks
+from tensornet_hf.evaluate import Divergence, Perplexity, divergence_by_block, perplexity, run_tasks
 from tensornet_hf.exporters.base import GGUF
 from tensornet_hf.exporters.target import EXPORT_TARGETS
 from tensornet_hf.exporters.target import export as export_model
@@ -318,7 +317,11 @@ def evaluate(
         str, typer.Argument(help="Model folder, GGUF file, or hub id if there is no such folder or file.")
     ],
     text: Annotated[
-        Path | None, typer.Option(help="Text file (UTF-8) on which the perplexity is measured.")
+        list[Path] | None,
+        typer.Option(
+            help="Text file (UTF-8) on which the perplexity is measured. Several files are listed worst "
+            "first."
+        ),
     ] = None,
     reference: Annotated[
         str | None,
@@ -354,19 +357,19 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a language model: perplexity of a text, scores in tasks, or both."""
-    if text is None and tasks is None:
+    if not text and tasks is None:
         raise typer.BadParameter(
             "Say what to measure: --text FILE (perplexity) or --tasks NAMES (lm-evaluation-harness)."
         )
-    if reference is not None and text is None:
+    if reference is not None and not text:
         raise typer.BadParameter("--reference compares predictions on a text; add --text FILE.")
     for needed, chosen, options in (
         ("--tasks NAMES", tasks, {"--task-path": task_path, "--limit": limit}),
-        ("--text FILE", text, {"--context": context}),
+        ("--text FILE", text or None, {"--context": context}),
     ):
         if unused := [name for name, value in options.items() if value is not None and chosen is None]:
             raise typer.BadParameter(f"Add {needed}, or leave out {' and '.join(unused)}.")
-    content = None if text is None else read_text(text)
+    contents = {path: read_text(path) for path in text or ()}
     other = None if reference is None else resolve_folder(reference)
     model: Any
     folder, specialists, lazy = resolve_folder(path), None, None
@@ -384,21 +387,23 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     found: dict[str, Any] = {}
     with using:
-        if text is not None and content is not None:
+        measured: dict[Path, Perplexity | Divergence] = {}
+        if contents:
             require_causal(model)
-            ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
             windows: dict[str, Any] = {"batch_size": batch, "bos": bos_token(tokenizer)}
-            windows["progress"] = progress
+            windows["progress"] = sys.stderr.isatty()
             windows["context"] = usual_context(model) if context is None else context
-            if other is None:
-                measured = perplexity(model, ids, **windows)
-            else:
-                dense = _opened_lazily(other) or _loaded(other, device)
-                compared = divergence_by_block(lazy or model, dense, ids, device=device, **windows)
-                measured = compared.perplexity
-                found["divergence"] = {"reference": reference, **asdict(compared)}
-                del found["divergence"]["perplexity"]  # the next statement adds it to `found`
-            found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
+            dense = None if other is None else _opened_lazily(other) or _loaded(other, device)
+        for file, content in contents.items():
+            ids = token_ids(tokenizer, content)
+            measured[file] = (
+                perplexity(model, ids, **windows)
+                if dense is None
+                else divergence_by_block(lazy or model, dense, ids, device=device, **windows)
+            )
+        worst_first = sorted(measured.items(), key=lambda item: _damage(item[1]), reverse=True)
+        records = [_text_record(file, x, reference) for file, x in worst_first]
+        found |= records[0] if len(records) == 1 else {"texts": records} if records else {}
         if tasks is not None:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
             scores = run_tasks(model, tokenizer, names, task_path=task_path, limit=limit, batch_size=batch)
@@ -406,9 +411,12 @@ def evaluate(
     if as_json:
         print_json({"model": path, **found})
         return
-    if "perplexity" in found:
+    if len(records) == 1:
+        ((_, result),) = worst_first
         print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}")
-        print_lines(*([] if other is None else str(compared).splitlines()), found["how"])
+        print_lines(*(str(result).splitlines() if isinstance(result, Divergence) else ()), found["how"])
+    elif records:
+        _print_texts(records)
     if tasks is not None:
         rows = []
         for task, values in scores.scores.items():
@@ -420,6 +428,42 @@ def evaluate(
                     rows.append((task, metric, f"{value:.4f}", shown, f"{scores.samples.get(task, 0):,}"))
         print_table(("task", "metric", "score", "standard error", "examples"), rows)
         print_lines(f"lm-evaluation-harness {scores.version}")
+
+
+def _damage(measured: Perplexity | Divergence) -> float:
+    """Return what texts are ordered by: the mean divergence, or the loss if there is no reference model."""
+    return measured.mean[0] if isinstance(measured, Divergence) else measured.loss
+
+
+def _text_record(text: Path, measured: Perplexity | Divergence, reference: str | None) -> dict[str, Any]:
+    """Describe what was measured on a text, for `--json`."""
+    found: dict[str, Any] = {}
+    own = measured
+    if isinstance(measured, Divergence):
+        own, compared = measured.perplexity, asdict(measured)
+        del compared["perplexity"]  # it is added below
+        found["divergence"] = {"reference": reference, **compared}
+    assert isinstance(own, Perplexity)
+    return {**found, "text": str(text), **asdict(own), "how": f"{own.how} of {text.name}"}
+
+
+def _print_texts(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print a row for each text, in the given order."""
+    compared = {"KL divergence": "mean", "loss increase": "loss_increase", "same top token": "same_top"}
+    divergent = "divergence" in records[0]
+    rows = []
+    for record in records:
+        pairs = [record["divergence"][name] for name in compared.values()] if divergent else []
+        rows.append(
+            (
+                record["text"],
+                *(f"{value:.4f} +- {error:.1g}" for value, error in pairs),
+                f"{record['loss']:.4f}",
+                f"{record['perplexity']:.3f}",
+                f"{record['tokens']:,}",
+            )
+        )
+    print_table(("text", *(compared if divergent else ()), "loss", "perplexity", "tokens"), rows)
 
 
 def _opened(
@@ -739,7 +783,7 @@ def demo(
     destination.mkdir(parents=True, exist_ok=True)
     folder, report = destination / "model", destination / "report.html"
     options = CompressOptions(
-        calibration=DEFAULT,
+        calibration=data_path("calibration.txt"),
         calibration_tokens=16_384,
         held_out=data_path("heldout.txt"),  # in neither the training nor the calibration text
         device=device,
