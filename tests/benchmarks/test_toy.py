@@ -50,6 +50,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "scale": (5, {"question", "case"}),
     "schedule": (7, {"workers", "played", "clock", "ratio", "of_perfect", "main_process", "task_seconds"}),
     "specialists": (3, {"loss", "losses", "ninth", "lost", "rate", "seconds"}),
+    "texts": (2, {"calibration", "judged", "kl", "loss_increase", "predicted", "bytes", "seconds"}),
     "speeds": (3, {"format", "bytes", "seconds"}),
     "any_size": (
         1,
