@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GPT2LMHeadModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from tensornet._util import compact_bytes
 from tensornet.compression.plan import CompressionPlan
@@ -18,7 +21,15 @@ from tensornet.nn.module import NetworkModule, build_module
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import read_checkpoint, resolve_folder
-from tensornet_hf.exporters.gguf_converter import convert, dense_skeleton, packages, weight_sources
+from tensornet_hf.exporters.gguf_converter import (
+    WeightSource,
+    convert,
+    dense_skeleton,
+    packages,
+    weight_sources,
+)
+from tensornet_hf.exporters.mlx import EXPERT, name_in_gpt2, name_in_stack
+from tensornet_hf.exporters.unpacking import LAYOUTS, written_tensors
 from tensornet_hf.lazy_model import LazyModel, open_lazily, read_source
 from tensornet_hf.quantizer import is_inside, without_guards
 from tensornet_hf.receipts import Digests, Receipt, digests_of, receipt_path, source_paths, written_paths
@@ -113,8 +124,8 @@ def verify(
 ) -> Verification:
     """Check a written model: each file against the digest in the receipt, each tensor against the source.
 
-    With `source`, one tensor after the other is read from both models, so that neither is in memory. GGUF
-    files and folders of this library can be compared.
+    With `source`, one tensor after the other is read from both models, so that neither is in memory. Folders
+    of this library, GGUF files, and folders for MLX, GPTQ and compressed-tensors can be compared.
 
     Args:
         path: a folder or file that `compress_folder` or `export` has written.
@@ -184,10 +195,11 @@ def _compared(
         raise TargetError(
             f"The receipt of {path} names no source: the model was in memory when it was written."
         )
-    if receipt.target not in (None, "gguf"):
+    if receipt.target not in (None, "gguf", *LAYOUTS):
         raise TargetError(
-            f"Weights of a {receipt.target} folder cannot be read back. Compare the folder of this library "
-            "or the GGUF file of the same plan; without a source, the digests alone are checked."
+            f"Weights of the target {receipt.target} cannot be read back, only those of gguf, "
+            f"{', '.join(LAYOUTS)} and folders of this library. Without a source, the digests alone are "
+            "checked."
         )
     if receipt.options.get("networks") == "lora":
         raise TargetError("Weights that are divided between a file and its adapter cannot be read back.")
@@ -208,6 +220,8 @@ def _compared(
         lazy = open_lazily(read_source(folder, weights))
         if receipt.target is None:
             found = _of_folder(path, lazy, errors, schemes)
+        elif receipt.target in LAYOUTS:
+            found = _of_packed_folder(path, receipt.target, lazy, errors)
         else:
             found = _of_gguf(path, lazy, folder, errors)
         floor = {"float16": 2**-11, "bfloat16": 2**-8}.get(str(receipt.options.get("dtype")), 0.0)
@@ -297,12 +311,67 @@ def _of_gguf(
         values = torch.from_numpy(gguf.quants.dequantize(info.data, info.tensor_type).copy())
         expected = tensor.compute(read).reshape(values.shape)
         # The tensor may consist of several layers, or of some rows of them, which have at most all the error.
-        squares = 0.0
-        for name in tensor.parameters:
-            source = sources.get(name)
-            if source is not None and any(x in errors for x in source.layers):
-                parts = [read(name)] if source.stack is None else source.split(read(name))
-                for layer, part in zip(source.layers, parts, strict=True):
-                    squares += (_norm(part) * errors.get(layer, 0.0)) ** 2
+        squares = sum(
+            sum(_squares(sources[name], read(name), errors)) for name in tensor.parameters if name in sources
+        )
         largest = squares**0.5 / _norm(expected) if squares else 0.0
         yield info.name, kind, _gap(values, expected), largest
+
+
+def _squares(source: WeightSource, parameter: Tensor, errors: Mapping[str, float]) -> list[float]:
+    """Return the squared error of each layer of a parameter, from the relative errors of the layers."""
+    if not any(layer in errors for layer in source.layers):
+        return [0.0] * len(source.layers)
+    parts = [parameter] if source.stack is None else source.split(parameter)
+    return [
+        (_norm(part) * errors.get(layer, 0.0)) ** 2 for layer, part in zip(source.layers, parts, strict=True)
+    ]
+
+
+def _of_packed_folder(
+    path: Path, target: str, lazy: LazyModel, errors: Mapping[str, float]
+) -> Iterator[tuple[str, str, float, float]]:
+    """Yield name, number format, error and explained error of the tensors in a folder of packed matrices.
+
+    transformers computes from each parameter of the source the tensors that checkpoints store of it.
+    """
+    written = written_tensors(path, target)
+    stock = dense_skeleton(lazy.model)
+    sources, first = weight_sources(stock)
+    errors = {first.get(name, name): x for name, x in errors.items()}
+    of_gpt2 = target == "mlx" and isinstance(stock, GPT2LMHeadModel)
+    # mlx-lm stores all matrices of GPT-2 as (out, in).
+    turned = {f"{x}.weight" for x, module in stock.named_modules() if of_gpt2 and isinstance(module, Conv1D)}
+
+    def compared(key: str, expected: Tensor, squares: float) -> tuple[str, str, float, float]:
+        name = key
+        if of_gpt2:
+            name = name_in_gpt2(key)
+        elif key not in written and (expert := EXPERT.fullmatch(key)):
+            name = f"{name_in_stack(key)}[{expert[2]}]"
+        if name not in written:
+            raise FormatError(f"{path} has no tensor {name}, which the source stores as {key}.")
+        found, scheme = written.pop(name)()
+        return name, scheme, _gap(found, expected), squares**0.5 / _norm(expected) if squares else 0.0
+
+    state = lazy.model.state_dict()
+    for name, values in state.items():
+        whole = lazy.origins[name].read().reshape(values.shape) if name in lazy.origins else values
+        tied = lazy.model.all_tied_weights_keys.get(name) in state
+        if whole.is_meta or (tied and name not in written):
+            continue  # it is stored in another form, which is compared below, or under another name
+        squares = _squares(sources[name], whole, errors) if name in sources else [0.0]
+        if name in written or name in turned:
+            yield compared(name, whole.T if name in turned else whole, sum(squares))
+            continue
+        # The layers of which a piece has rows have at most all the error.
+        size = whole.shape[:-1].numel() // len(squares)
+        layers = (torch.arange(size * len(squares), dtype=torch.int32) // size).view(*whole.shape[:-1], 1)
+        owners = revert_weight_conversion(lazy.model, {name: layers.expand(whole.shape)})
+        for key, piece in revert_weight_conversion(lazy.model, {name: whole}).items():
+            inside = {*owners[key][..., 0].flatten().tolist(), *owners[key][..., -1].flatten().tolist()}
+            yield compared(key, piece, sum(squares[k] for k in inside))
+    for key, part in lazy.others.items():
+        yield compared(key, load_slice(part), 0.0)
+    if written:
+        raise FormatError(f"{path} has tensors that the source does not have: {_some(written)}.")

@@ -135,3 +135,15 @@ def test_overrides_match_layers_and_what_vllm_fuses_them_to() -> None:
     assert found(f"{first}.mlp.experts") == {"bits": 8, "group_size": -1}
     assert found(f"{first}.mlp.gate") == {}
     assert found(f"{first}.mlp.gate_up_proj") is None
+
+
+def test_layers_that_cannot_be_fused_have_an_entry_each() -> None:
+    block = "model.layers.0.self_attn"
+    packed = {f"{block}.q_proj": "int8", f"{block}.k_proj": "int4:g32", f"{block}.o_proj": "int4:g32"}
+    entry = quantization_entry(packed, [f"{block}.v_proj"])
+    found = {
+        name: [y for x, y in entry["dynamic"].items() if re.match(x[2:], f"{block}.{name}_proj.qweight")]
+        for name in "qkvo"
+    }
+    assert found == {"q": [{"bits": 8, "group_size": 64}], "k": [], "v": [{}], "o": []}
+    assert (entry["bits"], entry["group_size"]) == (4, 32)

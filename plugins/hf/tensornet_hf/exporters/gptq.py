@@ -91,18 +91,26 @@ def quantization_entry(packed: Mapping[str, str], dense: Sequence[str]) -> dict[
         layer or of one of its tensors. vLLM asks for the layer into which it fuses query, key and value, or
         gate and up, and for all experts of a block at once.
     """
-    kinds: dict[str, tuple[int, int]] = {}
+    kinds: dict[str, tuple[int, int] | None] = {name: None for name in dense if name != "lm_head"}
     for name, stored in packed.items():
         found = NumberFormat.parse(stored)
         assert found.bits is not None
-        kinds[_pattern(name)] = found.bits, -1 if found.group is None else found.group
-    usual = Counter(kinds.values()).most_common(1)[0][0]
-    dynamic: dict[str, dict[str, int]] = {
-        f"+:{pattern}": {"bits": bits, "group_size": group}
-        for pattern, (bits, group) in sorted(kinds.items())
-        if (bits, group) != usual
+        kinds[name] = found.bits, -1 if found.group is None else found.group
+    together: dict[str, set[tuple[int, int] | None]] = {}
+    for name, kind in kinds.items():
+        together.setdefault(_pattern(name), set()).add(kind)
+    # Layers that vLLM would fuse, but that are stored in different ways, have an entry each.
+    patterns = {
+        _pattern(name) if len(together[_pattern(name)]) == 1 else re.escape(name) + r"(\.|$)": kind
+        for name, kind in kinds.items()
     }
-    dynamic |= {f"-:{_pattern(name)}": {} for name in dense if name != "lm_head"}
+    usual = Counter(kind for kind in patterns.values() if kind is not None).most_common(1)[0][0]
+    dynamic: dict[str, dict[str, int]] = {
+        f"+:{pattern}": {"bits": kind[0], "group_size": kind[1]}
+        for pattern, kind in sorted(patterns.items())
+        if kind is not None and kind != usual
+    }
+    dynamic |= {f"-:{pattern}": {} for pattern, kind in patterns.items() if kind is None}
     return {
         "quant_method": "gptq",
         "bits": usual[0],

@@ -134,22 +134,22 @@ def _names_of_gpt2(found: PackedModel, tensors: Tensors) -> tuple[PackedModel, T
 
     def arranged(chunks: Mapping[str, Chunks]) -> dict[str, Chunks]:
         return {
-            _new_name(name): partial(_transposed, x, *tensors.facts[name][:2]) if name in turned else x
+            name_in_gpt2(name): partial(_transposed, x, *tensors.facts[name][:2]) if name in turned else x
             for name, x in chunks.items()
         }
 
     facts = {
-        _new_name(name): (dtype, shape[::-1] if name in turned else shape, nbytes)
+        name_in_gpt2(name): (dtype, shape[::-1] if name in turned else shape, nbytes)
         for name, (dtype, shape, nbytes) in tensors.facts.items()
     }
     made = [
-        Made(layers, tuple(map(_new_name, names)), partial(_made_and, arranged, make))
+        Made(layers, tuple(map(name_in_gpt2, names)), partial(_made_and, arranged, make))
         for layers, names, make in tensors.made
     ]
     found = found._replace(
-        packed={_new_name(x): y for x, y in found.packed.items()},
-        dense={_new_name(x): y for x, y in found.dense.items()},
-        low_ranks={_new_name(x): y for x, y in found.low_ranks.items()},
+        packed={name_in_gpt2(x): y for x, y in found.packed.items()},
+        dense={name_in_gpt2(x): y for x, y in found.dense.items()},
+        low_ranks={name_in_gpt2(x): y for x, y in found.low_ranks.items()},
     )
     return found, Tensors(facts, made, arranged(tensors.copied))
 
@@ -162,23 +162,23 @@ def _made_and(
     return change(make(new))
 
 
-def _new_name(name: str) -> str:
+def name_in_gpt2(name: str) -> str:
     """Return the name of a GPT-2 tensor or layer in mlx-lm."""
     return name.replace("transformer.", "model.", 1)
 
 
 #: Checkpoint name of a layer of an expert, or of one of its tensors.
-_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)(\.\w+)?")
+EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)(\.\w+)?")
 #: Names of the layers of Mixtral's experts in MLX.
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def _name_in_stack(name: str) -> str:
+def name_in_stack(name: str) -> str:
     """Return the name that a layer of an expert, or one of its tensors, has in MLX's stack `switch_mlp`.
 
     Other names are returned unchanged.
     """
-    if (match := _EXPERT.fullmatch(name)) is None:
+    if (match := EXPERT.fullmatch(name)) is None:
         return name
     parent, _, layer, tensor = match.groups()
     return f"{parent}.switch_mlp.{_PROJECTIONS.get(layer, layer)}{tensor or ''}"
@@ -186,13 +186,13 @@ def _name_in_stack(name: str) -> str:
 
 def _joined_experts(found: PackedModel, tensors: Tensors) -> tuple[PackedModel, Tensors]:
     """Join the tensors of experts to the stacks of MLX; if none is packed, mlx-lm joins them itself."""
-    packed = {_name_in_stack(name): kind for name, kind in found.packed.items()}
+    packed = {name_in_stack(name): kind for name, kind in found.packed.items()}
     if packed == found.packed:
         return found, tensors
     members: dict[str, dict[int, str]] = {}
     for name in tensors.facts:
-        match = _EXPERT.fullmatch(name)
-        members.setdefault(_name_in_stack(name), {})[0 if match is None else int(match[2])] = name
+        match = EXPERT.fullmatch(name)
+        members.setdefault(name_in_stack(name), {})[0 if match is None else int(match[2])] = name
 
     def joined(chunks: Mapping[str, Chunks]) -> dict[str, Chunks]:
         """Chain the bytes of the experts, in order."""
@@ -209,7 +209,7 @@ def _joined_experts(found: PackedModel, tensors: Tensors) -> tuple[PackedModel, 
         one = stack in tensors.facts
         facts[stack] = dtype, shape if one else (len(names), *shape), nbytes * len(names)
     made = [
-        Made(layers, tuple(dict.fromkeys(map(_name_in_stack, names))), partial(_made_and, joined, make))
+        Made(layers, tuple(dict.fromkeys(map(name_in_stack, names))), partial(_made_and, joined, make))
         for layers, names, make in tensors.made
     ]
     return found._replace(packed=packed), Tensors(facts, made, joined(tensors.copied))
