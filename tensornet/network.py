@@ -205,7 +205,7 @@ class TensorNetwork:
             >>> back = tn.TensorNetwork.from_quimb(
             ...     there, network.topology.out_labels, network.topology.in_labels
             ... )
-            >>> torch.equal(back.to_matrix(), network.to_matrix())
+            >>> torch.allclose(back.to_matrix(), network.to_matrix(), atol=1e-5)
             True
         """
         return interop.network_to_quimb(self.topology, self.cores)

@@ -12,8 +12,7 @@ moment of the gradients, `m` does not depend on the number of features (`GRADIEN
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,26 +181,26 @@ _NUMBERED = re.compile(r"(.*_)?\d+")
 
 
 def _add_products(total: Tensor, x: Tensor) -> None:
-    """Add `X^T X`, or its diagonal, to the upper half of a sum."""
+    """Add `X^T X`, or its diagonal, to the upper half of a sum.
+
+    In 16 bits, moments with strongly correlated outliers would get negative eigenvalues. So even the products
+    of bfloat16 vectors, which are exact in float32, are summed in float32.
+    """
     if total.ndim == 1:
         total += x.to(torch.float32, copy=True).square_().sum(0)
         return
-    with exact_products(x):
+    with torch.autocast(x.device.type, enabled=False):
         add_gram(total, x.float())
 
 
 def add_products(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add `X^T Y` to a sum; the matrices are rounded to bfloat16 if the processor multiplies it faster.
-
-    Unlike a moment, this sum has no small eigenvalues that rounding could make negative.
+    """Add `X^T Y` to a sum.
 
     Args:
         total: the sum in float32, shape `(m, n)`.
         x, y: matrices of shapes `(tokens, m)` and `(tokens, n)`.
     """
-    if x.is_cpu and has_bfloat16(x.device):
-        x, y = x.bfloat16(), y.bfloat16()
-    with exact_products(x, y):
+    with torch.autocast(x.device.type, enabled=False):
         total.addmm_(x.float().T, y.float())
 
 
@@ -213,25 +212,6 @@ def has_bfloat16(device: torch.device) -> bool:
         known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
         return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
     return False
-
-
-@contextmanager
-def exact_products(*factors: Tensor) -> Iterator[None]:
-    """Return a context without autocast in which float32 products of these matrices are fast.
-
-    In 16 bits, moments with strongly correlated outliers would get negative eigenvalues. So even the products
-    of bfloat16 vectors, which are exact in float32, are summed in float32.
-    """
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = products.fp32_precision
-    with torch.autocast(factors[0].device.type, enabled=False):
-        try:
-            if all(x.dtype == torch.bfloat16 and x.is_cpu for x in factors):
-                # The factors of products are rounded to bfloat16, which leaves these matrices unchanged.
-                products.fp32_precision = "bf16"
-            yield
-        finally:
-            products.fp32_precision = before
 
 
 def upper_gram(x: Tensor) -> Tensor:
