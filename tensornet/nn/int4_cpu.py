@@ -5,7 +5,7 @@ The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. Th
 Here `half` is half the number of rows in a block. Each group of inputs has a scale and an offset:
 `value = scale * (code - 8) + offset`.
 
-Codes of 2 or 3 bits are converted to 4 bits. A code `u` of 5 to 8 bits is split into its 4 highest bits and
+Codes of 1 to 3 bits are converted to 4 bits. A code `u` of 5 to 8 bits is split into its 4 highest bits and
 its `k` other bits: `scale * u = 2^k scale * high + scale * low`. So the product is the sum of two kernel
 products with the same groups. The rows of low parts are stored after all rows of high parts. All conversions
 are exact, since the kernel's scales and offsets are powers of two times the stored scales.

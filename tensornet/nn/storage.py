@@ -6,7 +6,7 @@ core, viewed as a matrix `(other indices, bond)`, become the identity, which nee
 does not change. The family chooses the bonds (`TopologyFamily.gauge_bonds`). A low-rank matrix of rank `r`
 then takes `r (out + in - r)` elements instead of `r (out + in)`.
 
-**Number formats.** Each core has a number format: the model's own dtype, bfloat16, or integers of 2 to 8 bits
+**Number formats.** Each core has a number format: the model's own dtype, bfloat16, or integers of 1 to 8 bits
 with a scale for each group of neighbouring inputs (`tensornet.quantization`). The family rounds cores to
 integers so that the loss increases little (`TopologyFamily.round_cores`).
 

@@ -41,7 +41,7 @@ from tensornet.quantization.parts import (
 )
 
 #: Numbers of bits of integers.
-BITS = (8, 7, 6, 5, 4, 3, 2)
+BITS = (8, 7, 6, 5, 4, 3, 2, 1)
 #: Sizes of groups; None is one group per row.
 GROUPS = (16, 32, 64, 128, None)
 DEFAULT_GROUP = 64

@@ -1,4 +1,4 @@
-"""Pack integer codes of 2 to 8 bits into bytes, row by row, and unpack them.
+"""Pack integer codes of 1 to 8 bits into bytes, row by row, and unpack them.
 
 For example, 8 codes of 3 bits fill 3 bytes. So a row of `n` 3-bit codes is split into 8 segments of
 `ceil(n / 8)` codes, and its bytes are split into 3 planes of the same length. The k-th codes of all segments
@@ -28,7 +28,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: codes from 0 to `2**bits - 1` in `torch.uint8`, shape `(..., size)`.
-        bits: number of bits of each code, 2 to 8.
+        bits: number of bits of each code, 1 to 8.
 
     Returns:
         Bytes in `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
@@ -147,9 +147,9 @@ def _layout(bits: int) -> tuple[int, int]:
     """Compute the number of segments and the number of byte planes for codes of `bits` bits.
 
     Raises:
-        ShapeError: `bits` is not from 2 to 8.
+        ShapeError: `bits` is not from 1 to 8.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ShapeError(f"Codes have 2 to 8 bits, got {bits!r}.")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ShapeError(f"Codes have 1 to 8 bits, got {bits!r}.")
     common = math.gcd(8, bits)
     return 8 // common, bits // common

@@ -24,7 +24,7 @@ WIDEST = 1.1
 #: Number of ranges that are tried in the search for scales, by number of bits. With few bits, further ranges
 #: hardly lower the error. With many bits, each of them is a new chance that large elements are close to the
 #: grid.
-_TRIED = {2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
+_TRIED = {1: 8, 2: 8, 3: 8, 4: 10, 5: 12, 6: 16, 7: 20, 8: 24}
 #: How many of the smallest multiples of the smallest step are inaccurate, by number of bits of the multiples.
 _INACCURATE = {4: 8, 6: 4, 8: 16}
 #: Integer dtype in which the bits of each floating-point dtype are stored, since `module.to(dtype)` does not
@@ -141,7 +141,7 @@ class Integers:
     """Equally spaced values: `code - center`.
 
     Args:
-        bits: number of bits of a code, 2 to 8.
+        bits: number of bits of a code, 1 to 8.
         center: code of the value 0.
     """
 
@@ -154,10 +154,10 @@ class Integers:
     def symmetric_of(cls, bits: int) -> "Integers":
         """Return integers with 0 in the middle.
 
-        With three or more bits, 0 is a value. With two bits, it is between two values, since four symmetric
+        With three or more bits, 0 is a value. With two bits or one, it is between two values, since symmetric
         values fit a normal distribution better.
         """
-        return cls(bits, 1.5 if bits == 2 else 2.0 ** (bits - 1))
+        return cls(bits, (2**bits - 1) / 2 if bits <= 2 else 2.0 ** (bits - 1))
 
     @property
     def top(self) -> int:

@@ -27,7 +27,7 @@ from tensornet.topologies import Budget, topology_family
 from tensornet.topologies.dense import round_dense
 
 FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
-INTEGERS = ["int8", "int5:g32", "int3:row:float16", "int2:g32:float8", "nl4:g32:float16"]
+INTEGERS = ["int8", "int5:g32", "int3:row:float16", "int2:g32:float8", "int1:row", "nl4:g32:float16"]
 FORMATS = ["bf16", *INTEGERS]
 SHAPE = (20, 36)
 #: Every family in every format, half of them pivoted: each family and each format is so both ways.

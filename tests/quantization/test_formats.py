@@ -93,6 +93,7 @@ def test_four_bit_floats_are_those_of_their_standards(
         ("int8:row", 8, None, True),
         ("nl4:g32", 4, 32, False),
         ("int4:g16", 4, 16, True),
+        ("int1:row", 1, None, True),
     ],
 )
 def test_names_of_integers(name: str, bits: int, group: int | None, equal: bool) -> None:
@@ -101,9 +102,9 @@ def test_names_of_integers(name: str, bits: int, group: int | None, equal: bool)
     assert found.name == name.removesuffix(":g64")
 
 
-@pytest.mark.parametrize("name", ["int9", "int1", "int4:g48", "fp8", "", "int4:g64:", "INT4", "nl5", 4, None])
+@pytest.mark.parametrize("name", ["int9", "int0", "int4:g48", "fp8", "", "int4:g64:", "INT4", "nl5", 4, None])
 def test_unknown_names_list_the_known(name: object) -> None:
-    with pytest.raises(FormatError, match=r"float, bf16.*int8.*int2, nl4|Groups have 16, 32, 64 or 128"):
+    with pytest.raises(FormatError, match=r"float, bf16.*int8.*int1, nl4|Groups have 16, 32, 64 or 128"):
         NumberFormat.parse(name)  # type: ignore[arg-type]
 
 
@@ -189,7 +190,7 @@ def test_two_bits_have_four_points_around_zero() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
-@pytest.mark.parametrize("name", ["int8:row", "int5:g32", "int4", "int2:float8", "nl4:g32"])
+@pytest.mark.parametrize("name", ["int8:row", "int5:g32", "int4", "int2:float8", "int1", "nl4:g32"])
 def test_values_in_float16_are_the_exact_ones_rounded_once(name: str, size: float, device: str) -> None:
     """Whatever the scales are, which float16 may hold with fewer digits or not at all."""
     made = round_weight(torch.randn(5, 70) * size, name)
@@ -309,7 +310,7 @@ def test_bad_packing() -> None:
         pack(torch.tensor([9], dtype=torch.uint8), 3)
     with pytest.raises(ShapeError, match=r"got torch\.int64"):
         pack(torch.tensor([1]), 3)
-    for bits in (1, 9, 4.0, True):
+    for bits in (0, 9, 4.0, True):
         with pytest.raises(ShapeError, match="to 8 bits"):
             pack(torch.zeros(8, dtype=torch.uint8), bits)  # type: ignore[arg-type]
     packed = pack(torch.zeros(2, 16, dtype=torch.uint8), 3)

@@ -19,7 +19,9 @@ from tensornet.quantization.moments import Moment
 from tensornet.quantization.rounding import ROUNDINGS, Rounding
 
 SIZES = {"m": st.integers(1, 24), "n": st.integers(1, 80), "seed": st.integers(0, 1000)}
-NAMES = st.sampled_from(["int2", "int4:g32", "int5:row", "int3:g32:float8", "int8", "nl4:g32:float16"])
+NAMES = st.sampled_from(
+    ["int1", "int2", "int4:g32", "int5:row", "int3:g32:float8", "int8", "nl4:g32:float16"]
+)
 
 
 def damped(matrix: torch.Tensor, amount: float) -> torch.Tensor:

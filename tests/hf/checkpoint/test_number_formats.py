@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "wide codes": (lambda x, _: x.update({CODES: x[CODES].short()}), "stored as int16, .*uint8"),
     "float scales": (lambda x, _: x.update({SCALES: x[SCALES].float()}), "stored as float32, .*int16"),
     "NaN": (lambda x, _: x[SCALES].fill_(0x7FC0), "scales .*NaN"),
-    "unknown": (lambda _, spec: spec.update(storage={"number_format": "int1"}), "Unknown number format"),
+    "unknown": (lambda _, spec: spec.update(storage={"number_format": "int0"}), "Unknown number format"),
     "groups": (lambda _, spec: spec.update(storage={"number_format": "int4:g64"}), "stored with shape"),
     "scales": (lambda _, spec: spec["storage"].update(number_format="int8:row:float8"), "stored as int16"),
     "cores": (lambda _, spec: spec["storage"].update(core_formats={"left": "int4"}), "for cores left"),
