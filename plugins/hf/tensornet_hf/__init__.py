@@ -15,6 +15,7 @@ from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, compress_folder, plan_folder
 from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.target import export
+from tensornet_hf.packing import PackReport, pack
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.receipts import Receipt
 from tensornet_hf.recipes import Recipe, plan_recipe
@@ -30,6 +31,7 @@ __all__ = [
     "CompressOptions",
     "ExportReport",
     "GradientMaskCallback",
+    "PackReport",
     "PretrainedSpecialists",
     "Receipt",
     "Recipe",
@@ -44,6 +46,7 @@ __all__ = [
     "export",
     "load",
     "load_specialists",
+    "pack",
     "plan_folder",
     "plan_recipe",
     "rotate",

@@ -15,7 +15,7 @@ from tensornet_hf.exporters.base import GGUF, LowRank
 from tensornet_hf.exporters.target import EXPORT_TARGETS
 from tensornet_hf.feed_forwards import find_feed_forwards
 from tensornet_hf.upcycling import UpcycleReport, upcycle
-from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
+from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, SpecialistLinear, Specialists
 
 #: Target for LoRA adapters only; whole models cannot be exported to it.
 PEFT = "peft"
@@ -66,6 +66,11 @@ def _low_ranks(specialists: Specialists, names: Sequence[str]) -> dict[str, dict
         specialists.tensors(name)  # raises an error if the name is unknown
         found[name] = {}
         for layer_name, layer in specialists.layers.items():
+            if not isinstance(layer, SpecialistLinear):
+                raise TargetError(
+                    f"{name!r} is a packed model, whose changes are not all of low rank. Write it as a model "
+                    "of its own: PretrainedSpecialists.unpack(name, folder)."
+                )
             left, right = (x.detach().float().cpu() for x in layer.factors(name))
             found[name][layer_name] = LowRank(left, right)
     return found

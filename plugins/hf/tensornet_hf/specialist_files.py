@@ -5,8 +5,12 @@ A folder contains
 - `specialists.json`: the trunk, the topology of each layer, and the specialists, with checksums;
 - `shared.safetensors`: the shared cores, once, each keyed by `layer.core_k`;
 - `NAME.safetensors`: the private cores of the specialist NAME.
+
+Packed models (`pack`) have no shared cores. `specialists.json` describes the change of each layer for each
+model, and `NAME.safetensors` contains the tensors of the changes.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -25,12 +29,14 @@ from tensornet._util import in_eval_mode
 from tensornet.compression.surveying import tensor_digest
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import new_folder, restore
+from tensornet.nn.layer_kinds import kind_of
 from tensornet.topology import Topology
-from tensornet_hf.checkpoint import load, read_json
+from tensornet_hf.checkpoint import decompress, load, read_json, save
 from tensornet_hf.specialist_exports import export_specialist, merge_specialists
 from tensornet_hf.text import require_causal
 from tensornet_hf.upcycling import UpcycleReport
-from tensornet_moe.specialist_layers import attach, is_name
+from tensornet_moe.changed_layers import attach_changes, changes_of, describe_changes, load_changes
+from tensornet_moe.specialist_layers import SpecialistLayer, attach, is_name
 
 FORMAT_VERSION = 1
 DESCRIPTION, SHARED = "specialists.json", "shared.safetensors"
@@ -150,9 +156,12 @@ class PretrainedSpecialists(tm.Specialists):
         by_id = {id(layer): name for name, layer in self.layers.items()}
         layers = {}
         for name, layer in self.layers.items():
+            if not isinstance(layer, tm.SpecialistLinear):
+                continue
             layers[name] = {"topology": layer.topology.to_dict(), "shared": list(layer.shared)}
             if layer.owners:
                 layers[name]["owner"] = by_id[id(layer.owners[0])]
+        changes = {name: describe_changes(x) for name, x in changes_of(self).items()}
         description = {
             "format_version": FORMAT_VERSION,
             "trunk": path or None,
@@ -160,6 +169,7 @@ class PretrainedSpecialists(tm.Specialists):
             "shared": digests.pop("shared"),
             "layers": layers,
             "specialists": digests,
+            **({"changes": changes} if changes else {}),
         }
         try:
             with new_folder(target, force=old is not None) as made:
@@ -173,6 +183,40 @@ class PretrainedSpecialists(tm.Specialists):
         except OSError as error:
             raise DestinationError(f"Writing {target} failed: {error}. Nothing was changed there.") from error
         return target
+
+    @torch.no_grad()
+    def unpack(self, name: str, folder: str | os.PathLike[str], *, source: str | Path | None = None) -> Path:
+        """Write one specialist as a dense model of its own, which needs neither the trunk nor this library.
+
+        Args:
+            name: the specialist.
+            folder: the new folder.
+            source: folder of the tokenizer; by default, what the trunk was loaded from.
+
+        Raises:
+            TargetError: an unknown name.
+            DestinationError: the folder exists already, or cannot be written.
+        """
+        self.tensors(name)  # raises an error if the name is unknown
+        model = copy.deepcopy(self.model)
+        parts, values = tm.Specialists(model).layers, changes_of(tm.Specialists(model)).get(name, {})
+        tm.Specialists(model).detach()
+        decompress(model)
+        for layer, change in values.items():
+            dense = model.get_submodule(layer)
+            for key, value in change.values.items():
+                getattr(dense, key).copy_(value)
+        done: set[int] = set()
+        for layer, part in parts.items():
+            dense = model.get_submodule(layer)
+            kind, moved = kind_of(dense), part.change(name)
+            if moved is not None and kind is not None and id(dense.weight) not in done:
+                done.add(id(dense.weight))
+                matrix = kind.matrix(dense)
+                matrix.copy_((matrix.float() + moved.to(matrix.device).float()).to(matrix.dtype))
+        place = source or getattr(model.config, "name_or_path", None)
+        save(model, folder, source=None if not place or not Path(place).is_dir() else Path(place))
+        return Path(folder)
 
     def export(
         self,
@@ -298,17 +342,21 @@ def load_specialists(
         raise TargetError(f"{path} has no specialist {', '.join(unknown)}; it has {', '.join(known)}.")
     digests = {"shared": description.shared, **{name: known[name] for name in wanted}}
     cores = {name: _read(path / f"{name}.safetensors", expected) for name, expected in digests.items()}
-    for name, tensors in cores.items():
-        if {key: tuple(x.shape) for key, x in tensors.items()} != description.shapes(shared=name == "shared"):
-            raise FormatError(
-                f"{path / name}.safetensors does not contain the cores that {path / DESCRIPTION} describes."
-            )
     if model is None:
         if not description.trunk:
             raise TargetError(f"{path} does not say where its trunk is: pass the trunk as model=.")
         model = load(description.trunk)
     if check_trunk:
         _check_trunk(model, description.weights)
+    if description.changes:
+        made = {name: load_changes(description.changes[name], cores[name]) for name in wanted}
+        attach_changes(model, made)
+        return PretrainedSpecialists(model)
+    for name, tensors in cores.items():
+        if {key: tuple(x.shape) for key, x in tensors.items()} != description.shapes(shared=name == "shared"):
+            raise FormatError(
+                f"{path / name}.safetensors does not contain the cores that {path / DESCRIPTION} describes."
+            )
     attach(model, description.layers)
     found = PretrainedSpecialists(model)
     for name in wanted:
@@ -328,6 +376,8 @@ class Description(NamedTuple):
         layers: the topology, the names of the shared cores, and the name of the layer that owns these (None
             for the layer itself), by the name of the layer.
         specialists: checksum of the private cores of each specialist, by name.
+        changes: for packed models, the description of each change by layer (see `Change.spec`), by the name
+            of the model; empty for other specialists.
     """
 
     trunk: str | None
@@ -335,6 +385,7 @@ class Description(NamedTuple):
     shared: str
     layers: dict[str, tuple[Topology, tuple[str, ...], str | None]]
     specialists: dict[str, str]
+    changes: dict[str, dict[str, Any]]
 
     def shapes(self, *, shared: bool) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the shared or the private cores, by the keys of their file."""
@@ -379,11 +430,14 @@ def read_description(folder: Path) -> Description:
             _text(entries["shared"]),
             layers,
             {name: _text(x) for name, x in entries["specialists"].items()},
+            {name: dict(x) for name, x in entries.get("changes", {}).items()},
         )
         if wrong := [name for name in found.specialists if not is_name(name)]:
             raise ValueError(f"a specialist cannot be named {wrong[0]!r}")
-        if not layers or not found.specialists:
+        if not (layers or found.changes) or not found.specialists:
             raise ValueError("it has no layers or no specialists")
+        if found.changes and (layers or found.changes.keys() != found.specialists.keys()):
+            raise ValueError("it does not describe the changes of each model")
     except (AttributeError, KeyError, TypeError, ValueError, TensorNetError) as error:
         raise FormatError(
             f"{file} is damaged, or of another version: {type(error).__name__}: {error}. Restore the file, "
@@ -404,7 +458,7 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
 
     Numbers are rounded to bfloat16 first, so that a trunk in this dtype is recognized too.
     """
-    layers = {name for name, part in model.named_modules() if isinstance(part, tm.SpecialistLinear)}
+    layers = {name for name, part in model.named_modules() if isinstance(part, SpecialistLayer)}
     found = {}
     for key, value in model.state_dict().items():
         outer, _, inner = key.rpartition(".base_layer.")

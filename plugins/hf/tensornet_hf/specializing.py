@@ -32,6 +32,7 @@ from tensornet_hf.text import (
     whole_windows,
 )
 from tensornet_moe.sharing import Share
+from tensornet_moe.specialist_layers import SpecialistLinear
 
 #: Smallest number of windows of a domain; the last tenth, at least two, is held out.
 LEAST_WINDOWS = 12
@@ -385,6 +386,7 @@ def undo_harm(s: PretrainedSpecialists, name: str, held_out: Tensor, batch_size:
     if mean_loss(s, name, held_out, batch_size) > mean_loss(s, None, held_out, batch_size):
         cores = s.tensors(name)
         for layer_name, layer in s.layers.items():
+            assert isinstance(layer, SpecialistLinear)
             cores[f"{layer_name}.core_{layer.private[0]}"].zero_()
 
 

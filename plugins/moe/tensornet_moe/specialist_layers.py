@@ -13,11 +13,14 @@ are:
 
 The shared cores are trained together with the first specialists, and then frozen. A new specialist afterwards
 trains only its own cores, so that the outputs of all others do not change at all.
+
+A whole fine-tuned model can be a specialist too (`tensornet_hf.pack`). Its changes have the number formats
+and ranks of a plan, and it has its own biases and norms (`ChangedLayer`).
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -56,12 +59,82 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 #: first item contains the specialists in use. The second is None unless each row of the batch has its own
 #: specialist. It then contains the indices of the rows' specialists in the first item, shape `(rows,)`; an
 #: index equal to the number of specialists stands for the trunk alone.
-_IN_USE: ContextVar[Mapping["SpecialistLinear", tuple[tuple[Part, ...], Tensor | None]]] = ContextVar(
+_IN_USE: ContextVar[Mapping["SpecialistLayer", tuple[tuple[Part, ...], Tensor | None]]] = ContextVar(
     "specialists in use", default=MappingProxyType({})
 )
 
 
-class SpecialistLinear(nn.Module):
+class SpecialistLayer(nn.Module):
+    """Layer of a trunk with specialists, which change its output: a `SpecialistLinear` or a `ChangedLayer`.
+
+    Args:
+        base_layer: the layer of the trunk.
+    """
+
+    #: Attribute by which PEFT and `tensornet.nn.targets` recognize the layers of adapters.
+    adapter_layer_names: tuple[str, ...] = ("specialists",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.specialists = nn.ModuleDict()
+        self.shared_cores = nn.ParameterDict()
+        #: The specialists in use outside of any `use` block; empty for the trunk alone.
+        self.parts: tuple[Part, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the base layer, which some models read for its dtype."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the base layer."""
+        return layer_bias(self.base_layer)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; `weight` and `bias` become those of the base layer, as tied models expect."""
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def own_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a specialist by their names in files; empty if it changes nothing here."""
+        if name not in self.specialists:
+            return {}
+        own = self.specialists[name]
+        return {**dict(own.named_parameters()), **_stored_buffers(own)}
+
+    def add(self, name: str, seed: int = 0) -> None:
+        """Add a specialist that changes nothing yet.
+
+        Raises:
+            TargetError: specialists of this layer are not trained.
+        """
+        raise TargetError(
+            "The specialists of this model are fine-tuned models, which are not trained here: add one by "
+            "tensornet_hf.pack, or train specialists on the trunk alone."
+        )
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes that a new specialist takes in this layer."""
+        return 0
+
+    def change(self, name: str) -> Tensor | None:
+        """Build the matrix `Delta_s` of a specialist, shape `(out_features, in_features)`; None for zero."""
+        raise NotImplementedError
+
+
+def _stored_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a module that belong to its state dict."""
+    stored = module.state_dict(keep_vars=True)
+    return {name: x for name, x in module.named_buffers() if name in stored}
+
+
+class SpecialistLinear(SpecialistLayer):
     """Linear layer with specialists: `y = W x + sum_s w_s Delta_s x` over the specialists in use.
 
     Each change `Delta_s` is a tensor network. `shared_cores` contains the cores that all specialists share,
@@ -85,9 +158,6 @@ class SpecialistLinear(nn.Module):
         {'core_1': (4, 1, 1, 4)}
     """
 
-    #: Attribute by which PEFT and `tensornet.nn.targets` recognize the layers of adapters.
-    adapter_layer_names: tuple[str, ...] = ("specialists",)
-
     def __init__(
         self,
         base_layer: nn.Module,
@@ -95,46 +165,23 @@ class SpecialistLinear(nn.Module):
         shared: Sequence[str],
         owner: "SpecialistLinear | None" = None,
     ) -> None:
-        super().__init__()
+        super().__init__(base_layer)
         private = [name for name in topology.core_names if name not in shared]
         if not private or not set(shared) <= set(topology.core_names):
             raise TargetError(
                 f"A specialist must own a core: shared={list(shared)} of the cores "
                 f"{list(topology.core_names)}."
             )
-        self.base_layer = base_layer
         self.topology, self.shared, self.private = topology, tuple(shared), tuple(private)
-        self.specialists = nn.ModuleDict()
-        self.shared_cores = nn.ParameterDict()
         self.low_rank = is_low_rank(topology)
         #: The layer that owns the shared cores; empty if this layer owns them. A tuple is not registered as a
         #: submodule, so that these cores are trained and saved once.
         self.owners: tuple[SpecialistLinear, ...] = () if owner is None else (owner,)
-        #: The specialists in use outside of any `use` block; empty for the trunk alone.
-        self.parts: tuple[Part, ...] = ()
         if owner is None:
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             for name in shared:
                 drawn = self._drawn(name, crc32(f"shared {name}".encode()), dtype)
                 self.shared_cores[f"core_{name}"] = nn.Parameter(drawn)
-
-    @property
-    def weight(self) -> Tensor:
-        """Weight of the base layer, which some models read for its dtype."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Bias of the base layer."""
-        return layer_bias(self.base_layer)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; `weight` and `bias` become those of the base layer, as tied models expect."""
-        if name in ("weight", "bias"):
-            setattr(self.base_layer, name, param)
-        else:
-            super().register_parameter(name, param)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,6 +220,12 @@ class SpecialistLinear(nn.Module):
             cores[f"core_{core}"] = nn.Parameter(value if k else torch.zeros_like(value))
         self.specialists[name] = cores
 
+    @property
+    def new_bytes(self) -> int:
+        """Bytes that a new specialist takes in this layer."""
+        shapes = self.topology.core_shapes
+        return self.dtype.itemsize * sum(math.prod(shapes[core]) for core in self.private)
+
     def cores(self, name: str) -> dict[str, nn.Parameter]:
         """Return all cores of a specialist, private and shared, in the order of the topology."""
         own, shared = self.specialists[name], self.shared_parameters()
@@ -209,16 +262,10 @@ class SpecialistLinear(nn.Module):
             TargetError: the layer cannot know which specialists are in use (see `Specialists.use`).
         """
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        parts, rows = _in_use(self)
+        parts, rows = in_use(self)
         if not parts:
             return y
-        if rows is not None and x.shape[0] != len(rows):
-            raise ShapeError(
-                f"There are names of specialists for {len(rows)} rows, but this layer gets "
-                f"{tuple(x.shape)}: (rows, ..., features). Give one name for each row of the batch, with "
-                "None for the trunk; repeat the names if generation repeats the rows. Layers that see the "
-                "tokens of several rows in one dimension can only use one name for the whole batch."
-            )
+        check_rows(x, rows)
         return y + self._changes(x, parts, rows).to(y.dtype)
 
     def _changes(self, x: Tensor, parts: Sequence[Part], rows: Tensor | None) -> Tensor:
@@ -242,15 +289,7 @@ class SpecialistLinear(nn.Module):
             changes = []
             for name, weight in parts:
                 y = self._change_of(name, x, names)
-                if isinstance(weight, Tensor):
-                    if y.shape[: weight.ndim] != weight.shape:
-                        raise ShapeError(
-                            f"The weights of {name!r} have the shape {tuple(weight.shape)}, but this layer "
-                            f"gets {tuple(x.shape)}: (rows, tokens, features). Weights are numbers, or have "
-                            "the shape (rows,) or (rows, tokens)."
-                        )
-                    weight = weight.to(y).reshape(*weight.shape, *[1] * (y.ndim - weight.ndim))
-                changes.append(y * weight)
+                changes.append(y * weight_like(weight, y, name))
             total = sum(changes[1:], changes[0])
         for core in left:
             total = nn.functional.linear(total, core)
@@ -293,7 +332,7 @@ class SpecialistLinear(nn.Module):
 
 
 @torch.compiler.disable  # torch.compile cannot trace a ContextVar
-def _in_use(layer: SpecialistLinear) -> tuple[tuple[Part, ...], Tensor | None]:
+def in_use(layer: SpecialistLayer) -> tuple[tuple[Part, ...], Tensor | None]:
     """Return the specialists that a layer uses now, and the index of each row's specialist among them.
 
     Raises:
@@ -315,6 +354,34 @@ def _in_use(layer: SpecialistLinear) -> tuple[tuple[Part, ...], Tensor | None]:
             "DistributedDataParallel (torchrun), or a single device."
         )
     return (), None
+
+
+def check_rows(x: Tensor, rows: Tensor | None) -> None:
+    """Raise ShapeError if a layer gets another number of rows than there are names of specialists."""
+    if rows is not None and x.shape[0] != len(rows):
+        raise ShapeError(
+            f"There are names of specialists for {len(rows)} rows, but this layer gets "
+            f"{tuple(x.shape)}: (rows, ..., features). Give one name for each row of the batch, with "
+            "None for the trunk; repeat the names if generation repeats the rows. Layers that see the "
+            "tokens of several rows in one dimension can only use one name for the whole batch."
+        )
+
+
+def weight_like(weight: float | Tensor, y: Tensor, name: str) -> float | Tensor:
+    """Return the weight of a specialist in a form that multiplies the outputs `y: (rows, tokens, ...)`.
+
+    Raises:
+        ShapeError: the weight has another number of rows or tokens.
+    """
+    if not isinstance(weight, Tensor):
+        return weight
+    if y.shape[: weight.ndim] != weight.shape:
+        raise ShapeError(
+            f"The weights of {name!r} have the shape {tuple(weight.shape)}, but the output of this layer has "
+            f"{tuple(y.shape)}: (rows, tokens, features). Weights are numbers, or have the shape (rows,) or "
+            "(rows, tokens)."
+        )
+    return weight.to(y).reshape(*weight.shape, *[1] * (y.ndim - weight.ndim))
 
 
 def _checkpoint_in_use(
@@ -435,7 +502,7 @@ def specialists(
     """
     if pool not in (None, "shape"):
         raise ValueError(f"Unknown pool={pool!r}; choose 'shape' or None.")
-    _refuse_prepared(model)
+    refuse_prepared(model)
     layers = adaptable_layers(model, LayerSelection(target_modules, exclude_modules))
     forms: dict[str, tuple[Topology, Sequence[str], str | None]] = {}
     owners: dict[tuple[Topology, tuple[str, ...]], str] = {}
@@ -509,13 +576,8 @@ def attach(
         TargetError: the model has no such layer.
         ShapeError: a layer has another shape than its topology.
     """
-    _refuse_prepared(model)
+    refuse_prepared(model)
     made: dict[str, SpecialistLinear] = {}
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        # Private, but the public `named_children` leaves out the second name of a child.
-        for key, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, key))
     for name, (topology, shared, owner) in forms.items():
         try:
             layer = model.get_submodule(name)
@@ -530,6 +592,21 @@ def attach(
             )
         made[name] = SpecialistLinear(layer, topology, shared, None if owner is None else made[owner])
     # Nothing is replaced before every layer could be built.
+    return put_in_place(model, made)
+
+
+def put_in_place(model: nn.Module, made: Mapping[str, SpecialistLayer]) -> "Specialists":
+    """Freeze a model, and put layers with specialists in the places of their base layers.
+
+    Args:
+        model: the trunk; it is changed in place.
+        made: the new layers by name.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        # Private, but the public `named_children` leaves out the second name of a child.
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, key))
     model.requires_grad_(False)
     head = output_head(model)
     for layer in made.values():
@@ -566,8 +643,9 @@ def _raise(why: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise TargetError(why)
 
 
-def _refuse_prepared(model: nn.Module) -> None:
-    if any(isinstance(part, SpecialistLinear) for part in model.modules()):
+def refuse_prepared(model: nn.Module) -> None:
+    """Raise TargetError if specialists or other adapters are attached to a model."""
+    if any(isinstance(part, SpecialistLayer) for part in model.modules()):
         raise TargetError(
             "The model already has specialists: use tensornet_moe.Specialists(model), or remove them by "
             "Specialists(model).detach()."
@@ -583,6 +661,25 @@ def is_name(name: Any) -> bool:
     """Return True if a specialist can have this name, which is also that of its file."""
     reserved = isinstance(name, str) and (hasattr(nn.ModuleDict, name) or name in _RESERVED)
     return isinstance(name, str) and _NAME.fullmatch(name) is not None and not reserved
+
+
+def check_name(name: str, others: Iterable[str]) -> None:
+    """Raise ValueError if a new specialist cannot have this name.
+
+    Args:
+        name: the name.
+        others: names of the specialists that there are already.
+    """
+    if not is_name(name):
+        raise ValueError(
+            f"A specialist cannot be named {name!r}: use a word of at most 100 letters, digits, _ and -, "
+            "such as 'law', that is not the name of a method or file."
+        )
+    # Some file systems do not distinguish upper and lower case.
+    if name.lower() in (x.lower() for x in others):
+        raise ValueError(
+            f"There already is a specialist named {name!r}; choose another name, or remove({name!r})."
+        )
 
 
 class Specialists:
@@ -607,7 +704,7 @@ class Specialists:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers = {n: x for n, x in model.named_modules() if isinstance(x, SpecialistLinear)}
+        self.layers = {n: x for n, x in model.named_modules() if isinstance(x, SpecialistLayer)}
         if not self.layers:
             raise TargetError(
                 f"{type(model).__name__} is not prepared for specialists; call "
@@ -639,16 +736,7 @@ class Specialists:
         Raises:
             ValueError: the name is taken, or is not a word of at most 100 letters, digits, `_` and `-`.
         """
-        if not is_name(name):
-            raise ValueError(
-                f"A specialist cannot be named {name!r}: use a word of at most 100 letters, digits, _ and -, "
-                "such as 'law', that is not the name of a method or file."
-            )
-        # Some file systems do not distinguish upper and lower case.
-        if name.lower() in (x.lower() for x in self.names):
-            raise ValueError(
-                f"There already is a specialist named {name!r}; choose another name, or remove({name!r})."
-            )
+        check_name(name, self.names)
         for layer in self.layers.values():
             layer.add(name, seed)
 
@@ -656,30 +744,34 @@ class Specialists:
         """Remove a specialist; no other one changes."""
         self._check(name)
         for layer in self.layers.values():
-            layer.specialists.pop(name)
+            if name in layer.specialists:
+                layer.specialists.pop(name)
 
     def _check(self, *names: str | None) -> None:
         for name in names:
             if name not in self.names:
                 raise TargetError(f"There is no specialist named {name!r}; there are {self.names or 'none'}.")
 
-    def tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
-        """Return the private cores of a specialist, or the shared cores if `name` is None.
+    def tensors(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a specialist, or the shared cores if `name` is None.
 
         Returns:
-            The cores, keyed by `layer.core_k`. Shared cores appear once, under the layer that owns them.
+            The tensors, keyed by `layer.core_k`, or by the names in a `Change`. Those that several layers
+            share appear once, under the layer that owns them.
         """
         if name is not None:
             self._check(name)
-        found: dict[str, nn.Parameter] = {}
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
         for layer_name, layer in self.layers.items():
-            cores: Any = layer.shared_cores if name is None else layer.specialists[name]
-            found |= {f"{layer_name}.{key}": core for key, core in cores.items()}
+            own = dict(layer.shared_cores) if name is None else layer.own_tensors(name)
+            found |= {f"{layer_name}.{key}": core for key, core in own.items() if id(core) not in seen}
+            seen |= {id(core) for core in own.values()}
         return found
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the shared cores of all layers, each once."""
-        return list(self.tensors().values())
+        return [x for x in self.tensors().values() if isinstance(x, nn.Parameter)]
 
     def parameters(self, *names: str) -> list[nn.Parameter]:
         """Return the private cores of specialists, and the shared cores unless they are frozen.
@@ -687,18 +779,15 @@ class Specialists:
         Args:
             names: names of specialists; all if absent.
         """
-        own = [p for name in names or self.names for p in self.tensors(name).values()]
-        return own + [p for p in self.shared_parameters() if p.requires_grad]
+        own = [x for name in names or self.names for x in self.tensors(name).values()]
+        trained = [x for x in self.shared_parameters() if x.requires_grad]
+        return [x for x in own if isinstance(x, nn.Parameter)] + trained
 
     def bytes(self) -> dict[str, int]:
         """Count bytes: shared cores (`"shared"`), each specialist, and the next new one (`"next"`)."""
         counts = {"shared": sum(p.nbytes for p in self.shared_parameters())}
         counts |= {name: sum(p.nbytes for p in self.tensors(name).values()) for name in self.names}
-        new = 0
-        for layer in self.layers.values():
-            shapes = layer.topology.core_shapes
-            new += layer.dtype.itemsize * sum(math.prod(shapes[core]) for core in layer.private)
-        return {**counts, "next": new}
+        return {**counts, "next": sum(layer.new_bytes for layer in self.layers.values())}
 
     @contextmanager
     def use(self, which: Use) -> Iterator[None]:
@@ -734,7 +823,7 @@ class Specialists:
             function = vars(module).get(name)
             if function is not None and getattr(function, "func", None) is not _checkpoint_in_use:
                 setattr(module, name, partial(_checkpoint_in_use, function))
-        chosen: dict[SpecialistLinear, tuple[tuple[Part, ...], Tensor | None]] = {}
+        chosen: dict[SpecialistLayer, tuple[tuple[Part, ...], Tensor | None]] = {}
         indices: dict[tuple[Any, ...], Tensor] = {}  # indices of rows, by specialists and device
         for layer in self.layers.values():
             known = tuple(name for name in weights if name in layer.specialists)
@@ -750,12 +839,17 @@ class Specialists:
             _IN_USE.reset(token)
 
     def changes(self, which: str | Mapping[str, float]) -> dict[str, Tensor]:
-        """Build the matrices `sum_s w_s Delta_s` by layer, each `(out_features, in_features)`."""
+        """Build the matrices `sum_s w_s Delta_s` by layer, each `(out_features, in_features)`.
+
+        Layers whose matrix none of the specialists changes are left out.
+        """
         weights = {which: 1.0} if isinstance(which, str) else which
         self._check(*weights)
         found = {}
         for name, layer in self.layers.items():
-            found[name] = sum((w * layer.change(x) for x, w in weights.items()), torch.zeros(()))
+            made = [w * change for x, w in weights.items() if (change := layer.change(x)) is not None]
+            if made:
+                found[name] = sum(made[1:], made[0])
         return found
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
@@ -784,6 +878,8 @@ class Specialists:
                 continue
             gap = size = 0.0
             for layer_name, layer in self.layers.items():
+                if not isinstance(layer, SpecialistLinear):
+                    continue  # not trained
                 owner = owners[id(layer.owners[0])] if layer.owners else layer_name
                 cores = {
                     core: before["shared"][f"{owner}.core_{core}"]

@@ -1,0 +1,233 @@
+"""Fine-tuned models as small changes of one base: exact at full precision, small otherwise, bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet_hf.embedded import gpt2_path, heldout_text
+
+# PEFT reads an attribute that transformers deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+IDS = torch.randint(900, (4, 24), generator=torch.Generator().manual_seed(0))
+#: A plan for which every change is stored in the dtype of the model.
+EXACT = tn.CompressionConfig(formats=("float",), bits_per_weight=33, effort="fast")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fine-tune the package's GPT-2 for a few steps on two texts, `upper` and `digits`."""
+    folder = tmp_path_factory.mktemp("models")
+    texts = {"upper": heldout_text()[:8000].upper(), "digits": heldout_text()[:8000].replace("e", "3")}
+    for seed, (name, text) in enumerate(texts.items()):
+        (folder / f"{name}.txt").write_text(text)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(gpt2_path())
+        ids = torch.tensor(th.text.load_tokenizer(gpt2_path())(text)["input_ids"])
+        windows = ids[: len(ids) // 64 * 64].reshape(-1, 64)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        for step in range(12):
+            batch = windows[4 * step % len(windows) :][:4]
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        th.save(model, folder / name, source=gpt2_path())
+    return folder
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model.eval()(input_ids=ids).logits
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def pack(
+    models: Path,
+    destination: Path,
+    *names: str,
+    bits: float = 3.0,
+    base: Path | None = None,
+    **options: object,
+) -> th.PackReport:
+    """Pack models with a fast plan of few formats, unless the options say otherwise."""
+    options = options or {"formats": ("int8:row", "int4:row", "int2:row", "int1:row")}
+    return th.pack(
+        gpt2_path() if base is None else base,
+        destination,
+        {name: models / name for name in names},
+        tn.CompressionConfig(bits_per_weight=bits, **options),
+        calibration={name: models / f"{name}.txt" for name in names},
+        calibration_tokens=1024,
+    )
+
+
+@pytest.fixture(scope="module")
+def packed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pack `upper`; tests copy the folder before they change it."""
+    folder = tmp_path_factory.mktemp("packed") / "pack"
+    pack(models, folder, "upper")
+    return folder
+
+
+@pytest.mark.slow
+def test_by_default_half_a_bit_is_enough(models: Path, tmp_path: Path) -> None:
+    report = pack(models, tmp_path / "pack", "upper", bits=0.5, effort="thorough")
+    assert report.models["upper"].bits_per_weight <= 0.5
+    s = th.load_specialists(tmp_path / "pack")
+    wanted = logits(th.load(models / "upper"))
+    with s.use("upper"):
+        assert divergence(wanted, logits(s.model)) < 0.2 * divergence(wanted, logits(th.load(gpt2_path())))
+
+
+def test_changes_in_full_precision_give_the_fine_tuned_model(models: Path, tmp_path: Path) -> None:
+    text = str(models / "upper.txt")
+    th.pack(gpt2_path(), tmp_path / "pack", {"upper": models / "upper"}, EXACT, calibration=text)
+    s = th.load_specialists(tmp_path / "pack")
+    wanted, base = logits(th.load(models / "upper")), logits(th.load(gpt2_path()))
+    assert divergence(wanted, base) > 1e-3
+    with s.use("upper"):
+        torch.testing.assert_close(logits(s.model), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(s.model), base, rtol=0, atol=0)
+    s.unpack("upper", tmp_path / "alone")
+    torch.testing.assert_close(logits(th.load(tmp_path / "alone")), wanted, rtol=1e-4, atol=1e-4)
+    ordinary = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    torch.testing.assert_close(logits(ordinary), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_two_models_by_row_and_mixed(models: Path, tmp_path: Path) -> None:
+    report = pack(models, tmp_path / "pack", "upper", "digits")
+    assert all(x.bits_per_weight <= 3 for x in report.models.values())
+    s = th.load_specialists(tmp_path / "pack")
+    assert s.bytes()["upper"] == report.models["upper"].bytes
+    alone, base = {}, logits(th.load(gpt2_path()))
+    for name in ("upper", "digits"):
+        with s.use(name):
+            alone[name] = logits(s.model)
+        wanted = logits(th.load(models / name))
+        assert divergence(wanted, alone[name]) < 0.1 * divergence(wanted, base)
+    with s.use(["digits", None, "upper", "digits"]):
+        rows = logits(s.model)
+    for k, wanted in enumerate((alone["digits"], base, alone["upper"], alone["digits"])):
+        torch.testing.assert_close(rows[k], wanted[k], rtol=1e-4, atol=1e-4)
+    with s.use({"upper": torch.tensor([1.0, 0.0, 1.0, 0.0])}):
+        rows = logits(s.model)
+    for k, wanted in enumerate((alone["upper"], base, alone["upper"], base)):
+        torch.testing.assert_close(rows[k], wanted[k], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_added_later_changes_no_file_of_the_others(
+    models: Path, packed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(packed, tmp_path / "pack")
+    before = (tmp_path / "pack" / "upper.safetensors").read_bytes()
+    report = pack(models, tmp_path / "pack", "digits")
+    assert report.others == ("upper",)
+    assert (tmp_path / "pack" / "upper.safetensors").read_bytes() == before
+    assert th.load_specialists(tmp_path / "pack").names == ["upper", "digits"]
+    assert th.load_specialists(tmp_path / "pack", names=["digits"]).names == ["digits"]
+
+
+def test_a_rounded_base_is_repaired(models: Path, tmp_path: Path) -> None:
+    config = tn.CompressionConfig(formats=("int4",), method="nearest", target_modules="all")
+    th.compress_folder(gpt2_path(), tmp_path / "small", config)
+    pack(models, tmp_path / "pack", "upper", base=tmp_path / "small")
+    s = th.load_specialists(tmp_path / "pack")
+    wanted = logits(th.load(models / "upper"))
+    with s.use("upper"):
+        assert divergence(wanted, logits(s.model)) < 0.2 * divergence(
+            wanted, logits(th.load(tmp_path / "small"))
+        )
+
+
+def test_a_lora_adapter_is_a_fine_tuned_model(models: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        th.load(gpt2_path()), peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    text = str(models / "upper.txt")
+    report = th.pack(gpt2_path(), tmp_path / "pack", {"law": tmp_path / "adapter"}, EXACT, calibration=text)
+    assert sum(report.models["law"].layers.values()) == 4
+    s = th.load_specialists(tmp_path / "pack")
+    with s.use("law"):
+        torch.testing.assert_close(logits(s.model), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_another_base_is_refused(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(gpt2_path(), tmp_path / "other")
+    other = th.load(gpt2_path())
+    torch.manual_seed(0)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    th.save(other, tmp_path / "random", source=gpt2_path())
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+        )
+    )
+    llama.save_pretrained(tmp_path / "llama")
+    cases = {
+        "random": "cosine of both models' weights is",
+        "llama": "is a LlamaForCausalLM, but the base is a GPT2LMHeadModel",
+        "other": "is equal to its base",
+    }
+    for name, message in cases.items():
+        with pytest.raises(TargetError, match=message):
+            th.pack(gpt2_path(), tmp_path / "pack", {name: tmp_path / name})
+    assert not (tmp_path / "pack").exists()
+
+
+def test_bad_arguments_are_refused(models: Path, tmp_path: Path) -> None:
+    for given, error, message in (
+        ({}, ValueError, "pack needs fine-tuned models"),
+        ({"shared": models / "upper"}, ValueError, "cannot be named 'shared'"),
+        ({"a": models / "upper", "A": models / "digits"}, ValueError, "already is a specialist named 'A'"),
+        ({"a": models / "none"}, FormatError, "none"),
+    ):
+        with pytest.raises(error, match=message):
+            th.pack(gpt2_path(), tmp_path / "pack", given)
+    with pytest.raises(ValueError, match="needs a text for each of a"):
+        th.pack(gpt2_path(), tmp_path / "pack", {"a": models / "upper"}, calibration={"b": "x.txt"})
+    config = tn.CompressionConfig(max_bytes=100)
+    with pytest.raises(BudgetError, match="stored as they are take"):
+        th.pack(gpt2_path(), tmp_path / "pack", {"a": models / "upper"}, config)
+
+
+def test_a_changed_base_or_file_is_refused(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "pack")
+    base = th.load(gpt2_path())
+    with torch.no_grad():
+        base.transformer.wte.weight[3] += 1
+    with pytest.raises(TargetError, match="another trunk"):
+        th.load_specialists(tmp_path / "pack", base)
+    description = json.loads((tmp_path / "pack" / "specialists.json").read_text())
+    first = next(iter(description["changes"]["upper"]))
+    del description["changes"]["upper"][first]
+    (tmp_path / "pack" / "specialists.json").write_text(json.dumps(description))
+    with pytest.raises(FormatError, match="belongs to no change"):
+        th.load_specialists(tmp_path / "pack")
+
+
+def test_packed_models_are_neither_trained_nor_exported_as_adapters(packed: Path, tmp_path: Path) -> None:
+    s = th.load_specialists(packed)
+    with pytest.raises(TargetError, match="fine-tuned models, which are not trained here"):
+        s.add("law")
+    with pytest.raises(TargetError, match="unpack"):
+        s.export("upper", tmp_path / "adapter")
+    s.remove("upper")
+    assert s.names == []
