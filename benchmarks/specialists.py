@@ -52,6 +52,7 @@ HTML = {
     "library": ["python3.13/html/library"],
     "postgresql": ["postgresql-doc-17/html"],
     "handbook": ["debian-handbook/html/en-US"],
+    "german": ["debian-handbook/html/de-DE"],
     "general": [
         *(f"linux-doc-6.12/html/{x}" for x in ("networking", "process", "driver-api")),
         *(f"python3.13/html/{x}" for x in ("howto", "tutorial", "faq", "whatsnew")),

@@ -49,6 +49,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "mpoe_vs_switch": (9, {"loss", "bytes", "seconds_per_step", "expert_parameters"}),
     "scale": (5, {"question", "case"}),
     "schedule": (7, {"workers", "played", "clock", "ratio", "of_perfect", "main_process", "task_seconds"}),
+    "fine_tunes": (3, {"bits", "bytes", "kl", "same_top", "seconds", "peak_mib"}),
     "specialists": (3, {"loss", "losses", "ninth", "lost", "rate", "seconds"}),
     "texts": (2, {"calibration", "judged", "kl", "loss_increase", "predicted", "bytes", "seconds"}),
     "speeds": (3, {"format", "bytes", "seconds"}),
