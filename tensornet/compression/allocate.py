@@ -117,7 +117,7 @@ class SurveyedLayer:
 
     @property
     def grid(self) -> str | None:
-        """Name of the smallest number format on whose grid the weight lies; None if there is none."""
+        """Name of the smallest number format that stores the weight without error; None if there is none."""
         exact = [x for x in self.candidates if x.error == 0 and x.storage.quantized and x.number_format]
         best = min(exact, key=lambda x: x.num_bytes, default=None)
         return None if best is None else best.storage.number_format.name

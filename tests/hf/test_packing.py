@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet_hf import packing
 from tensornet_hf.embedded import gpt2_path, heldout_text
+from tensornet_moe.changed_layers import changes_of
 
 # PEFT reads an attribute that transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -149,6 +151,30 @@ def test_a_rounded_base_is_repaired(models: Path, tmp_path: Path) -> None:
         assert divergence(wanted, logits(s.model)) < 0.2 * divergence(
             wanted, logits(th.load(tmp_path / "small"))
         )
+
+
+def test_factors_lower_the_divergence(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one bit, changes that are only rounded pull the model back to its base."""
+    found = {}
+    for name, powers in (("rounded", (0.0,)), ("scaled", packing._POWERS)):
+        monkeypatch.setattr(packing, "_POWERS", powers)
+        report = pack(models, tmp_path / name, "upper", bits=1.5)
+        measured = report.models["upper"].measured
+        assert measured is not None
+        assert measured.kl_mean is not None
+        s = th.load_specialists(tmp_path / name)
+        found[name] = measured.kl_mean, max(x.scale for x in changes_of(s)["upper"].values())
+    assert found["rounded"][1] == 1.0
+    assert found["scaled"][1] > 1.0
+    assert found["scaled"][0] < 0.9 * found["rounded"][0]
+
+
+def test_a_loaded_pack_moves_to_other_dtypes_and_devices(models: Path, packed: Path) -> None:
+    s = th.load_specialists(packed)
+    assert not [name for name, x in s.model.named_buffers() if x.is_meta]
+    with s.use("upper"):
+        before = logits(s.model)
+        torch.testing.assert_close(logits(s.model.to("cpu")), before, rtol=0, atol=0)
 
 
 def test_a_lora_adapter_is_a_fine_tuned_model(models: Path, tmp_path: Path) -> None:

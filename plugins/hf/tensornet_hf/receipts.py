@@ -23,7 +23,7 @@ Digests = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a written model was made of. Equal inputs give equal receipts.
+    """Source, plan, options and versions from which a model was written. Equal inputs give equal receipts.
 
     Args:
         files: length and checksum of each written file, by name relative to the folder.

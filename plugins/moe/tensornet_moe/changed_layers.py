@@ -28,7 +28,7 @@ _VALUE = "own_"
 
 
 class Change(nn.Module):
-    """What one fine-tuned model changes in a layer of its base.
+    """Difference between a layer of a fine-tuned model and the same layer of its base.
 
     Args:
         matrix: layer with the difference of the matrices, without a bias; None if they are equal.
@@ -121,10 +121,10 @@ def load_changes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
             values = {name: own[f"{_VALUE}{name}"] for name in spec["values"]}
             change = Change(matrix, values, float(spec["scale"]))
             change.load_state_dict(own, assign=True)
-            if owner is not None and matrix is not None:
-                owned = made[owner].matrix
+            if matrix is not None:
+                owned = matrix if owner is None else made[owner].matrix
                 assert owned is not None
-                matrix.share_cores(owned)
+                matrix.share_cores(owned)  # also sets the dtype of products on the device of the cores
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise FormatError(
                 f"The description of the change of {layer!r} does not fit its tensors: {error}"
