@@ -81,7 +81,8 @@ def inspect_specialists(folder: str | Path) -> dict[str, Any]:
         - `trunk`, the folder or hub id of the model, None if unknown
         - `layers`, the number of layers that have specialists
         - `shared`, the bytes of the shared cores
-        - `specialists`, the bytes of each specialist by name, and `next`, those of a new one
+        - `specialists`, the bytes of each specialist by name
+        - `next`, the bytes of a new one; None for packed models, each of which has bytes of its own
 
     Raises:
         FormatError: a file is missing or damaged.
@@ -93,12 +94,14 @@ def inspect_specialists(folder: str | Path) -> dict[str, Any]:
         for name in ("shared", *description.specialists)
     }
     shared = sizes.pop("shared")
+    changed = {layer for layers in description.changes.values() for layer in layers}
     return {
         "trunk": description.trunk,
-        "layers": len(description.layers),
+        "layers": len(description.layers) or len(changed),
         "shared": shared,
         "specialists": sizes,
-        "next": next(iter(sizes.values())),  # all specialists of a folder have cores of the same shapes
+        # All specialists that were trained together have cores of the same shapes.
+        "next": None if changed else next(iter(sizes.values())),
     }
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet._util import compact_bytes
 from tensornet.compression.apply import set_submodule
-from tensornet.compression.config import DEFAULT_FORMATS, CompressionConfig
+from tensornet.compression.config import DEFAULT_FORMATS, SHARED_BUDGETS, CompressionConfig
 from tensornet.compression.loss_increase import LossIncrease, RecordedLosses, measure, record_losses
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.network import TensorNetwork
@@ -219,9 +219,11 @@ def pack(
 
 
 def _with_defaults(config: CompressionConfig | None) -> CompressionConfig:
-    """Add the formats of changes to a configuration, and a budget if there is none."""
-    config = CompressionConfig(bits_per_weight=0.5) if config is None else config
+    """Set formats and effort for changes unless formats are given, and 0.5 bits unless a budget is given."""
+    config = CompressionConfig() if config is None else config
     changes: dict[str, Any] = {"target_modules": config.target_modules or "all"}
+    if all(getattr(config, budget) is None for budget in SHARED_BUDGETS):
+        changes["bits_per_weight"] = 0.5
     if config.formats is None or config.formats == DEFAULT_FORMATS:
         changes |= {"formats": CHANGE_FORMATS, "effort": "thorough"}
     return replace(config, **changes)

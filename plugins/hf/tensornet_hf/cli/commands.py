@@ -4,7 +4,7 @@ Most options of `compress` are fields of dataclasses; see `with_options`.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -71,6 +71,7 @@ from tensornet_hf.exporters.target import export as export_model
 from tensornet_hf.imatrix import write_imatrix
 from tensornet_hf.inspect import inspect_folder, inspect_specialists
 from tensornet_hf.lazy_model import LazyModel, open_model
+from tensornet_hf.packing import pack as pack_models
 from tensornet_hf.recipes import plan_recipe
 from tensornet_hf.report import display_command
 from tensornet_hf.specialist_files import (
@@ -104,6 +105,10 @@ WRITING = (
 OF_RECIPES = (
     "max_bytes", "bits_per_weight", "target_modules", "exclude_modules", "calibration", "calibration_tokens",
     "survey", "weights", "device",
+)  # fmt: skip
+#: Options of `pack` that have the meaning of those of `compress`.
+OF_PACKS = (
+    "max_bytes", "bits_per_weight", "target_modules", "exclude_modules", "formats", "calibration_tokens",
 )  # fmt: skip
 _FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in fields(kind)}
 
@@ -240,6 +245,9 @@ def inspect(path: Source, as_json: Json = False) -> None:
     if specialists:
         sizes = [(x, f"{n:,}") for x, n in found["specialists"].items()]
         print_lines(f"specialists of {found['trunk'] or 'an unknown trunk'}: {found['layers']} layers", "")
+        if found["next"] is None:
+            print_table(("packed model", "bytes"), sizes)
+            return
         print_table(("specialist", "bytes"), [*sizes, ("the next one", f"{found['next']:,}")])
         print_lines(f"shared cores: {found['shared']:,} bytes")
         return
@@ -769,6 +777,64 @@ def specialize(
         print_json({"source": source, "destination": str(destination), **report.to_dict()})
         return
     print_lines(str(report), f"written to {destination}")
+
+
+@with_options(CompressionConfig, CompressOptions, only=OF_PACKS)
+def pack(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of the base.", metavar="BASE")],
+    destination: Annotated[Path, typer.Argument(help="New folder, or pack of this base to add to.")],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Name of a fine-tuned model and its folder or LoRA adapter. Repeatable.",
+            metavar="NAME=FOLDER",
+        ),
+    ],
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text like the later input of all models, or of one (default: a mixed text of the package). "
+            "Repeatable.",
+            metavar="[NAME=]FILE",
+            rich_help_panel=GROUPS["data"],
+        ),
+    ] = None,
+    *,
+    as_json: JsonOutput = False,
+    **given: Any,
+) -> None:
+    """Store fine-tuned models as small changes of one base.
+
+    Example: tensornet pack BASE DST --model law=MY-LAW --calibration law=law.txt --bits 0.5
+
+    Again with another --model, it adds a model, and leaves the others unchanged. Use the models with
+    tensornet generate DST --specialist law.
+    """
+    models = {name: str(folder) for name, folder in parse_pairs("--model", model).items()}
+    wanted = collect(CompressionConfig, given)
+    report = pack_models(
+        source,
+        destination,
+        models,
+        CompressionConfig(**wanted) if wanted else None,
+        calibration=_texts_of(models, calibration or ["default"]),
+        calibration_tokens=given.get("calibration_tokens"),
+        progress=sys.stderr.isatty() and not as_json,
+    )
+    print_result(report, as_json)
+
+
+def _texts_of(models: Iterable[str], given: Sequence[str]) -> str | dict[str, str]:
+    """Parse the texts of `pack`: one for all models, or `NAME=FILE` for each."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    found = {name: str(file) for name, file in parse_pairs("--calibration", given).items()}
+    if wrong := sorted(found.keys() ^ set(models)):
+        raise typer.BadParameter(
+            "Give one --calibration FILE for all models, or NAME=FILE for each of "
+            f"{', '.join(models)}; check {', '.join(wrong)}."
+        )
+    return found
 
 
 def demo(

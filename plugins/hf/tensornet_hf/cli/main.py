@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": commands.export,
     "upcycle": commands.upcycle,
     "specialize": commands.specialize,
+    "pack": commands.pack,
     "demo": commands.demo,
 }
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
