@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet.errors import BudgetError, DestinationError, FormatError, TargetError
 from tensornet_hf import packing
 from tensornet_hf.embedded import gpt2_path, heldout_text
 from tensornet_moe.changed_layers import changes_of
@@ -253,7 +253,59 @@ def test_packed_models_are_neither_trained_nor_exported_as_adapters(packed: Path
     s = th.load_specialists(packed)
     with pytest.raises(TargetError, match="fine-tuned models, which are not trained here"):
         s.add("law")
-    with pytest.raises(TargetError, match="unpack"):
-        s.export("upper", tmp_path / "adapter")
+    for rank in (None, 4):
+        with pytest.raises(TargetError, match=r"layer .*: .*unpack\(name, folder\)"):
+            s.export("upper", tmp_path / "adapter", rank=rank)
+    assert not (tmp_path / "adapter").exists()
     s.remove("upper")
     assert s.names == []
+
+
+def test_a_packed_model_becomes_a_file_of_its_own(packed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    s, file = th.load_specialists(packed), tmp_path / "alone.gguf"
+    with s.use("upper"):
+        wanted = logits(s.model)
+    assert s.unpack("upper", file) == file
+    config = AutoConfig.from_pretrained(gpt2_path())
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="alone.gguf", config=config)
+    torch.testing.assert_close(logits(alone), wanted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(DestinationError, match="exists already"):
+        s.unpack("upper", file)
+    s.unpack("upper", file, force=True)
+    with pytest.raises(ValueError, match="Unknown export target 'none'"):
+        s.unpack("upper", tmp_path / "other", target="none")
+    with pytest.raises(TargetError, match="no compressed layers"):  # targets for integers alone
+        s.unpack("upper", tmp_path / "other", target="mlx")
+    assert not (tmp_path / "other").exists()
+
+
+def test_changes_of_linear_layers_become_adapters(models: Path, tmp_path: Path) -> None:
+    """Two matrices change: one by a low rank, and one by noise."""
+    peft = pytest.importorskip("peft")
+    fine, generator = th.load(gpt2_path()), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for k, rank in enumerate((2, 999)):
+            weight = fine.transformer.h[k].mlp.c_fc.weight
+            left = torch.randn(len(weight), min(rank, len(weight)), generator=generator)
+            weight.add_(0.02 * left @ torch.randn(left.shape[1], weight.shape[1], generator=generator))
+    th.save(fine, tmp_path / "fine", source=gpt2_path())
+    text = models / "upper.txt"
+    low = tn.CompressionConfig(formats=("float",), topology="low_rank", bits_per_weight=6, effort="thorough")
+    th.pack(gpt2_path(), tmp_path / "low", {"fine": tmp_path / "fine"}, low, calibration=text)
+    th.pack(gpt2_path(), tmp_path / "full", {"fine": tmp_path / "fine"}, EXACT, calibration=text)
+    s = th.load_specialists(tmp_path / "low")
+    s.export("fine", tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(th.load(gpt2_path()), tmp_path / "adapter")
+    with s.use("fine"):
+        torch.testing.assert_close(logits(adapted), logits(s.model), rtol=1e-3, atol=1e-3)
+    s = th.load_specialists(tmp_path / "full")
+    with pytest.raises(TargetError, match="its change is not of low rank"):
+        s.export("fine", tmp_path / "other")
+    s.export("fine", tmp_path / "other", rank=2)
+    name = "transformer.h.0.mlp.c_fc"
+    left, right = s.layers[name].factors("fine", 2)
+    exact = fine.get_submodule(name).weight - s.model.get_submodule(name).base_layer.weight
+    torch.testing.assert_close((left @ right).T, exact, rtol=1e-3, atol=1e-4)
+    with pytest.raises(BudgetError, match="rank must be"):
+        s.export("fine", tmp_path / "third", rank=0)

@@ -1,4 +1,4 @@
-"""Take specialists elsewhere: one as a LoRA adapter for another runtime, or all as a mixture of experts."""
+"""Take specialists elsewhere: one as a LoRA adapter or as a model, or all as a mixture of experts."""
 
 import copy
 import os
@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+from tensornet._util import check_size
 from tensornet.compression.apply import set_submodule
-from tensornet.errors import TargetError
+from tensornet.errors import BudgetError, TargetError
+from tensornet.nn.layer_kinds import kind_of
+from tensornet_hf.checkpoint import decompress, save
 from tensornet_hf.exporters.adapters import export_peft_adapter
 from tensornet_hf.exporters.base import GGUF, LowRank
-from tensornet_hf.exporters.target import EXPORT_TARGETS
+from tensornet_hf.exporters.target import EXPORT_TARGETS, export, find_target
 from tensornet_hf.feed_forwards import find_feed_forwards
 from tensornet_hf.upcycling import UpcycleReport, upcycle
-from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, SpecialistLinear, Specialists
+from tensornet_moe import LowRankDeltaExperts, SharedCoreMoE, Specialists
+from tensornet_moe.changed_layers import changes_of
 
 #: Target for LoRA adapters only; whole models cannot be exported to it.
 PEFT = "peft"
@@ -37,6 +41,7 @@ def export_specialist(
     destination: str | os.PathLike[str],
     *,
     target: str | None = None,
+    rank: int | None = None,
     source: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> Path:
@@ -47,7 +52,7 @@ def export_specialist(
     if write is None:
         known = ", ".join(adapter_targets())
         raise ValueError(f"Unknown target={target!r} of adapters; choose one of {known}.")
-    low_ranks = _low_ranks(specialists, [name])[name]
+    low_ranks = _low_ranks(specialists, [name], rank)[name]
     trunk: Any = specialists.model
     plain = copy.deepcopy(trunk, {id(x): x for x in (*trunk.parameters(), *trunk.buffers())})
     Specialists(plain).detach()
@@ -55,24 +60,77 @@ def export_specialist(
     return path
 
 
-def _low_ranks(specialists: Specialists, names: Sequence[str]) -> dict[str, dict[str, LowRank]]:
+@torch.no_grad()
+def unpack_specialist(
+    specialists: Specialists,
+    name: str,
+    destination: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    source: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write one specialist as a dense model; see `PretrainedSpecialists.unpack`."""
+    target = find_target(destination, target)
+    model = _alone(specialists, name)
+    place = source or getattr(model.config, "name_or_path", None)
+    folder = Path(place) if place and Path(place).is_dir() else None
+    if target is None:
+        save(model, destination, source=folder, force=force)
+    else:
+        export(model, destination, target=target, source=folder, force=force)
+    return Path(destination)
+
+
+def _alone(specialists: Specialists, name: str) -> Any:
+    """Build a dense copy of the trunk with the weights of one specialist."""
+    specialists.tensors(name)  # raises an error if the name is unknown
+    model: Any = copy.deepcopy(specialists.model)
+    copied = Specialists(model)
+    layers, changes = copied.layers, changes_of(copied).get(name, {})
+    copied.detach()
+    decompress(model)
+    for layer, change in changes.items():
+        for key, value in change.values.items():
+            getattr(model.get_submodule(layer), key).copy_(value)
+    done: set[int] = set()  # of tied weights
+    for layer, part in layers.items():
+        dense = model.get_submodule(layer)
+        kind, moved = kind_of(dense), part.change(name)
+        if moved is not None and kind is not None and id(dense.weight) not in done:
+            done.add(id(dense.weight))
+            matrix = kind.matrix(dense)
+            matrix.copy_((matrix.float() + moved.to(matrix.device).float()).to(matrix.dtype))
+    return model
+
+
+def _low_ranks(
+    specialists: Specialists, names: Sequence[str], rank: int | None = None
+) -> dict[str, dict[str, LowRank]]:
     """Return the changes of specialists by name and layer, as products of two matrices in float32.
+
+    Args:
+        specialists: the specialists.
+        names: those whose changes are wanted.
+        rank: largest rank, to which changes are truncated; None for exact changes.
 
     Raises:
         TargetError: an unknown name, or changes that are not of low rank.
     """
+    if rank is not None:
+        check_size("rank", rank, error=BudgetError)
     found: dict[str, dict[str, LowRank]] = {}
     for name in names:
         specialists.tensors(name)  # raises an error if the name is unknown
         found[name] = {}
         for layer_name, layer in specialists.layers.items():
-            if not isinstance(layer, SpecialistLinear):
-                raise TargetError(
-                    f"{name!r} is a packed model, whose changes are not all of low rank. Write it as a model "
-                    "of its own: PretrainedSpecialists.unpack(name, folder)."
-                )
-            left, right = (x.detach().float().cpu() for x in layer.factors(name))
-            found[name][layer_name] = LowRank(left, right)
+            try:
+                factors = layer.factors(name, rank)
+            except TargetError as error:
+                raise TargetError(f"{name!r}, layer {layer_name}: {error}") from None
+            if factors is not None:
+                left, right = (x.detach().float().cpu() for x in factors)
+                found[name][layer_name] = LowRank(left, right)
     return found
 
 

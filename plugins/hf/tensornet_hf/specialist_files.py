@@ -10,7 +10,6 @@ Packed models (`pack`) have no shared cores. `specialists.json` describes the ch
 model, and `NAME.safetensors` contains the tensors of the changes.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -29,10 +28,13 @@ from tensornet._util import in_eval_mode
 from tensornet.compression.surveying import tensor_digest
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import new_folder, restore
-from tensornet.nn.layer_kinds import kind_of
 from tensornet.topology import Topology
-from tensornet_hf.checkpoint import decompress, load, read_json, save
-from tensornet_hf.specialist_exports import export_specialist, merge_specialists
+from tensornet_hf.checkpoint import load, read_json
+from tensornet_hf.specialist_exports import (
+    export_specialist,
+    merge_specialists,
+    unpack_specialist,
+)
 from tensornet_hf.text import require_causal
 from tensornet_hf.upcycling import UpcycleReport
 from tensornet_moe.changed_layers import attach_changes, changes_of, describe_changes, load_changes
@@ -184,39 +186,31 @@ class PretrainedSpecialists(tm.Specialists):
             raise DestinationError(f"Writing {target} failed: {error}. Nothing was changed there.") from error
         return target
 
-    @torch.no_grad()
-    def unpack(self, name: str, folder: str | os.PathLike[str], *, source: str | Path | None = None) -> Path:
+    def unpack(
+        self,
+        name: str,
+        destination: str | os.PathLike[str],
+        *,
+        target: str | None = None,
+        source: str | os.PathLike[str] | None = None,
+        force: bool = False,
+    ) -> Path:
         """Write one specialist as a dense model of its own, which needs neither the trunk nor this library.
 
         Args:
             name: the specialist.
-            folder: the new folder.
+            destination: the new folder, or file of a target.
+            target: an export target, such as `"gguf"` (see `tensornet_hf.export`); by default `"gguf"` for a
+                name that ends in `.gguf`, else a folder for transformers.
             source: folder of the tokenizer; by default, what the trunk was loaded from.
+            force: replace an existing model.
 
         Raises:
-            TargetError: an unknown name.
-            DestinationError: the folder exists already, or cannot be written.
+            TargetError: an unknown name, or the target cannot store this model.
+            DestinationError: the destination exists already, or cannot be written.
+            ValueError: an unknown target.
         """
-        self.tensors(name)  # raises an error if the name is unknown
-        model = copy.deepcopy(self.model)
-        parts, values = tm.Specialists(model).layers, changes_of(tm.Specialists(model)).get(name, {})
-        tm.Specialists(model).detach()
-        decompress(model)
-        for layer, change in values.items():
-            dense = model.get_submodule(layer)
-            for key, value in change.values.items():
-                getattr(dense, key).copy_(value)
-        done: set[int] = set()
-        for layer, part in parts.items():
-            dense = model.get_submodule(layer)
-            kind, moved = kind_of(dense), part.change(name)
-            if moved is not None and kind is not None and id(dense.weight) not in done:
-                done.add(id(dense.weight))
-                matrix = kind.matrix(dense)
-                matrix.copy_((matrix.float() + moved.to(matrix.device).float()).to(matrix.dtype))
-        place = source or getattr(model.config, "name_or_path", None)
-        save(model, folder, source=None if not place or not Path(place).is_dir() else Path(place))
-        return Path(folder)
+        return unpack_specialist(self, name, destination, target=target, source=source, force=force)
 
     def export(
         self,
@@ -224,6 +218,7 @@ class PretrainedSpecialists(tm.Specialists):
         destination: str | os.PathLike[str],
         *,
         target: str | None = None,
+        rank: int | None = None,
         source: str | os.PathLike[str] | None = None,
         force: bool = False,
     ) -> Path:
@@ -238,23 +233,30 @@ class PretrainedSpecialists(tm.Specialists):
         Other export targets can be used too if they were registered with a function `adapter`.
 
         Factors that an adapter needs as one matrix, such as `A S_s`, are multiplied once; nothing else is
-        rounded.
+        rounded unless a `rank` is given. A packed model (`pack`) can be exported if it changes only linear
+        layers, for example since it was a LoRA adapter; `unpack` writes any.
 
         Args:
             name: the specialist.
             destination: the new folder or file.
             target: a target of the table; by default `"gguf"` for a name that ends in `.gguf`, else
                 `"peft"`.
+            rank: largest rank of a layer's change. Changes of a higher rank, or of no low rank at all, are
+                replaced by the closest matrix of this rank (truncated SVD). By default, changes are exact.
             source: folder of the trunk's tokenizer, which some architectures need for `"gguf"`.
             force: replace an existing adapter.
 
         Raises:
-            TargetError: the changes are not of low rank (`share="center"`), the name is unknown, or the
-                target has no adapters for these layers.
+            TargetError: the changes are not of low rank and no `rank` is given, a packed model changes other
+                tensors than the weights of linear layers, the name is unknown, or the target has no adapters
+                for these layers.
             DestinationError: the destination exists already, or cannot be written.
             ValueError: an unknown target.
+            BudgetError: the rank is not a positive number.
         """
-        return export_specialist(self, name, destination, target=target, source=source, force=force)
+        return export_specialist(
+            self, name, destination, target=target, rank=rank, source=source, force=force
+        )
 
     def merge(self, names: Sequence[str] | None = None, **options: Any) -> UpcycleReport:
         """Make specialists the experts of mixtures with routers, in the place of feed-forward networks.

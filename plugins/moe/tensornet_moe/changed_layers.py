@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import FormatError, ShapeError, TargetError
+from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule, build_module
 from tensornet_moe.specialist_layers import (
@@ -19,12 +20,17 @@ from tensornet_moe.specialist_layers import (
     Specialists,
     check_rows,
     in_use,
+    is_low_rank,
+    product_of,
     put_in_place,
     refuse_prepared,
+    truncated,
     weight_like,
 )
 
 _VALUE = "own_"
+#: Advice where a fine-tuned model cannot be written as an adapter.
+_WHOLE = "Write it as a model of its own: unpack(name, folder), or --whole."
 
 
 class Change(nn.Module):
@@ -182,6 +188,29 @@ class ChangedLayer(SpecialistLayer):
         """Build the difference of the matrices, `(out_features, in_features)`; None if they are equal."""
         change = self._change(name) if name in self.specialists else None
         return None if change is None or change.matrix is None else change.scale * change.matrix.to_matrix()
+
+    def factors(self, name: str, rank: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return `left: (out, k)` and `right: (k, in)` with `Delta_s = left right`; see the base class."""
+        if name not in self.specialists:
+            return None
+        change = self._change(name)
+        if change.values:
+            raise TargetError(
+                f"it has its own {' and '.join(sorted(change.values))}, but an adapter only contains changes "
+                f"of the weights of linear layers. {_WHOLE}"
+            )
+        if (matrix := change.matrix) is None:
+            return None
+        if isinstance(matrix, MPOEmbedding):
+            raise TargetError(f"adapters for embeddings are not written. {_WHOLE}")
+        if is_low_rank(matrix.topology):
+            left, right = product_of(matrix.cores, rank)
+            return change.scale * left, right
+        if rank is None:
+            raise TargetError(
+                f"its change is not of low rank. Give a rank to which it is truncated. {_WHOLE}"
+            )
+        return truncated(change.scale * matrix.to_matrix(), rank)
 
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from tensornet._util import check_size
 from tensornet.errors import ShapeError, TargetError
+from tensornet.linalg.svd import truncated_svd
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.nn import TensorNetworkLinear
 from tensornet.nn.extension import dense_layers
@@ -125,6 +126,19 @@ class SpecialistLayer(nn.Module):
 
     def change(self, name: str) -> Tensor | None:
         """Build the matrix `Delta_s` of a specialist, shape `(out_features, in_features)`; None for zero."""
+        raise NotImplementedError
+
+    def factors(self, name: str, rank: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return `left: (out, k)` and `right: (k, in)` with `Delta_s = left right`; None for zero.
+
+        Args:
+            name: the specialist.
+            rank: largest `k`; the product is then the closest one to `Delta_s`. None for the exact product.
+
+        Raises:
+            TargetError: `Delta_s` is no such product and no rank is given, or the specialist changes more
+                than this matrix.
+        """
         raise NotImplementedError
 
 
@@ -237,22 +251,17 @@ class SpecialistLinear(SpecialistLayer):
         """Build the matrix `Delta_s` of a specialist, shape `(out_features, in_features)`."""
         return TensorNetwork(self.topology, self.cores(name)).to_matrix()
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return `left: (out, k)` and `right: (k, in)` with `Delta_s = left right`.
-
-        Raises:
-            TargetError: the topology is not a product of two or three matrices.
-        """
-        if not self.low_rank:
+    def factors(self, name: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return `left: (out, k)` and `right: (k, in)` with `Delta_s = left right`; see the base class."""
+        if self.low_rank:
+            return product_of(list(self.cores(name).values()), rank)
+        if rank is None:
             raise TargetError(
                 f"The changes of this specialist are not of low rank: their topology is "
-                f"{self.topology.core_shapes}. Train specialists with share='ends', 'in', 'out' or 'none'."
+                f"{self.topology.core_shapes}. Give a rank to which they are truncated, or train specialists "
+                "with share='ends', 'in', 'out' or 'none'."
             )
-        first, *others = [_as_matrix(core) for core in self.cores(name).values()]
-        left = first
-        for core in others[:-1]:
-            left = left @ core
-        return left, others[-1]
+        return truncated(self.change(name), rank)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `x: (rows, ..., in_features)` to `(rows, ..., out_features)`.
@@ -414,6 +423,30 @@ def is_low_rank(topology: Topology) -> bool:
         return False
     outs, ins = topology.out_dims, topology.in_dims
     return outs[0] == topology.out_features and ins[-1] == topology.in_features
+
+
+def product_of(cores: Sequence[Tensor], rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """Multiply the cores of a chain for which `is_low_rank` is True, up to the last bond.
+
+    Args:
+        cores: the cores, from the outputs to the inputs.
+        rank: largest rank; the product is truncated to it.
+
+    Returns:
+        Matrices `(out, k)` and `(k, in)`.
+    """
+    *first, right = [_as_matrix(core) for core in cores]
+    left = first[0]
+    for core in first[1:]:
+        left = left @ core
+    return (left, right) if rank is None or left.shape[1] <= rank else truncated(left @ right, rank)
+
+
+def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of a truncated SVD, `(out, k)` and `(k, in)`, of equal norms, with `k <= rank`."""
+    found = truncated_svd(matrix, max_rank=rank)
+    root = found.S.sqrt()
+    return found.U * root, root[:, None] * found.Vh
 
 
 def change_form(

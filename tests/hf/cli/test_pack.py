@@ -49,6 +49,21 @@ def test_models_are_packed_inspected_and_used(tensornet: Run) -> None:
     status, out, err = tensornet("generate", "pack", "And", "--specialist", "law", "--max-new-tokens", 4)
     assert status == 0, err
     assert out.startswith("And")
+    status, out, err = tensornet("export", "pack", "alone", "--specialist", "law", "--whole")
+    assert (status, out.split()) == (0, ["written", "to", "alone"]), err
+    status, out, err = tensornet("export", "pack", "lora", "--specialist", "law")
+    assert status != 0
+    assert "layer transformer.h.0.mlp.c_fc: its change is not of low rank" in err
+    status, out, err = tensornet("export", "pack", "lora", "--specialist", "law", "--rank", 4, "--json")
+    assert status == 0, err
+    assert Path(json.loads(out)["adapter"]).name == "lora"
+    for wrong in (("--whole", "--rank", 4), ("--whole", "--networks", "lora")):
+        status, out, err = tensornet("export", "pack", "other", "--specialist", "law", *wrong)
+        assert status != 0
+        assert "leave" in err
+    status, out, err = tensornet("export", BASE, "other", "--whole")
+    assert status != 0
+    assert "are for a folder of specialists" in err
 
 
 @pytest.mark.parametrize(

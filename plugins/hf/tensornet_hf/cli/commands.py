@@ -615,12 +615,23 @@ def export(
             "--to",
             metavar="NAME",
             help=f"Format to write: {', '.join(EXPORT_TARGETS)} (default: gguf if the destination ends in "
-            ".gguf). For a specialist: peft (the default), gguf, mlx.",
+            ".gguf). For a specialist: peft (the default), gguf, mlx; with --whole, a folder for "
+            "transformers by default.",
         ),
     ] = None,
     specialist: Annotated[
         str | None,
         typer.Option(help="Specialist of a folder of specialists, which becomes a LoRA adapter."),
+    ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole", help="Write the specialist as a model of its own instead, with dense weights."
+        ),
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Largest rank of the adapter, to which changes are truncated (default: exact)."),
     ] = None,
     networks: Annotated[
         str,
@@ -640,17 +651,26 @@ def export(
     One of several specialists: tensornet export SPECIALISTS law-lora --specialist law
     """
     folder = resolve_folder(source)
+    if whole and rank is not None:
+        raise typer.BadParameter("--rank is for adapters; leave it out, or leave out --whole.")
     if (folder / DESCRIPTION).is_file() or specialist is not None:
         if specialist is None or networks != "dense":
             raise typer.BadParameter(
-                "A specialist is exported as a LoRA adapter: give --specialist NAME, and leave out "
-                "--networks."
+                "A specialist is exported as a LoRA adapter or, with --whole, as a model: give --specialist "
+                "NAME, and leave out --networks."
             )
         _, trunk, specialists = _opened(source, CPU, specialist)
         assert specialists is not None  # otherwise an option that needs specialists was refused
-        made = specialists.export(specialist, destination, target=target, source=trunk, force=force)
-        print_json({"adapter": str(made)}) if as_json else print_lines(f"written to {made}")
+        options: Any = {"target": target, "source": trunk, "force": force}
+        if whole:
+            made = specialists.unpack(specialist, destination, **options)
+        else:
+            made = specialists.export(specialist, destination, rank=rank, **options)
+        facts = {"model" if whole else "adapter": str(made)}
+        print_json(facts) if as_json else print_lines(f"written to {made}")
         return
+    if whole or rank is not None:
+        raise typer.BadParameter("--whole and --rank are for a folder of specialists; leave them out.")
     words: Any = {"networks": networks}  # checked by the function
     print_result(export_model(source, destination, target=target, force=force, **words), as_json)
 
