@@ -9,10 +9,10 @@ tenth of the domain's text:
     python benchmarks/fine_tunes.py --cache CACHE --domain german --row "pack 0.25" --row "SVD int4 8"
     python benchmarks/fine_tunes.py --cache CACHE --report
 
-`CACHE/texts` contains the packages that `specialists.py` names. Rows are kept in `CACHE`, so calls can be
-interrupted, and several domains can be measured side by side. Norms and biases are those of the fine-tuned
-model in every row, and are not counted. The embeddings, which are tied to the head, are changed like other
-matrices.
+`CACHE/texts` contains the packages that `specialists.py` names. Rows and surveys are kept in `CACHE`, so
+that calls can be interrupted, and several domains can be measured side by side; the first row of `pack`
+contains the time of the survey. Norms and biases are those of the fine-tuned model in every row, and are not
+counted. The embeddings, which are tied to the head, are changed like other matrices.
 
 Reference:
     Liu et al. 2024, "BitDelta: Your fine-tune may only be worth one bit" (sections 3.1 and 3.2; the scales
@@ -193,7 +193,9 @@ def run_pack(case: FineTuned, bits: float) -> dict[str, Any]:
     folder = case.scratch / f"pack-{case.folder.name}-{bits}"
     shutil.rmtree(folder, ignore_errors=True)
     config = tn.CompressionConfig(bits_per_weight=bits)
-    report = th.pack(case.base, folder, {"own": case.folder}, config, calibration=case.text)
+    surveys = case.scratch / "surveys" / case.folder.name
+    surveys.mkdir(parents=True, exist_ok=True)
+    report = th.pack(case.base, folder, {"own": case.folder}, config, calibration=case.text, surveys=surveys)
     facts = report.models["own"]
     s = th.load_specialists(folder, load(case.base))
     with s.use("own"):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 
 IDS = torch.randint(900, (4, 24), generator=torch.Generator().manual_seed(0))
 #: A plan for which every change is stored in the dtype of the model.
-EXACT = tn.CompressionConfig(formats=("float",), bits_per_weight=33, effort="fast")
+EXACT = tn.CompressionConfig(formats=("float",), topology="dense", bits_per_weight=33)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,9 @@ def pack(
     base: Path | None = None,
     **options: object,
 ) -> th.PackReport:
-    """Pack models with a fast plan of few formats, unless the options say otherwise."""
-    options = options or {"formats": ("int8:row", "int4:row", "int2:row", "int1:row")}
+    """Pack models in integers alone, unless the options say otherwise."""
+    surveys = None if options or base is not None else models / "surveys"
+    options = options or {"formats": ("int8:row", "int4:row", "int2:row", "int1:row"), "topology": "dense"}
     return th.pack(
         gpt2_path() if base is None else base,
         destination,
@@ -72,6 +73,7 @@ def pack(
         tn.CompressionConfig(bits_per_weight=bits, **options),
         calibration={name: models / f"{name}.txt" for name in names},
         calibration_tokens=1024,
+        surveys=surveys,
     )
 
 
@@ -85,7 +87,7 @@ def packed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_by_default_half_a_bit_is_enough(models: Path, tmp_path: Path) -> None:
-    report = pack(models, tmp_path / "pack", "upper", bits=0.5, effort="thorough")
+    report = pack(models, tmp_path / "pack", "upper", bits=0.5, topology="auto")
     assert report.models["upper"].bits_per_weight <= 0.5
     s = th.load_specialists(tmp_path / "pack")
     wanted = logits(th.load(models / "upper"))
@@ -167,6 +169,54 @@ def test_factors_lower_the_divergence(models: Path, tmp_path: Path, monkeypatch:
     assert found["rounded"][1] == 1.0
     assert found["scaled"][1] > 1.0
     assert found["scaled"][0] < 0.9 * found["rounded"][0]
+
+
+@pytest.mark.slow
+def test_one_budget_for_all_models(models: Path, tmp_path: Path) -> None:
+    """`weak` differs from the base half as much as `upper`, so it gets fewer bytes."""
+    base, half = th.load(gpt2_path()), th.load(models / "upper")
+    with torch.no_grad():
+        for parameter, other in zip(half.parameters(), base.parameters(), strict=True):
+            parameter.lerp_(other, 0.5)
+    th.save(half, tmp_path / "weak", source=gpt2_path())
+    fine, text = {"upper": models / "upper", "weak": tmp_path / "weak"}, models / "upper.txt"
+    options = {"formats": ("int8:row", "int4:row", "int2:row", "int1:row"), "topology": "dense"}
+    found, surveys = {}, tmp_path / "surveys"
+    for name, budget in (("each", {"max_bytes": 300_000}), ("all", {"max_bytes": 600_000})):
+        config = tn.CompressionConfig(**options, **budget)
+        found[name] = th.pack(
+            gpt2_path(),
+            tmp_path / name,
+            fine,
+            config,
+            calibration=text,
+            calibration_tokens=1024,
+            shared_budget=name == "all",
+            surveys=surveys,
+        )
+        assert sorted(x.name for x in surveys.iterdir()) == ["upper.safetensors", "weak.safetensors"]
+    each, together = (found[x].models for x in ("each", "all"))
+    assert all(x.bytes <= 300_000 for x in each.values())
+    assert sum(x.bytes for x in together.values()) <= 600_000
+    assert together["weak"].bytes < 0.9 * together["upper"].bytes
+    sums = {name: sum(x.measured.kl_mean for x in report.models.values()) for name, report in found.items()}
+    assert sums["all"] < sums["each"]
+    assert each["upper"].base.kl_mean > 2 * each["weak"].base.kl_mean
+    few = tn.CompressionConfig(**options, max_bytes=40_000)
+    others = {"weak": models / "upper"}
+    with torch.no_grad():
+        base.transformer.ln_f.weight.mul_(1.01)
+    th.save(base, tmp_path / "norms", source=gpt2_path())
+    for given, config, more, error, message in (
+        (fine, few, {"surveys": surveys}, BudgetError, "and the smallest changes of matrices"),
+        (others, few, {"surveys": surveys}, TargetError, "survey was made for another model"),
+        ({"norms": tmp_path / "norms"}, few, {"shared_budget": True}, ValueError, "it changes no matrix"),
+        (fine, few, {"surveys": text}, DestinationError, "is no folder for surveys"),
+    ):
+        options = {"calibration": text, "calibration_tokens": 1024, **more}
+        with pytest.raises(error, match=message):
+            th.pack(gpt2_path(), tmp_path / "none", given, config, **options)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_loaded_pack_moves_to_other_dtypes_and_devices(models: Path, packed: Path) -> None:
@@ -291,7 +341,7 @@ def test_changes_of_linear_layers_become_adapters(models: Path, tmp_path: Path) 
             weight.add_(0.02 * left @ torch.randn(left.shape[1], weight.shape[1], generator=generator))
     th.save(fine, tmp_path / "fine", source=gpt2_path())
     text = models / "upper.txt"
-    low = tn.CompressionConfig(formats=("float",), topology="low_rank", bits_per_weight=6, effort="thorough")
+    low = tn.CompressionConfig(formats=("float",), topology="low_rank", bits_per_weight=6)
     th.pack(gpt2_path(), tmp_path / "low", {"fine": tmp_path / "fine"}, low, calibration=text)
     th.pack(gpt2_path(), tmp_path / "full", {"fine": tmp_path / "fine"}, EXACT, calibration=text)
     s = th.load_specialists(tmp_path / "low")

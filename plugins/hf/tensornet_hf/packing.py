@@ -11,12 +11,14 @@ Reference:
     Liu et al. 2024, "BitDelta" (one bit and a scale for each matrix of the difference).
 """
 
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +26,17 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet._util import compact_bytes
+from tensornet.compression.allocate import SurveyedLayer
 from tensornet.compression.apply import set_submodule
 from tensornet.compression.config import DEFAULT_FORMATS, SHARED_BUDGETS, CompressionConfig
 from tensornet.compression.loss_increase import LossIncrease, RecordedLosses, measure, record_losses
-from tensornet.errors import BudgetError, CalibrationWarning, TargetError
+from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.compression.survey import Survey
+from tensornet.compression.surveying import survey_or_load
+from tensornet.errors import BudgetError, CalibrationWarning, DestinationError, TargetError
 from tensornet.network import TensorNetwork
 from tensornet.nn.embedding import embedding_from_network
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.layer_kinds import LayerKind, ScaledEmbedding, embedding_scale, kind_of, layer_kind
 from tensornet.nn.linear import linear_from_network
 from tensornet.nn.module import NetworkModule
@@ -95,6 +102,7 @@ class PackedModel:
         bytes: bytes of its change, with all tensors that are stored as they are.
         bits_per_weight: bytes of the changes of its matrices in bits, divided by their elements.
         measured: measured loss increase and divergence from the fine-tuned model, on calibration text.
+        base: the same of the base alone.
         layers: number of layers by what is stored for their matrix.
         seconds: time that it took.
     """
@@ -102,6 +110,7 @@ class PackedModel:
     bytes: int
     bits_per_weight: float
     measured: LossIncrease | None
+    base: LossIncrease | None
     layers: dict[str, int]
     seconds: float
 
@@ -117,9 +126,9 @@ class PackReport:
 
     Example:
         >>> from tensornet_hf.packing import PackedModel
-        >>> law = PackedModel(240_000, 0.48, None, {"low_rank int4:row": 30}, seconds=60.0)
+        >>> law = PackedModel(240_000, 0.48, None, None, {"low_rank int4:row": 30}, seconds=60.0)
         >>> print(th.PackReport("pack", {"law": law}, others=("code",)))
-        fine-tuned model             bytes    bits   KL divergence
+        fine-tuned model             bytes    bits   KL divergence  of the base
         law                         240 kB   0.480
         unchanged: code
         written to  pack
@@ -134,10 +143,12 @@ class PackReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{'fine-tuned model':24}{'bytes':>10}{'bits':>8}{'KL divergence':>16}"]
+        lines = [f"{'fine-tuned model':24}{'bytes':>10}{'bits':>8}{'KL divergence':>16}{'of the base':>13}"]
         for name, x in self.models.items():
-            kl = "" if x.measured is None or x.measured.kl_mean is None else f"{x.measured.kl_mean:.4f}"
-            lines.append(f"{name:24}{compact_bytes(x.bytes):>10}{x.bits_per_weight:>8.3f}{kl:>16}".rstrip())
+            found = (None if y is None else y.kl_mean for y in (x.measured, x.base))
+            kl, of_base = ("" if y is None else f"{y:.4f}" for y in found)
+            numbers = f"{compact_bytes(x.bytes):>10}{x.bits_per_weight:>8.3f}{kl:>16}{of_base:>13}"
+            lines.append(f"{name:24}{numbers}".rstrip())
         if self.others:
             lines.append(f"unchanged: {', '.join(self.others)}")
         return "\n".join([*lines, f"written to  {self.destination}"])
@@ -151,6 +162,8 @@ def pack(
     *,
     calibration: str | Path | Mapping[str, str | Path] = "default",
     calibration_tokens: int | None = None,
+    shared_budget: bool = False,
+    surveys: str | Path | None = None,
     progress: bool = False,
 ) -> PackReport:
     """Store fine-tuned models as small changes of their base, in a folder of specialists.
@@ -168,17 +181,24 @@ def pack(
             of LoRA adapters that PEFT has written for the base.
         config: budget, layers and formats. `bits_per_weight` counts the changes of matrices, and `max_bytes`
             the bytes of each model; without a budget, 0.5 bits per weight. Formats are `CHANGE_FORMATS` and
-            low ranks unless the configuration lists others.
+            low ranks unless the configuration lists others. The effort is always `"thorough"`.
         calibration: text like the later input of each model, as in `CompressOptions`, by the name of the
             model; or one for all.
         calibration_tokens: see `CompressOptions`.
+        shared_budget: plan all models of this call together, within a budget for all: `max_bytes` is then the
+            sum over the models, and `bits_per_weight` the mean. A model that differs more from the base gets
+            more.
+        surveys: folder for the survey of each model, which takes most of the time: `NAME.safetensors` is read
+            if it exists, and written otherwise. With it, other budgets can be tried in a fraction of the
+            time.
         progress: show progress bars.
 
     Raises:
         TargetError: a model is of another base, class, vocabulary or shape, or is equal to the base; or the
             folder is of another base.
         ValueError: a name is taken or not a word.
-        OptionError: there are no models, or `calibration` names none of the models.
+        OptionError: there are no models, `calibration` names none of the models, or a budget is shared by
+            changes that are not surveyed (`method`).
         BudgetError, FormatError, DestinationError: see `tensornet.compress` and
             `PretrainedSpecialists.save`.
 
@@ -205,77 +225,249 @@ def pack(
         check_name(name, [*there, *list(fine_tuned)[:k]])
     config = _with_defaults(config)
     found: dict[str, PackedModel] = {}
-    for name, source in fine_tuned.items():
-        options = CompressOptions(calibration=str(texts[name]), calibration_tokens=calibration_tokens)
-        change, found[name] = _packed(folder, name, source, config, options, progress)
-        model = load(folder)
-        if (target / DESCRIPTION).is_file():
-            s = _with_change(load_specialists(target, model), name, change)
-        else:
-            attach_changes(model, {name: change})
-            s = PretrainedSpecialists(model)
-        s.save(target, trunk=str(base))
+    with ExitStack() as stack:
+        files = Path(surveys or stack.enter_context(tempfile.TemporaryDirectory())).expanduser()
+        try:
+            files.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DestinationError(f"{files} is no folder for surveys: {error}. Name another.") from error
+
+        def prepared(name: str) -> _Prepared:
+            options = CompressOptions(calibration=str(texts[name]), calibration_tokens=calibration_tokens)
+            file = files / f"{name}.safetensors"
+            return _prepared(folder, name, fine_tuned[name], config, options, file, progress)
+
+        plans: dict[str, CompressionPlan] = {}
+        if shared_budget:
+            plans = _plans_together({name: _Surveyed.of(prepared(name)) for name in fine_tuned}, config)
+        for name in fine_tuned:
+            ready = prepared(name)
+            plan = plans.get(name) or _plan_alone(ready, config)
+            change, found[name] = _packed(ready, plan, progress)
+            model = load(folder)
+            if (target / DESCRIPTION).is_file():
+                s = _with_change(load_specialists(target, model), name, change)
+            else:
+                attach_changes(model, {name: change})
+                s = PretrainedSpecialists(model)
+            s.save(target, trunk=str(base))
     return PackReport(str(destination), found, there)
 
 
 def _with_defaults(config: CompressionConfig | None) -> CompressionConfig:
-    """Set formats and effort for changes unless formats are given, and 0.5 bits unless a budget is given."""
+    """Set the effort, formats of changes unless others are given, and 0.5 bits unless a budget is given."""
     config = CompressionConfig() if config is None else config
-    changes: dict[str, Any] = {"target_modules": config.target_modules or "all"}
+    # A fast plan has no low ranks, so that a change would take at least one bit per weight.
+    changes: dict[str, Any] = {"target_modules": config.target_modules or "all", "effort": "thorough"}
     if all(getattr(config, budget) is None for budget in SHARED_BUDGETS):
         changes["bits_per_weight"] = 0.5
     if config.formats is None or config.formats == DEFAULT_FORMATS:
-        changes |= {"formats": CHANGE_FORMATS, "effort": "thorough"}
+        changes["formats"] = CHANGE_FORMATS
     return replace(config, **changes)
 
 
-def _packed(
+@dataclass(frozen=True)
+class _Prepared:
+    """A fine-tuned model as its base with sums as layers, and what is known of it.
+
+    Args:
+        name: its name.
+        model: the base with sums as layers; it computes what the fine-tuned model does.
+        sums: the sums by the name of the layer.
+        owners: the first layer with the same weights, for each layer.
+        values: values that replace those of the base, by layer and name.
+        kept: bytes of these values.
+        config: the configuration, with the differences as the layers to compress.
+        data: the calibration data.
+        survey: survey of the differences; None if the plan needs none.
+        before: the losses of the fine-tuned model.
+        base: how much the base differs from the fine-tuned model.
+        started: time at which the work on this model began.
+    """
+
+    name: str
+    model: PreTrainedModel
+    sums: dict[str, _Sum]
+    owners: dict[str, str]
+    values: dict[str, dict[str, Tensor]]
+    kept: int
+    config: CompressionConfig
+    data: ProvidedData | None
+    survey: Survey | None
+    before: RecordedLosses | None
+    base: LossIncrease | None
+    started: float
+
+
+def _prepared(
     folder: Path,
     name: str,
     source: str | Path,
     config: CompressionConfig,
     options: CompressOptions,
+    file: Path,
     progress: bool,
-) -> tuple[dict[str, Change], PackedModel]:
-    """Find the change of each layer for one fine-tuned model, by the name of the layer."""
+) -> _Prepared:
+    """Load a fine-tuned model and its base, and survey their differences, unless the file has the survey."""
     started = time.perf_counter()
     base = load(folder, dtype=torch.float32)
     fine = _fine_tuned(folder, base, name, source)
     text = text_of(options, folder)
     data = calibration_batches(fine, folder, config, options, text)
+    given, loss_fn = ([], None) if data is None else ([*data.batches], data.loss_fn)
+    before = record_losses(fine, given, loss_fn=loss_fn)
+    of_base = None if before is None else measure(base, before)
     values, sums = _as_sums(base, fine, name)
     del fine
-    first: dict[int, str] = {}
-    owners = {layer: first.setdefault(id(x.change.weight), layer) for layer, x in sums.items()}
+    config = replace(config, target_modules=[f"{layer}.change" for layer in sums])
     kept = sum(x.nbytes for of_layer in values.values() for x in of_layer.values())
-    chosen = _chosen(config, sums, kept)
-    given = data.batches if data is not None else ()
-    before = record_losses(base, given, loss_fn=None if data is None else data.loss_fn)
+    _check_bytes(config, kept)
+    survey = None
+    if data is not None and given and config.reads_data and sums:
+        survey = survey_or_load(
+            base, given, config, file, loss_fn=loss_fn, source=data.source, progress=progress
+        )
+    first: dict[int, str] = {}
+    return _Prepared(
+        name,
+        base,
+        sums,
+        {layer: first.setdefault(id(x.change.weight), layer) for layer, x in sums.items()},
+        values,
+        kept,
+        config,
+        data,
+        survey,
+        before,
+        of_base,
+        started,
+    )
+
+
+class _Surveyed(NamedTuple):
+    """What a plan for several fine-tuned models needs of one of them; see `_Prepared`."""
+
+    survey: Survey | None
+    kept: int
+
+    @classmethod
+    def of(cls, model: _Prepared) -> "_Surveyed":
+        """Keep the survey without the moments of the layers, which take memory."""
+        known = None if model.survey is None else replace(model.survey, factors={}, inputs={}, heads={})
+        return cls(known, model.kept)
+
+
+def _budget_of_matrices(config: CompressionConfig, layers: Sequence[SurveyedLayer], kept: int) -> float:
+    """Return the budget of a plan in bits per weight; if it is `max_bytes`, converted.
+
+    Args:
+        config: the configuration.
+        layers: the surveyed differences.
+        kept: bytes of tensors that are stored as they are.
+
+    Raises:
+        BudgetError: the bytes are too few.
+    """
+    if config.max_bytes is None:
+        assert config.bits_per_weight is not None
+        return config.bits_per_weight
+    _check_bytes(config, kept, sum(min(x.num_bytes for x in layer.candidates) for layer in layers))
+    return 8 * (config.max_bytes - kept) / sum(x.numel for x in layers)
+
+
+def _check_bytes(config: CompressionConfig, kept: int, least: int = 1) -> None:
+    """Raise BudgetError if `max_bytes` is too small.
+
+    Args:
+        config: the configuration.
+        kept: bytes of tensors that are stored as they are.
+        least: bytes of the smallest changes of matrices, if they are known.
+    """
+    if config.max_bytes is not None and config.max_bytes < kept + least:
+        more = f", and the smallest changes of matrices {least:,}" if least > 1 else ""
+        raise BudgetError(
+            f"max_bytes={config.max_bytes:,} is too small: biases, norms and other tensors that are stored "
+            f"as they are take {kept:,} bytes{more}. Allow more."
+        )
+
+
+def _plan_alone(model: _Prepared, config: CompressionConfig) -> CompressionPlan | CompressionConfig:
+    """Plan one fine-tuned model; without a survey, its configuration is all that there is to plan."""
+    if model.survey is None:
+        if config.max_bytes is not None:
+            raise OptionError(
+                f"max_bytes= needs a plan by the loss, which method={config.method!r} does not make; use "
+                "bits_per_weight=."
+            )
+        return model.config
+    if config.max_bytes is None:
+        return model.survey.plan()
+    return model.survey.plan(bits_per_weight=_budget_of_matrices(config, model.survey.layers, model.kept))
+
+
+def _plans_together(models: Mapping[str, _Surveyed], config: CompressionConfig) -> dict[str, CompressionPlan]:
+    """Plan several fine-tuned models within one budget, so that the sum of their losses is the least.
+
+    Raises:
+        OptionError: a model was not surveyed.
+        BudgetError: the budget cannot be met.
+    """
+    surveys = {name: x.survey for name, x in models.items() if x.survey is not None}
+    if missing := sorted(models.keys() - surveys.keys()):
+        raise OptionError(
+            f"shared_budget=True needs a plan by the loss for each model, but {missing[0]} has none: it "
+            f"changes no matrix, or method={config.method!r} needs no loss. Pack it in a call of its own."
+        )
+    layers = [
+        replace(layer, names=tuple(f"{name}: {x}" for x in layer.names))
+        for name, survey in surveys.items()
+        for layer in survey.layers
+    ]
+    budget = _budget_of_matrices(config, layers, sum(x.kept for x in models.values()))
+    first = next(iter(surveys.values()))
+    plan = replace(first, layers=tuple(layers)).plan(bits_per_weight=budget)
+    planned, plans = iter(plan.layers), {}
+    for name, survey in surveys.items():
+        own = [replace(next(planned), name=layer.name) for layer in survey.layers]
+        plans[name] = replace(survey.template, layers=tuple(own))
+    return plans
+
+
+def _packed(
+    ready: _Prepared, plan: CompressionPlan | CompressionConfig, progress: bool
+) -> tuple[dict[str, Change], PackedModel]:
+    """Find the change of each layer for one fine-tuned model, by the name of the layer."""
+    model, sums, owners, before = ready.model, ready.sums, ready.owners, ready.before
     exact = {layer: x.change for layer, x in sums.items()}
-    with warnings.catch_warnings():
-        # Loss increases are predicted for errors that are independent of each other. The parts of a change
-        # that are left out all pull the model back to its base, so predictions are far too small here.
-        warnings.filterwarnings("ignore", "Compression increased the loss", CalibrationWarning)
-        made = tn.compress(base, chosen, calibration=data, progress=progress)
-    measured = None if before is None else _scale(base, sums, exact, owners, before)
+    planned: Sequence[LayerPlan] = ()
+    if sums:
+        with warnings.catch_warnings():
+            # Loss increases are predicted for errors that are independent of each other. The parts of a
+            # change that are left out all pull the model back to its base, so predictions are far too small.
+            warnings.filterwarnings("ignore", "Compression increased the loss", CalibrationWarning)
+            made = tn.compress(model, plan, calibration=ready.data, survey=ready.survey, progress=progress)
+        planned = made.plan.layers
+    measured = None if before is None else _scale(model, sums, exact, owners, before)
     changes: dict[str, Change] = {}
-    for layer in dict.fromkeys([*sums, *values]):
+    for layer in dict.fromkeys([*sums, *ready.values]):
         matrix = _as_network(sums[layer].change) if layer in sums else None
         if matrix is not None and owners[layer] != layer:
             matrix.share_cores(changes[owners[layer]].matrix)  # type: ignore[arg-type]
-        changes[layer] = Change(matrix, values.get(layer, {}), sums[layer].scale if layer in sums else 1.0)
+        scale = sums[layer].scale if layer in sums else 1.0
+        changes[layer] = Change(matrix, ready.values.get(layer, {}), scale)
     families: dict[str, int] = {}
-    for planned in made.plan:
-        scheme = planned.storage.number_format.name
-        if planned.topology is not None and planned.topology.family != "dense":
-            scheme = f"{planned.topology.family} {scheme}"
+    for x in planned:
+        scheme = x.storage.number_format.name
+        if x.topology is not None and x.topology.family != "dense":
+            scheme = f"{x.topology.family} {scheme}"
         families[scheme] = families.get(scheme, 0) + 1
     facts = PackedModel(
-        made.plan.bytes_after + kept,
-        made.plan.bits_per_weight,
+        made.plan.bytes_after + ready.kept if planned else ready.kept,
+        made.plan.bits_per_weight if planned else 0.0,
         measured,
+        ready.base,
         families,
-        time.perf_counter() - started,
+        time.perf_counter() - ready.started,
     )
     return changes, facts
 
@@ -476,27 +668,6 @@ def _as_network(layer: nn.Module) -> NetworkModule:
     if isinstance(layer, nn.Embedding):
         return embedding_from_network(network, scale=embedding_scale(layer))
     return linear_from_network(network, bias=None, source="linear")
-
-
-def _chosen(config: CompressionConfig, sums: Mapping[str, _Sum], kept: int) -> CompressionConfig:
-    """Choose the differences as the layers to compress, and convert a budget of bytes to bits per weight.
-
-    Args:
-        config: the configuration, whose patterns name layers of the base.
-        sums: the layers that differ.
-        kept: bytes of tensors that are stored as they are.
-    """
-    changes: dict[str, Any] = {"target_modules": [f"{layer}.change" for layer in sums]}
-    if config.max_bytes is not None:
-        elements = {id(x.change.weight): x.change.weight.numel() for x in sums.values()}  # type: ignore
-        left = config.max_bytes - kept
-        if left <= 0:
-            raise BudgetError(
-                f"max_bytes={config.max_bytes:,} is too small: biases, norms and other tensors that are "
-                f"stored as they are take {kept:,} bytes. Allow more."
-            )
-        changes |= {"max_bytes": None, "bits_per_weight": 8 * left / sum(elements.values())}
-    return replace(config, **changes)
 
 
 def _with_change(

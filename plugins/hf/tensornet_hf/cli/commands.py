@@ -819,6 +819,22 @@ def pack(
             rich_help_panel=GROUPS["data"],
         ),
     ] = None,
+    shared_budget: Annotated[
+        bool,
+        typer.Option(
+            "--shared-budget",
+            help="The budget is for all models of this call together (default: for each).",
+            rich_help_panel=GROUPS["budget"],
+        ),
+    ] = False,
+    surveys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the survey of each model, which takes most of the time: read if it exists, "
+            "written otherwise.",
+            rich_help_panel=GROUPS["data"],
+        ),
+    ] = None,
     *,
     as_json: JsonOutput = False,
     **given: Any,
@@ -839,6 +855,8 @@ def pack(
         CompressionConfig(**wanted) if wanted else None,
         calibration=_texts_of(models, calibration or ["default"]),
         calibration_tokens=given.get("calibration_tokens"),
+        shared_budget=shared_budget,
+        surveys=surveys,
         progress=sys.stderr.isatty() and not as_json,
     )
     print_result(report, as_json)
