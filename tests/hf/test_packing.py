@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
@@ -225,6 +225,31 @@ def test_a_loaded_pack_moves_to_other_dtypes_and_devices(models: Path, packed: P
     with s.use("upper"):
         before = logits(s.model)
         torch.testing.assert_close(logits(s.model.to("cpu")), before, rtol=0, atol=0)
+
+
+def test_a_model_keeps_its_own_tokenizer_and_settings(models: Path, tmp_path: Path) -> None:
+    """As of a model that was fine-tuned to follow instructions: a chat template, and another last token."""
+    shutil.copytree(models / "upper", tmp_path / "fine")
+    tokenizer = th.text.load_tokenizer(tmp_path / "fine")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "fine")
+    GenerationConfig(eos_token_id=7).save_pretrained(tmp_path / "fine")
+    text = models / "upper.txt"
+    pack(models, tmp_path / "pack", "upper")
+    th.pack(gpt2_path(), tmp_path / "pack", {"chat": tmp_path / "fine"}, EXACT, calibration=text)
+    pack(models, tmp_path / "pack", "digits")
+    s = th.load_specialists(tmp_path / "pack")
+    assert list(s.tokenizers) == ["chat"]
+    assert th.text.load_tokenizer(s.tokenizers["chat"]).chat_template == tokenizer.chat_template
+    for name, wanted in (("chat", tokenizer.chat_template), ("upper", None)):
+        s.unpack(name, tmp_path / f"alone-{name}")
+        assert th.text.load_tokenizer(tmp_path / f"alone-{name}").chat_template == wanted
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone-chat").generation_config.eos_token_id == 7
+    s.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "chat" / "generation_config.json").is_file()
+    s.remove("chat")
+    s.save(tmp_path / "without")
+    assert not (tmp_path / "without" / "chat").exists()
 
 
 def test_a_lora_adapter_is_a_fine_tuned_model(models: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 A fine-tuned model differs a little from its base in every weight. `pack` stores the difference of each
 matrix in the number format or low rank that a plan chooses for it, by the curvature of the fine-tuned model's
 loss on its own text. The difference is taken to the base as it is stored: if the base is rounded, the change
-repairs errors of the base where this costs few bytes. Biases, norms and other small tensors stay as they are.
+repairs errors of the base where this costs few bytes. Biases, norms and other small tensors stay as they are,
+and so do a tokenizer, a chat template and generation settings that differ from those of the base.
 
 Packed models are specialists (`PretrainedSpecialists`): one base in memory, with a model for each row.
 
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import tensornet as tn
 from tensornet._util import compact_bytes
@@ -48,6 +50,7 @@ from tensornet_hf.specialist_files import (
     PretrainedSpecialists,
     load_specialists,
     read_description,
+    text_files,
 )
 from tensornet_hf.text import load_tokenizer
 from tensornet_moe.changed_layers import Change, attach_changes, changes_of
@@ -250,6 +253,8 @@ def pack(
             else:
                 attach_changes(model, {name: change})
                 s = PretrainedSpecialists(model)
+            if ready.own_text:
+                s.tokenizers[name] = _folder_of(fine_tuned[name])
             s.save(target, trunk=str(base))
     return PackReport(str(destination), found, there)
 
@@ -282,6 +287,7 @@ class _Prepared:
         survey: survey of the differences; None if the plan needs none.
         before: the losses of the fine-tuned model.
         base: how much the base differs from the fine-tuned model.
+        own_text: True if its tokenizer, chat template or generation settings are not those of the base.
         started: time at which the work on this model began.
     """
 
@@ -296,6 +302,7 @@ class _Prepared:
     survey: Survey | None
     before: RecordedLosses | None
     base: LossIncrease | None
+    own_text: bool
     started: float
 
 
@@ -317,6 +324,7 @@ def _prepared(
     given, loss_fn = ([], None) if data is None else ([*data.batches], data.loss_fn)
     before = record_losses(fine, given, loss_fn=loss_fn)
     of_base = None if before is None else measure(base, before)
+    own_text = _speaks_otherwise(base, folder, fine, _folder_of(source))
     values, sums = _as_sums(base, fine, name)
     del fine
     config = replace(config, target_modules=[f"{layer}.change" for layer in sums])
@@ -340,6 +348,7 @@ def _prepared(
         survey,
         before,
         of_base,
+        own_text,
         started,
     )
 
@@ -527,14 +536,13 @@ def _fine_tuned(folder: Path, base: PreTrainedModel, name: str, source: str | Pa
     Raises:
         TargetError: the model cannot be one of this base.
     """
-    place = Path(source).expanduser()
+    place = _folder_of(source)
     if (place / _ADAPTER).is_file():
         from tensornet_hf.peft import load_adapters, merge_adapters
 
         dense: PreTrainedModel = tn.decompress(load(folder, dtype=torch.float32))  # type: ignore[assignment]
         fine = merge_adapters(load_adapters(dense, place)).eval()
     else:
-        place = resolve_folder(source)
         read_dense(place)
         fine = load(place, dtype=torch.float32)
         _check_vocabulary(folder, place, name)
@@ -544,6 +552,30 @@ def _fine_tuned(folder: Path, base: PreTrainedModel, name: str, source: str | Pa
             "which the model was made."
         )
     return fine
+
+
+def _folder_of(source: str | Path) -> Path:
+    """Return the folder of a fine-tuned model or of an adapter."""
+    place = Path(source).expanduser()
+    return place if (place / _ADAPTER).is_file() else resolve_folder(source)
+
+
+def _speaks_otherwise(
+    base: PreTrainedModel, folder: Path, fine: PreTrainedModel, folder_of_fine: Path
+) -> bool:
+    """Return True if a model's tokenizer, chat template or generation settings differ from its base's."""
+    settings = [
+        {} if x.generation_config is None else x.generation_config.to_diff_dict() for x in (base, fine)
+    ]
+    old, new = ({k: x for k, x in y.items() if k != "transformers_version"} for y in settings)
+    files = text_files(folder_of_fine)
+    files.pop(
+        GENERATION_CONFIG_NAME, None
+    )  # compared above, since models without this file have settings too
+    return old != new or any(
+        not (folder / name).is_file() or (folder / name).read_bytes() != file.read_bytes()
+        for name, file in files.items()
+    )
 
 
 def _check_vocabulary(base: Path, fine: Path, name: str) -> None:
@@ -677,4 +709,6 @@ def _with_change(
     model, known = specialists.model, changes_of(specialists)
     specialists.detach()
     attach_changes(model, {**known, name: changes})
-    return PretrainedSpecialists(model)
+    made = PretrainedSpecialists(model)
+    made.tokenizers = specialists.tokenizers
+    return made

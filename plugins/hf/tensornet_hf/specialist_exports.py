@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tensornet._util import check_size
 from tensornet.compression.apply import set_submodule
@@ -75,6 +77,8 @@ def unpack_specialist(
     model = _alone(specialists, name)
     place = source or getattr(model.config, "name_or_path", None)
     folder = Path(place) if place and Path(place).is_dir() else None
+    if folder is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     if target is None:
         save(model, destination, source=folder, force=force)
     else:

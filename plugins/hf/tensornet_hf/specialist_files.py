@@ -7,7 +7,8 @@ A folder contains
 - `NAME.safetensors`: the private cores of the specialist NAME.
 
 Packed models (`pack`) have no shared cores. `specialists.json` describes the change of each layer for each
-model, and `NAME.safetensors` contains the tensors of the changes.
+model, and `NAME.safetensors` contains the tensors of the changes. If the tokenizer, the chat template or the
+generation settings of a model differ from those of the base, the folder `NAME` contains them.
 """
 
 import hashlib
@@ -42,6 +43,11 @@ from tensornet_moe.specialist_layers import SpecialistLayer, attach, is_name
 
 FORMAT_VERSION = 1
 DESCRIPTION, SHARED = "specialists.json", "shared.safetensors"
+#: Files that say how text is made of and for a model: tokenizer, chat template, generation settings.
+_OF_TEXT = (
+    "tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
 #: Number of tokens at the beginning of a text by which its specialist is chosen.
 _PREFIX = 64
 
@@ -66,6 +72,11 @@ class PretrainedSpecialists(tm.Specialists):
     """
 
     model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        #: Folders with the tokenizer of each specialist that has its own, by name; see `text_files`.
+        self.tokenizers: dict[str, Path] = {}
 
     @torch.no_grad()
     def choose(self, **batch: Tensor) -> list[str | None]:
@@ -177,6 +188,10 @@ class PretrainedSpecialists(tm.Specialists):
             with new_folder(target, force=old is not None) as made:
                 for name, tensors in parts.items():
                     save_file(tensors, made / f"{name}.safetensors", {"format": "pt"})
+                for name in self.tokenizers.keys() & digests.keys():
+                    (made / name).mkdir()
+                    for title, origin in text_files(self.tokenizers[name]).items():
+                        shutil.copyfile(origin, made / name / title)
                 for file in () if old is None else target.iterdir():
                     if file.suffix != ".safetensors" and file.name != DESCRIPTION and file.is_file():
                         shutil.copyfile(file, made / file.name)
@@ -202,7 +217,8 @@ class PretrainedSpecialists(tm.Specialists):
             destination: the new folder, or file of a target.
             target: an export target, such as `"gguf"` (see `tensornet_hf.export`); by default `"gguf"` for a
                 name that ends in `.gguf`, else a folder for transformers.
-            source: folder of the tokenizer; by default, what the trunk was loaded from.
+            source: folder of the tokenizer; by default, that of the specialist or, if it has none of its own,
+                what the trunk was loaded from.
             force: replace an existing model.
 
         Raises:
@@ -210,7 +226,8 @@ class PretrainedSpecialists(tm.Specialists):
             DestinationError: the destination exists already, or cannot be written.
             ValueError: an unknown target.
         """
-        return unpack_specialist(self, name, destination, target=target, source=source, force=force)
+        own = source or self.tokenizers.get(name)
+        return unpack_specialist(self, name, destination, target=target, source=own, force=force)
 
     def export(
         self,
@@ -353,7 +370,9 @@ def load_specialists(
     if description.changes:
         made = {name: load_changes(description.changes[name], cores[name]) for name in wanted}
         attach_changes(model, made)
-        return PretrainedSpecialists(model)
+        found = PretrainedSpecialists(model)
+        found.tokenizers = {name: path / name for name in wanted if (path / name).is_dir()}
+        return found
     for name, tensors in cores.items():
         if {key: tuple(x.shape) for key, x in tensors.items()} != description.shapes(shared=name == "shared"):
             raise FormatError(
@@ -366,6 +385,11 @@ def load_specialists(
     found.restore(cores)
     found.freeze()
     return found
+
+
+def text_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder that contain a tokenizer, a chat template or generation settings."""
+    return {x.name: x for pattern in _OF_TEXT for x in sorted(folder.glob(pattern)) if x.is_file()}
 
 
 class Description(NamedTuple):

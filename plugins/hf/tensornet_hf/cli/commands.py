@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tensornet._util import compact_bytes
 from tensornet.compression.config import CompressionConfig
@@ -392,7 +393,7 @@ def evaluate(
             f"{path} is a folder of specialists; add --specialist with one of {', '.join(specialists.names)}."
         )
     using = nullcontext() if specialists is None else specialists.use(specialist)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(_folder_of_text(folder, specialists, specialist))
     found: dict[str, Any] = {}
     with using:
         measured: dict[Path, Perplexity | Divergence] = {}
@@ -492,6 +493,11 @@ def _opened(
     return _loaded(folder, device), folder, None
 
 
+def _folder_of_text(folder: Path, specialists: PretrainedSpecialists | None, name: str | None) -> Path:
+    """Return the folder with the tokenizer for a specialist: its own, otherwise that of the trunk."""
+    return folder if specialists is None or name is None else specialists.tokenizers.get(name, folder)
+
+
 def _opened_lazily(path: Path, folder: Path | None = None) -> LazyModel | None:
     """Open a model to be run block by block; None if it is compressed, or can only be loaded as a whole.
 
@@ -552,6 +558,10 @@ def generate(
         if specialist is None:
             [specialist] = specialists.choose(input_ids=tokenizer(prompt, return_tensors="pt").input_ids)
         using = specialists.use(specialist)
+        if (own := _folder_of_text(folder, specialists, specialist)) != folder:
+            tokenizer = load_tokenizer(own)
+            if (own / GENERATION_CONFIG_NAME).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(own)
     prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
     chat = bool(tokenizer.chat_template) if chat is None else chat
     with using:
@@ -661,7 +671,8 @@ def export(
             )
         _, trunk, specialists = _opened(source, CPU, specialist)
         assert specialists is not None  # otherwise an option that needs specialists was refused
-        options: Any = {"target": target, "source": trunk, "force": force}
+        place = _folder_of_text(trunk, specialists, specialist)
+        options: Any = {"target": target, "source": place, "force": force}
         if whole:
             made = specialists.unpack(specialist, destination, **options)
         else:
