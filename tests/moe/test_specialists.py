@@ -183,6 +183,19 @@ def test_factors_multiply_to_the_change(share: str | None) -> None:
         next(iter(prepared("center")[1].layers.values())).factors("b")
 
 
+@pytest.mark.parametrize("share", ["ends", "center"])
+def test_truncated_factors_are_the_closest_ones(share: str) -> None:
+    """By Eckart and Young, the squared error is the sum of the other squared singular values."""
+    _, s = prepared(share)
+    for layer in s.layers.values():
+        left, right = layer.factors("b", 2)
+        exact = dense_change(layer, "b")
+        assert left.shape[1] == right.shape[0] == 2
+        others = torch.linalg.svdvals(exact)[2:].square().sum()
+        error = (exact - (left @ right).double()).square().sum()
+        assert float(error) == pytest.approx(float(others), rel=1e-3, abs=1e-6)
+
+
 def test_layers_of_one_shape_share_their_ends() -> None:
     model, s = prepared("ends", "shape")
     assert len(s.shared_parameters()) == 2 * 2  # two shapes, two ends

@@ -26,17 +26,19 @@ def _models(tmp_path: Path) -> None:
         th.save(model, tmp_path / f"my-{name}", source=BASE)
 
 
-def test_models_are_packed_inspected_and_used(tensornet: Run) -> None:
+def test_models_are_packed_inspected_and_used(tensornet: Run, tmp_path: Path) -> None:
     texts = ("--calibration", "law.txt")
     status, out, err = tensornet("pack", BASE, "pack", "--model", "law=my-law", *texts, *FEW)
     assert status == 0, err
     assert "written to  pack" in out
     status, out, err = tensornet(
-        "pack", BASE, "pack", "--model", "code=my-code", "--calibration", "code=law.txt", *FEW, "--json"
-    )
+        "pack", BASE, "pack", "--model", "code=my-code", "--calibration", "code=law.txt", *FEW, "--json",
+        "--shared-budget", "--surveys", "kept",
+    )  # fmt: skip
     assert status == 0, err
     report = json.loads(out)
     assert report["others"] == ["law"]
+    assert (tmp_path / "kept" / "code.safetensors").is_file()
     assert report["models"]["code"]["bits_per_weight"] <= 3
     status, out, err = tensornet("inspect", "pack")
     assert status == 0, err
@@ -73,7 +75,7 @@ def test_models_are_packed_inspected_and_used(tensornet: Run) -> None:
         (("--model", "law=my-law", "--calibration", "other=law.txt"), "for each of law; check law, other"),
         (("--model", "law=my-law", "--calibration", "none.txt", *FEW), "none.txt"),
         (("--model", f"law={BASE}", "--calibration", "law.txt", *FEW), "'law' is equal to its base"),
-        (("--model", "law=my-law", "--max-bytes", 1, *FEW[2:]), "The budget allows 1, but"),
+        (("--model", "law=my-law", "--max-bytes", 1, *FEW[2:]), "--max-bytes 1 is too small: biases"),
     ],
 )
 def test_wrong_options_write_nothing(
